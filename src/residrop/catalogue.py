@@ -1,0 +1,101 @@
+"""Rules by name, for recipes and the command line."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from residrop.errors import ConfigError
+from residrop.rules import (
+    ConstantDepth,
+    DepthDropout,
+    Rule,
+    SkipForward,
+    StochasticDepth,
+    Swapout,
+    UnitDropout,
+)
+
+__all__ = ["RULES", "make_rule"]
+
+
+class _Entry(NamedTuple):
+    build: Callable[..., Rule]
+    survival: str  # the paper's own schedule, used where none is given
+    options: tuple[str, ...]
+    title: str
+
+
+RULES: dict[str, _Entry] = {
+    "constant": _Entry(
+        lambda survival: ConstantDepth(), "1", (), "every block always present: the plain residual network"
+    ),
+    "stochastic-depth": _Entry(
+        StochasticDepth,
+        "linear_decay(0.5)",
+        ("granularity", "rescale", "rows", "scope"),
+        "whole branches dropped, per mini-batch or row (Huang et al. 2016)",
+    ),
+    "layer-dropout": _Entry(
+        StochasticDepth,
+        "linear(1, 0.5)",
+        ("granularity", "scope"),
+        "stochastic depth as the Swapout paper runs it: Linear(1, 0.5)",
+    ),
+    "depth-dropout": _Entry(
+        DepthDropout,
+        "uniform(0.5)",
+        ("scope",),
+        "uniform dropping over trainable shortcuts, for speed (Guo & Gould 2016)",
+    ),
+    "swapout": _Entry(
+        Swapout,
+        "linear(1, 0.5)",
+        ("theta_2", "scope"),
+        "every unit drops, skips, feeds forward or adds (Singh et al. 2016)",
+    ),
+    "skipforward": _Entry(
+        SkipForward,
+        "linear(1, 0.5)",
+        ("of", "scope"),
+        "every unit skips or feeds forward (Singh et al. 2016, eq. 4)",
+    ),
+    "dropout": _Entry(
+        UnitDropout,
+        "linear(1, 0.5)",
+        ("on", "scope"),
+        "units of the branch dropped, no skip (Singh et al. 2016, eq. 1)",
+    ),
+    "dropout-residual": _Entry(
+        lambda theta, **options: UnitDropout(theta, on="residual", **options),
+        "linear(1, 0.5)",
+        ("scope",),
+        "units of the branch dropped, skip kept: X + Theta F(X)",
+    ),
+    "dropout-sum": _Entry(
+        lambda theta, **options: UnitDropout(theta, on="sum", **options),
+        "linear(1, 0.5)",
+        ("scope",),
+        "units of the sum dropped: Theta (X + F(X))",
+    ),
+}
+
+
+def make_rule(name: str, survival: float, **options: object) -> Rule:
+    """Build a rule by name; `survival` is its p_l or theta. Options that are None are left at the rule's default.
+
+    Raises:
+        ConfigError: unknown name, an option that this rule does not take, or a value it refuses.
+    """
+    entry = entry_of(name)
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in entry.options:
+            takes = ", ".join(entry.options) or "no options"
+            raise ConfigError(f"rule {name!r} takes no option {key!r}; it takes {takes}")
+    return entry.build(survival, **given)
+
+
+def entry_of(name: str) -> _Entry:
+    """The catalogue's entry for a rule; ConfigError, with all names, if there is none."""
+    if name not in RULES:
+        raise ConfigError(f"rule {name!r} is unknown; choose one of {', '.join(RULES)}")
+    return RULES[name]

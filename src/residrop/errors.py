@@ -1,0 +1,23 @@
+"""Errors that a user can act on. Every message says what was given, what is allowed and what to do."""
+
+__all__ = ["ConfigError", "DataError", "PlanError", "RunError", "UsageError"]
+
+
+class UsageError(ValueError):
+    """Bad input. The command line prints it as one line and exits with code 2."""
+
+
+class ConfigError(UsageError):
+    """A rate, name, option or combination of options that residrop does not accept."""
+
+
+class DataError(UsageError):
+    """A data source that is missing, incomplete or corrupt. The message names the file."""
+
+
+class RunError(UsageError):
+    """A run directory that is missing, incomplete or does not fit the request."""
+
+
+class PlanError(RuntimeError):
+    """A rule was run without a draw, or with a draw made for another model."""

@@ -1,0 +1,261 @@
+"""Tensors in, tensors out: combinations of a shortcut and a branch under unit-level and row-level randomness.
+
+Unit masks are not stored: unit i of coin c is present if 16 bits of a stateless hash of (key, i) lie below
+theta * 2^16, and backward makes the same mask again from the key. One 32-bit word serves two coins. i is the unit's
+index in the logical (row-major) order of its tensor, so results depend neither on memory format nor on threads. A theta
+that is not a multiple of 2^-16 is rounded to the nearest one (0 and 1 are exact).
+
+All functions keep dtype, device and memory format, and take tensors of any rank with fewer than 2^31 elements.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from residrop.errors import ConfigError
+from residrop.sampler import Rows, derive_key
+from residrop.survival import check_rate
+
+__all__ = ["keep_rows", "mix", "row_mask", "skip_forward", "swapout", "unit_dropout", "unit_mask"]
+
+
+def _signed(word: int) -> int:
+    """The 32-bit integer with these low bits, as torch.int32 holds it."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _words(like: Tensor, key: int, word: int) -> Tensor:
+    """int32 hash words, shape and memory format of `like`: word number `word` of every unit under the 64-bit `key`."""
+    if like.numel() >= 1 << 31:
+        raise ConfigError(f"a tensor of {like.numel()} elements is too large for unit masks; split it below 2^31")
+    if word:
+        key = derive_key(key, word)
+    h = torch.empty_like(like, dtype=torch.int32, requires_grad=False)
+    if like.ndim < 2 or like.numel() == 0:
+        h.copy_(torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape))
+    else:  # index = offset of the row + offset within it, by broadcasting: one pass over memory in the format of `like`
+        inner = like[0].numel()
+        rows = torch.arange(like.shape[0], dtype=torch.int32, device=like.device) * inner
+        within = torch.arange(inner, dtype=torch.int32, device=like.device).view(1, *like.shape[1:])
+        torch.add(within, rows.view(-1, *[1] * (like.ndim - 1)), out=h)
+    # Two multiply-xorshift rounds (constants of C. Wellons' "lowbias32"). The second half of the key enters between
+    # them: a key that only shifted the index would make the masks of two keys permutations of each other. int32 shifts
+    # are arithmetic, so the sign bits they bring in are masked away. In place: a fresh tensor costs more than an op.
+    shifted = torch.empty_like(h)
+    h.bitwise_xor_(_signed(key))
+    h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF))
+    h.mul_(_signed(0x7FEB352D)).add_(_signed(key >> 32))
+    h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF))
+    h.mul_(_signed(0x846CA68B))
+    return h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF))
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(words: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """All bits set where a unit is present, none where it is not: integers as wide as `dtype`.
+
+    A present unit is `x & bits`: unlike a product with a 0/1 mask it vectorises for every dtype and removes an
+    infinity or NaN of an absent unit.
+    """
+    drawn = words >> 16 if half else words.clone()
+    drawn.bitwise_and_(0xFFFF).sub_(round(theta * 65536)).bitwise_right_shift_(31)
+    return drawn.to(_INTEGERS[dtype.itemsize])
+
+
+def _all_bits(like: Tensor, thetas: Sequence[float], key: int) -> Iterator[Tensor | None]:
+    """The bits of coins 0, 1, ...; None where theta is 1. Each hash word is computed once for its two coins."""
+    words = None
+    for coin, theta in enumerate(thetas):
+        if coin % 2 == 0:
+            words = None
+        if theta == 1.0:
+            yield None
+            continue
+        if words is None:
+            words = _words(like, key, coin // 2)
+        yield _bits(words, coin % 2, theta, like.dtype)
+
+
+def _present(x: Tensor, bits: Tensor) -> Tensor:
+    return (x.view(bits.dtype) & bits).view(x.dtype)
+
+
+def unit_mask(like: Tensor, theta: float, key: int, coin: int = 0) -> Tensor:
+    """Bool mask of the shape of `like`: coin number `coin` of every unit, True with probability `theta`.
+
+    Args:
+        like: Tensor[...], gives shape, device and memory format; its values are not read.
+        theta: probability in [0, 1].
+        key: 64-bit key, as in `Draw.key`.
+        coin: 0 is the coin of the first tensor of `mix`, 1 that of the second, and so on.
+    """
+    return _bits(_words(like, key, coin // 2), coin % 2, check_rate("theta", theta), torch.float32) != 0
+
+
+class _Mix(torch.autograd.Function):
+    """sum_i Theta_i x_i. Only the key is saved; `_Unmix` is its adjoint, so every order of gradient works."""
+
+    @staticmethod
+    def forward(ctx: Any, key: int, thetas: tuple[float, ...], *tensors: Tensor) -> Tensor:
+        ctx.key, ctx.thetas = key, thetas
+        total: Tensor | None = None
+        for x, bits in zip(tensors, _all_bits(tensors[0], thetas, key), strict=True):
+            if total is None:  # a copy, so that the input is never returned as the output
+                total = x.clone() if bits is None else _present(x, bits)
+            else:
+                total += x if bits is None else _present(x, bits)
+        assert total is not None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_Unmix.apply(grads[0], ctx.key, ctx.thetas, tuple(ctx.needs_input_grad[2:]))
+
+
+class _Unmix(torch.autograd.Function):
+    """g to (Theta_1 g, Theta_2 g, ...): the gradients of `_Mix`, None where not needed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, key: int, thetas: tuple[float, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        ctx.key, ctx.thetas, ctx.needed = key, thetas, needed
+        parts = zip(_all_bits(grad, thetas, key), needed, strict=True)
+        return tuple((grad.clone() if bits is None else _present(grad, bits)) if need else None for bits, need in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        like = next((grad for grad in grads if grad is not None), None)
+        if like is None:
+            return None, None, None, None
+        filled = [torch.zeros_like(like) if grad is None else grad for grad in grads]
+        return mix(filled, ctx.thetas, ctx.key), None, None, None
+
+
+def mix(tensors: Sequence[Tensor], thetas: Sequence[float], key: int | None) -> Tensor:
+    """Y = sum_i Theta_i * F_i, each Theta_i an independent Bernoulli(theta_i) per unit (Swapout, eq. 2).
+
+    Args:
+        tensors: N >= 1 tensors of one shape, dtype and device.
+        thetas: N probabilities in [0, 1].
+        key: 64-bit key of the draw; None gives the expectation, sum_i theta_i F_i.
+
+    Raises:
+        ConfigError: no tensors, unequal shapes, another number of thetas than tensors, or a theta outside [0, 1].
+    """
+    if not tensors or len(tensors) != len(thetas):
+        raise ConfigError(f"{len(tensors)} tensors and {len(thetas)} thetas were given; give one theta per tensor")
+    for i, (x, theta) in enumerate(zip(tensors, thetas, strict=True), start=1):
+        check_rate(f"theta_{i}", theta)
+        if x.shape != tensors[0].shape:
+            raise ConfigError(
+                f"tensor {i} has shape {tuple(x.shape)}, the first {tuple(tensors[0].shape)}; shapes must agree"
+            )
+    if key is None:
+        total = _scaled(tensors[0], thetas[0])
+        for x, theta in zip(tensors[1:], thetas[1:], strict=True):
+            total = total + _scaled(x, theta)
+        return total
+    result: Any = _Mix.apply(key, tuple(thetas), *tensors)
+    return result
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+def swapout(x: Tensor, branch: Tensor, theta_1: float, theta_2: float, key: int | None) -> Tensor:
+    """Y = Theta_1 * X + Theta_2 * F(X), independent masks (Swapout, eq. 3). Arguments as in `mix`."""
+    return mix((x, branch), (theta_1, theta_2), key)
+
+
+class _Select(torch.autograd.Function):
+    """Theta a + (1 - Theta) b; `_Divide` is its adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, theta: float, key: int) -> Tensor:
+        ctx.coin = (theta, key)
+        bits = _bits(_words(a, key, 0), 0, theta, a.dtype)
+        return torch.add(_present(a, bits), _present(b, bits.bitwise_not_()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Divide.apply(grads[0], *ctx.coin), None, None
+
+
+class _Divide(torch.autograd.Function):
+    """g to (Theta g, (1 - Theta) g): the gradients of `_Select`."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, theta: float, key: int) -> tuple[Tensor, Tensor]:
+        ctx.coin = (theta, key)
+        bits = _bits(_words(grad, key, 0), 0, theta, grad.dtype)
+        return _present(grad, bits), _present(grad, bits.bitwise_not_())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        return _Select.apply(grads[0], grads[1], *ctx.coin), None, None
+
+
+def skip_forward(x: Tensor, branch: Tensor, theta: float, key: int | None) -> Tensor:
+    """Every unit is either F(X), with probability `theta`, or X (SkipForward, Swapout eq. 4, complementary masks).
+
+    The paper's Theta multiplies X; here theta belongs to the branch, as all survival rates do. `key=None` gives the
+    expectation theta F(X) + (1 - theta) X.
+
+    Raises:
+        ConfigError: unequal shapes or a theta outside [0, 1].
+    """
+    check_rate("theta", theta)
+    if x.shape != branch.shape:
+        raise ConfigError(f"shortcut has shape {tuple(x.shape)}, branch {tuple(branch.shape)}; shapes must agree")
+    if key is None:
+        return _scaled(x, 1.0 - theta) + _scaled(branch, theta)
+    result: Any = _Select.apply(branch, x, theta, key)
+    return result
+
+
+def unit_dropout(x: Tensor, theta: float, key: int | None) -> Tensor:
+    """Y = Theta * X, not rescaled (Swapout, eq. 1); `key=None` gives the expectation theta X."""
+    return mix((x,), (theta,), key)
+
+
+def row_mask(rows: int, rate: float, key: int, device: torch.device | str = "cpu") -> Tensor:
+    """Bool Tensor[rows]: independent coins, True with probability `rate` (exact Bernoulli rows)."""
+    return unit_mask(torch.empty(rows, device=device), rate, key)
+
+
+def keep_rows(
+    x: Tensor,
+    shortcut: Callable[[Tensor], Tensor],
+    branch: Callable[[Tensor], Tensor],
+    rows: Rows,
+    scale: float = 1.0,
+) -> Tensor:
+    """shortcut(x), with scale * branch(x) added in a window of rows: only live rows enter the branch, as one batch.
+
+    Args:
+        x: Tensor[N, ...].
+        shortcut: maps Tensor[N, ...] to Tensor[N, ...]; always sees the whole batch.
+        branch: row-wise map (batch norm inside it sees the live rows only); not called if no row lives.
+        rows: the window, see `Rows`.
+        scale: factor of the branch.
+    """
+    total, live = x.shape[0], rows.live
+    skip = shortcut(x)
+    if live == 0:
+        return skip
+    if live == total:
+        return skip + _scaled(branch(x), scale)
+    end = rows.start + live
+    if end <= total:
+        out = _scaled(branch(x[rows.start : end]), scale) + skip[rows.start : end]
+        return torch.cat((skip[: rows.start], out, skip[end:]))
+    end -= total  # the window wraps around: rows start.. and ..end are live
+    out = _scaled(branch(torch.cat((x[:end], x[rows.start :]))), scale)
+    return torch.cat((skip[:end] + out[:end], skip[end : rows.start], skip[rows.start :] + out[end:]))

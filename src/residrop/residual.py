@@ -1,0 +1,34 @@
+"""The residual block: the only place where shortcut, branch and rule meet."""
+
+from torch import Tensor, nn
+
+from residrop.rules import ConstantDepth, Rule
+
+__all__ = ["Residual"]
+
+
+class Residual(nn.Module):
+    """y = post(rule(x, shortcut, branch)).
+
+    Args:
+        branch: the costly function F, Tensor[N, ...] to Tensor[N, ...]; knows nothing of rules.
+        shortcut: the always-present path with the branch's output shape; None is the identity.
+        rule: how the two are combined; None is `ConstantDepth()`.
+        post: applied to the result; None is nothing.
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        rule: Rule | None = None,
+        post: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+        self.rule = ConstantDepth() if rule is None else rule
+        self.post = nn.Identity() if post is None else post
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.post(self.rule(x, self.shortcut, self.branch))

@@ -1,0 +1,246 @@
+"""Draws: which blocks, rows and units are present in a step, as a pure function of (seed, step, block). No torch.
+
+Every coin comes from a counter-based hash of Python integers, so two calls with the same numbers agree: on every rank,
+under activation checkpointing, and after a resume. Nothing is read from or left in a random number generator, and
+nothing asks the device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Literal, NamedTuple
+
+from residrop.errors import ConfigError, PlanError
+from residrop.survival import Schedule
+
+__all__ = ["DepthSampler", "Draw", "Granularity", "Plan", "Rows", "Scope", "Site", "derive_key"]
+
+Granularity = Literal["block", "row", "unit"]
+Scope = Literal["shared", "per_rank"]
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of the SplitMix64 sequence
+_UNIT = 2.0**64
+_COINS, _KEYS = 1, 2
+_STREAMS = {"train": 3, "sample": 4}
+
+
+def _mix(z: int) -> int:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit integers."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def derive_key(*words: int) -> int:
+    """Hash integers of any size or sign (used modulo 2^64) to one 64-bit key; the order of the words matters."""
+    key = 0
+    for word in words:
+        key = _mix(((key ^ (word & _MASK)) + _GAMMA) & _MASK)
+    return key
+
+
+class Rows(NamedTuple):
+    """The live rows of a batch of n: the window start, start + 1, ..., start + live - 1, modulo n."""
+
+    start: int
+    live: int
+
+
+class Draw(NamedTuple):
+    """What one block is told for one step.
+
+    Attributes:
+        rates: survival rates or thetas in force at this step, in the order of the rule's own `rates`.
+        alive: the coin of a block-level rule; None for other granularities and for the expectation.
+        key: 64-bit key of row-level and unit-level randomness; None for the expectation.
+    """
+
+    rates: tuple[float, ...]
+    alive: bool | None = None
+    key: int | None = None
+
+    @property
+    def expected(self) -> bool:
+        """True if every coin is to be replaced by its mean."""
+        return self.alive is None and self.key is None
+
+    def rows(self, batch_size: int) -> Rows:
+        """Window of live rows in a batch of `batch_size` rows.
+
+        The number of rows is rates[0] * batch_size rounded up or down at random, so that its mean is exact for every
+        batch size; the start is uniform over the batch, so every row survives with probability rates[0].
+        """
+        if self.key is None:
+            raise PlanError("this draw has no key for rows; it was made for a block-level rule or an expectation")
+        if batch_size < 1:
+            return Rows(0, 0)
+        mean = self.rates[0] * batch_size
+        whole = floor(mean)
+        more = derive_key(self.key, 1) < (mean - whole) * _UNIT
+        return Rows((derive_key(self.key, 2) * batch_size) >> 64, whole + more)
+
+
+class Plan(NamedTuple):
+    """The draw of every block for one step: frozen data that can be made, kept and given by hand.
+
+    Attributes:
+        draws: one Draw per rule of the model, from input to output.
+        step: the step it was made for.
+    """
+
+    draws: tuple[Draw, ...]
+    step: int = 0
+
+    @classmethod
+    def of(cls, alive: Sequence[bool]) -> "Plan":
+        """Write a block-level plan by hand, one coin per block from input to output (rates are irrelevant then)."""
+        return cls(tuple(Draw((1.0,), alive=bool(coin)) for coin in alive))
+
+    @property
+    def live_blocks(self) -> int:
+        """Number of blocks whose coin is not down (row-level and unit-level blocks count as live)."""
+        return sum(draw.alive is not False for draw in self.draws)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the sampler knows of one rule.
+
+    Attributes:
+        rates: survival rates in [0, 1]; empty for a rule without randomness.
+        granularity: what one coin decides.
+        scope: `shared` ranks draw the same, `per_rank` ranks draw their own.
+    """
+
+    rates: tuple[float, ...]
+    granularity: Granularity = "block"
+    scope: Scope = "shared"
+
+
+class DepthSampler:
+    """Makes the plan of every step for the rules of one model, and hands each rule its draw.
+
+    Args:
+        sites: one per rule, from input to output.
+        seed: any integer; the same on all ranks.
+        warmup_steps: steps over which all rates fall linearly from 1 to their value.
+        rank: index of this process; enters only draws whose scope is `per_rank`.
+
+    The state is two integers, `seed` and `step` (the number of training steps drawn so far).
+    """
+
+    def __init__(self, sites: Sequence[Site], *, seed: int = 0, warmup_steps: int = 0, rank: int = 0) -> None:
+        given: object = seed
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise ConfigError(f"seed is {given!r}; give a whole number")
+        self.sites = tuple(sites)
+        self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), warmup_steps)
+        self.seed = seed
+        self.step = 0
+        self.rank = rank
+        self._plan: Plan | None = None
+        self._given = False  # a plan given by hand is obeyed in eval mode, too
+        self._sampled: int | None = None  # number of the next sampled pass; None outside `sampling`
+
+    def rates_at(self, step: int) -> list[tuple[float, ...]]:
+        """The rates of every site at training step `step`."""
+        flat = self.schedule.at(step)
+        rates: list[tuple[float, ...]] = []
+        taken = 0
+        for site in self.sites:
+            rates.append(flat[taken : taken + len(site.rates)])
+            taken += len(site.rates)
+        return rates
+
+    def plan(self, step: int | None = None, *, part: int = 0, stream: Literal["train", "sample"] = "train") -> Plan:
+        """The plan of a step: a pure function of its arguments, `seed`, `rank` and the sites.
+
+        Args:
+            step: training step (default: `self.step`), or number of the sampled pass.
+            part: micro-batch of an update. Block coins ignore it; rows and units of each part are drawn afresh.
+            stream: `train`, or `sample` for stochastic inference, which uses the final rates.
+        """
+        step = self.step if step is None else step
+        if stream == "train":
+            rates = self.rates_at(step)
+        else:
+            rates = [site.rates for site in self.sites]
+        code = _STREAMS[stream]
+        coins = derive_key(self.seed, code, _COINS, step)
+        keys = derive_key(self.seed, code, _KEYS, step, part)
+        own_coins = own_keys = None
+        draws: list[Draw] = []
+        counter = 0
+        for site, rate in zip(self.sites, rates, strict=True):
+            counter += _GAMMA
+            if not rate:
+                draws.append(_CONSTANT)
+            elif site.granularity == "block":
+                base = coins
+                if site.scope == "per_rank":
+                    base = own_coins = own_coins or derive_key(coins, self.rank)
+                draws.append(Draw(rate, alive=_mix((base + counter) & _MASK) < rate[0] * _UNIT))
+            else:
+                base = keys
+                if site.scope == "per_rank":
+                    base = own_keys = own_keys or derive_key(keys, self.rank)
+                draws.append(Draw(rate, key=_mix((base + counter) & _MASK)))
+        return Plan(tuple(draws), step)
+
+    def expectation(self, step: int | None = None) -> Plan:
+        """The plan in which every coin is its mean, at the rates of training step `step` (default: `self.step`)."""
+        step = self.step if step is None else step
+        return Plan(tuple(Draw(rate) for rate in self.rates_at(step)), step)
+
+    def state_dict(self) -> dict[str, int]:
+        """Two integers to save beside the optimizer: `seed` and `step`."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where the saved sampler stood."""
+        self.seed, self.step = state["seed"], state["step"]
+
+    # The rest is how a plan reaches the rules; `attach`, `using` and `sampling` call it.
+
+    def before_forward(self, training: bool) -> None:
+        """Called before every forward of the root module: make the plan of this pass."""
+        if self._given:
+            return
+        if self._sampled is not None:
+            self._plan = self.plan(self._sampled, stream="sample")
+            self._sampled += 1
+        elif training:
+            self._plan = self.plan()
+            self.step += 1
+
+    def draw(self, index: int, training: bool) -> Draw | None:
+        """The draw of rule `index`; None means expectation at the rule's own rates."""
+        if not (training or self._given or self._sampled is not None):
+            return None
+        if self._plan is None:
+            raise PlanError(
+                "a block in training mode was run before its root: call the module that residrop.attach was given, "
+                "or give a plan with residrop.using(model, plan)"
+            )
+        return self._plan.draws[index]
+
+    def give(self, plan: Plan | None) -> tuple[Plan | None, bool]:
+        """Obey `plan` until further notice (None: make plans again). Returns what `restore` takes."""
+        if plan is not None and len(plan.draws) != len(self.sites):
+            raise PlanError(f"the plan has {len(plan.draws)} draws, the model {len(self.sites)} rules; they must agree")
+        before = (self._plan, self._given)
+        self._plan, self._given = plan, plan is not None
+        return before
+
+    def restore(self, before: tuple[Plan | None, bool]) -> None:
+        """Undo `give`."""
+        self._plan, self._given = before
+
+    def start_sampling(self, first: int | None) -> int | None:
+        """Number sampled passes from `first` on (None: stop sampling). Returns the number to go back to."""
+        before, self._sampled = self._sampled, first
+        return before
+
+
+_CONSTANT = Draw((), alive=True)

@@ -1,0 +1,154 @@
+"""Survival rates p_l of the blocks l = 1..L, over depth and over training. No torch.
+
+A survival rate is the probability in [0, 1] that a block's branch (or a row or unit of it) is present. Every function
+of depth returns one float per block as a tuple, first block first. The papers' "linear" schedules differ and have
+different names here:
+
+- `linear_decay` interpolates from the *input* (rate 1, not a block) to the last block (Huang et al. 2016, eq. 4);
+- `linear` interpolates from the first block to the last (Singh et al. 2016, "Linear(a, b)").
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from residrop.errors import ConfigError
+
+__all__ = [
+    "Schedule",
+    "check_rate",
+    "expected_depth",
+    "explicit",
+    "linear",
+    "linear_decay",
+    "parse",
+    "uniform",
+]
+
+
+def check_rate(name: str, rate: object) -> float:
+    """Return `rate` as a float; raise ConfigError unless it is a number in [0, 1]."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise ConfigError(f"{name} is {rate!r}; give a number in [0, 1]")
+    if not 0.0 <= rate <= 1.0:  # NaN compares false and is refused here, too
+        raise ConfigError(f"{name} is {rate}; survival rates lie in [0, 1] (1 - drop rate)")
+    return float(rate)
+
+
+def _check_depth(depth: object) -> int:
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise ConfigError(f"depth is {depth!r}; give the number of residual blocks, a whole number of at least 1")
+    return depth
+
+
+def uniform(depth: int, rate: float) -> tuple[float, ...]:
+    """p_l = rate for all `depth` blocks (depth dropout, Guo & Gould; uniform mode of Huang et al.)."""
+    return (check_rate("rate", rate),) * _check_depth(depth)
+
+
+def linear_decay(depth: int, last: float = 0.5) -> tuple[float, ...]:
+    """p_l = 1 - l/L (1 - p_L), l = 1..L, with p_L = `last` (Huang et al. 2016, eq. 4).
+
+    >>> linear_decay(2, 0.5)
+    (0.75, 0.5)
+    """
+    depth, last = _check_depth(depth), check_rate("last", last)
+    # written so that the last block gets exactly `last`
+    return tuple(last + (1.0 - last) * (depth - block) / depth for block in range(1, depth + 1))
+
+
+def linear(depth: int, first: float = 1.0, last: float = 0.5) -> tuple[float, ...]:
+    """Interpolate from exactly `first` at block 1 to exactly `last` at block L (Singh et al. 2016, "Linear(a, b)").
+
+    One block alone gets `last`: it is the deepest block, where the schedules end.
+
+    >>> linear(3, 1.0, 0.5)
+    (1.0, 0.75, 0.5)
+    """
+    depth, first, last = _check_depth(depth), check_rate("first", first), check_rate("last", last)
+    if depth == 1:
+        return (last,)
+    return tuple((first * (depth - 1 - i) + last * i) / (depth - 1) for i in range(depth))
+
+
+def explicit(depth: int, rates: Sequence[float]) -> tuple[float, ...]:
+    """Take one given rate per block; raise ConfigError on a wrong length or a rate outside [0, 1]."""
+    _check_depth(depth)
+    if len(rates) != depth:
+        raise ConfigError(f"{len(rates)} survival rates were given for {depth} residual blocks; give one per block")
+    return tuple(check_rate(f"survival rate of block {i}", rate) for i, rate in enumerate(rates, start=1))
+
+
+def expected_depth(rates: Sequence[float]) -> float:
+    """Expected number of live blocks, sum of p_l.
+
+    >>> expected_depth(linear_decay(54, 0.5))
+    40.25
+    """
+    return math.fsum(explicit(len(rates), rates))
+
+
+_CALL = re.compile(r"\s*([a-z_]+)\s*\(([^()]*)\)\s*")
+_SCHEDULES = {
+    "uniform": (uniform, 1, "uniform(0.5)"),
+    "linear_decay": (linear_decay, 1, "linear_decay(0.5)"),
+    "linear": (linear, 2, "linear(1, 0.5)"),
+}
+
+
+def parse(spec: str | float | Sequence[float], depth: int) -> tuple[float, ...]:
+    """Read survival rates for `depth` blocks from what a user writes.
+
+    A number is uniform; a sequence, or numbers joined by commas, is one rate per block; a string names a schedule:
+    `"uniform(0.5)"`, `"linear_decay(0.5)"` or `"linear(1, 0.5)"`. Raises ConfigError on anything else.
+    """
+    if isinstance(spec, (int, float)):
+        return uniform(depth, spec)
+    if not isinstance(spec, str):
+        return explicit(depth, spec)
+    name, body = "", spec
+    if call := _CALL.fullmatch(spec):
+        name, body = call.groups()
+    allowed = "a rate such as 0.8, one rate per block such as 1,0.9,0.8, or " + ", ".join(
+        example for _, _, example in _SCHEDULES.values()
+    )
+    try:
+        numbers = [float(word) for word in body.split(",")]
+    except ValueError:
+        raise ConfigError(f"survival {spec!r} is not understood; give {allowed}") from None
+    if not name:
+        return uniform(depth, numbers[0]) if len(numbers) == 1 else explicit(depth, numbers)
+    if name not in _SCHEDULES:
+        raise ConfigError(f"survival schedule {name!r} is unknown; give {allowed}")
+    function, arity, example = _SCHEDULES[name]
+    if len(numbers) != arity:
+        raise ConfigError(f"survival {spec!r} has {len(numbers)} numbers; {name} takes {arity}, as in {example}")
+    return function(depth, *numbers)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Rates over depth *and* time: `at(step)` gives the rates in force at a training step.
+
+    Attributes:
+        rates: the final rates, one per coin (one per block for most rules, two per block for swapout).
+        warmup_steps: number of steps over which every rate falls linearly from 1 (step 0) to its final value (exact
+            from step `warmup_steps` on). 0 means no warm-up.
+    """
+
+    rates: tuple[float, ...]
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for i, rate in enumerate(self.rates, start=1):
+            check_rate(f"rate {i}", rate)
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps is {self.warmup_steps!r}; give a whole number of steps, at least 0")
+
+    def at(self, step: int) -> tuple[float, ...]:
+        """Rates at `step` (0 is the first step)."""
+        if step >= self.warmup_steps:
+            return self.rates
+        share = step / self.warmup_steps
+        return tuple(1.0 - (1.0 - rate) * share for rate in self.rates)
