@@ -7,6 +7,11 @@ from residrop.attach import using as using
 from residrop.catalogue import RULES as RULES
 from residrop.catalogue import make_rule as make_rule
 from residrop.errors import UsageError as UsageError
+from residrop.inference import Prediction as Prediction
+from residrop.inference import evaluate as evaluate
+from residrop.inference import predict as predict
+from residrop.models import create as create
+from residrop.models import list_models as list_models
 from residrop.residual import Residual as Residual
 from residrop.rules import ConstantDepth as ConstantDepth
 from residrop.rules import DepthDropout as DepthDropout

@@ -10,7 +10,7 @@ from residrop.errors import ConfigError, PlanError
 from residrop.rules import Rule
 from residrop.sampler import DepthSampler, Plan
 
-__all__ = ["attach", "rules_of", "sampler_of", "sampling", "using"]
+__all__ = ["attach", "depth_of", "expected_depth_of", "rules_of", "sampler_of", "sampling", "using"]
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -70,6 +70,16 @@ def sampler_of(model: nn.Module) -> DepthSampler:
             f"{type(model).__name__} has {found}; call residrop.attach(model, seed=...) on the whole model"
         )
     return next(iter(samplers.values()))
+
+
+def expected_depth_of(model: nn.Module) -> float:
+    """Expected number of live branches at the final rates, sum of p_l (units count by their share)."""
+    return sum(rule.branch_rate(rule.rates) for rule in rules_of(model))
+
+
+def depth_of(model: nn.Module, plan: Plan) -> float:
+    """Number of branches present under a plan (rows and units count by their rate)."""
+    return sum(rule.presence(draw) for rule, draw in zip(rules_of(model), plan.draws, strict=True))
 
 
 @contextmanager

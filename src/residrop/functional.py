@@ -8,6 +8,7 @@ that is not a multiple of 2^-16 is rounded to the nearest one (0 and 1 are exact
 All functions keep dtype, device and memory format, and take tensors of any rank with fewer than 2^31 elements.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -141,7 +142,7 @@ def mix(tensors: Sequence[Tensor], thetas: Sequence[float], key: int | None) -> 
     """Y = sum_i Theta_i * F_i, each Theta_i an independent Bernoulli(theta_i) per unit (Swapout, eq. 2).
 
     Args:
-        tensors: N >= 1 tensors of one shape, dtype and device.
+        tensors: N >= 1 tensors of one shape and device; unequal dtypes (autocast) are promoted as by addition.
         thetas: N probabilities in [0, 1].
         key: 64-bit key of the draw; None gives the expectation, sum_i theta_i F_i.
 
@@ -156,6 +157,8 @@ def mix(tensors: Sequence[Tensor], thetas: Sequence[float], key: int | None) -> 
             raise ConfigError(
                 f"tensor {i} has shape {tuple(x.shape)}, the first {tuple(tensors[0].shape)}; shapes must agree"
             )
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    tensors = [x.to(dtype) for x in tensors]
     if key is None:
         total = _scaled(tensors[0], thetas[0])
         for x, theta in zip(tensors[1:], thetas[1:], strict=True):
@@ -216,6 +219,8 @@ def skip_forward(x: Tensor, branch: Tensor, theta: float, key: int | None) -> Te
         raise ConfigError(f"shortcut has shape {tuple(x.shape)}, branch {tuple(branch.shape)}; shapes must agree")
     if key is None:
         return _scaled(x, 1.0 - theta) + _scaled(branch, theta)
+    dtype = torch.promote_types(x.dtype, branch.dtype)
+    x, branch = x.to(dtype), branch.to(dtype)
     result: Any = _Select.apply(branch, x, theta, key)
     return result
 

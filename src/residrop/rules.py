@@ -80,9 +80,17 @@ class Rule(nn.Module):
                 return draw
         elif self.training and self.rates:
             raise PlanError(
-                f"{type(self).__name__} has no coins: call residrop.attach(model, seed=...) once after building the model"
+                f"{type(self).__name__} has no coins: call residrop.attach(model, seed=...) once the model is built"
             )
         return Draw(self.rates)
+
+    def branch_rate(self, rates: tuple[float, ...]) -> float:
+        """Probability that the branch (or a unit of it) is present under these rates of the rule."""
+        return rates[0] if rates else 1.0
+
+    def presence(self, draw: Draw) -> float:
+        """Share of the branch that is present under a draw: 0 or 1 for block-level coins, else the rate."""
+        return float(draw.alive) if draw.alive is not None else self.branch_rate(draw.rates)
 
     @abstractmethod
     def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
@@ -201,6 +209,9 @@ class Swapout(_UnitRule):
     def __init__(self, theta_1: float, theta_2: float | None = None, scope: Scope | None = None) -> None:
         super().__init__((theta_1, theta_1 if theta_2 is None else theta_2), scope)
 
+    def branch_rate(self, rates: tuple[float, ...]) -> float:
+        return rates[1]
+
     def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
         draw = self.draw()
         return functional.swapout(shortcut(x), branch(x), draw.rates[0], draw.rates[1], draw.key)
@@ -220,6 +231,9 @@ class SkipForward(_UnitRule):
         _check_choice("of", of, Literal["branch", "shortcut"])
         super().__init__((theta,), scope)
         self.of: Literal["branch", "shortcut"] = of
+
+    def branch_rate(self, rates: tuple[float, ...]) -> float:
+        return rates[0] if self.of == "branch" else 1.0 - rates[0]
 
     def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
         draw = self.draw()
@@ -275,9 +289,12 @@ class Mix(_UnitRule):
     def __init__(self, thetas: tuple[float, ...], scope: Scope | None = None) -> None:
         if len(thetas) < 2:
             raise ConfigError(
-                f"Mix has {len(thetas)} thetas; give one for the shortcut, one for the branch, and one per earlier tensor"
+                f"Mix has {len(thetas)} thetas; give one for the shortcut, one for the branch, one per earlier tensor"
             )
         super().__init__(tuple(thetas), scope)
+
+    def branch_rate(self, rates: tuple[float, ...]) -> float:
+        return rates[1]
 
     def forward(self, x: Tensor, shortcut: Map, branch: Map, *earlier: Tensor) -> Tensor:
         draw = self.draw()

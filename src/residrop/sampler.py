@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import floor
 from typing import Literal, NamedTuple
 
-from residrop.errors import ConfigError, PlanError
-from residrop.survival import Schedule
+from residrop.errors import PlanError
+from residrop.survival import Schedule, check_whole
 
 __all__ = ["DepthSampler", "Draw", "Granularity", "Plan", "Rows", "Scope", "Site", "derive_key"]
 
@@ -97,11 +97,6 @@ class Plan(NamedTuple):
         """Write a block-level plan by hand, one coin per block from input to output (rates are irrelevant then)."""
         return cls(tuple(Draw((1.0,), alive=bool(coin)) for coin in alive))
 
-    @property
-    def live_blocks(self) -> int:
-        """Number of blocks whose coin is not down (row-level and unit-level blocks count as live)."""
-        return sum(draw.alive is not False for draw in self.draws)
-
 
 @dataclass(frozen=True)
 class Site:
@@ -131,12 +126,9 @@ class DepthSampler:
     """
 
     def __init__(self, sites: Sequence[Site], *, seed: int = 0, warmup_steps: int = 0, rank: int = 0) -> None:
-        given: object = seed
-        if isinstance(given, bool) or not isinstance(given, int):
-            raise ConfigError(f"seed is {given!r}; give a whole number")
         self.sites = tuple(sites)
         self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), warmup_steps)
-        self.seed = seed
+        self.seed = check_whole("seed", seed)
         self.step = 0
         self.rank = rank
         self._plan: Plan | None = None
@@ -162,10 +154,7 @@ class DepthSampler:
             stream: `train`, or `sample` for stochastic inference, which uses the final rates.
         """
         step = self.step if step is None else step
-        if stream == "train":
-            rates = self.rates_at(step)
-        else:
-            rates = [site.rates for site in self.sites]
+        rates = self.rates_at(step) if stream == "train" else [site.rates for site in self.sites]
         code = _STREAMS[stream]
         coins = derive_key(self.seed, code, _COINS, step)
         keys = derive_key(self.seed, code, _KEYS, step, part)

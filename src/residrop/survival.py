@@ -36,10 +36,16 @@ def check_rate(name: str, rate: object) -> float:
     return float(rate)
 
 
-def _check_depth(depth: object) -> int:
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ConfigError(f"depth is {depth!r}; give the number of residual blocks, a whole number of at least 1")
-    return depth
+def check_whole(name: str, value: object, least: int | None = None) -> int:
+    """Return `value` as an int; raise ConfigError unless it is a whole number (of at least `least`)."""
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        allowed = "a whole number" if least is None else f"a whole number of at least {least}"
+        raise ConfigError(f"{name} is {value!r}; give {allowed}")
+    return value
+
+
+def _check_depth(depth: int) -> int:
+    return check_whole("depth (the number of residual blocks)", depth, least=1)
 
 
 def uniform(depth: int, rate: float) -> tuple[float, ...]:
@@ -143,8 +149,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for i, rate in enumerate(self.rates, start=1):
             check_rate(f"rate {i}", rate)
-        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps is {self.warmup_steps!r}; give a whole number of steps, at least 0")
+        check_whole("warmup_steps", self.warmup_steps, least=0)
 
     def at(self, step: int) -> tuple[float, ...]:
         """Rates at `step` (0 is the first step)."""

@@ -1,0 +1,245 @@
+"""The command line: `residrop train | compare | evaluate | predict | recipes`."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+from rich.console import Console
+
+from residrop import commands
+from residrop.errors import ConfigError, UsageError
+from residrop.training import Interrupted, Recipe, Run, preset
+
+__all__ = ["main"]
+
+_HELP = """usage: residrop COMMAND [OPTIONS]
+
+Train residual networks whose blocks are randomly present, and predict with them.
+
+commands:
+  train      train one network, then evaluate it both ways     residrop train
+  compare    several rules, same data, seeds and schedule      residrop compare --rules constant swapout
+  evaluate   errors of a trained run, in expectation, sampled  residrop evaluate runs/digits-001
+  predict    class, probability, uncertainty of image files    residrop predict runs/digits-001 photo.png
+  recipes    list the papers' protocols, networks and rules    residrop recipes
+
+residrop COMMAND --help explains every option. Without options, train and compare use the digits that come with
+scikit-learn and take about a minute or a few on two cores.
+"""
+
+Flat = tyro.conf.OmitArgPrefixes
+Images = Annotated[tuple[Path, ...], tyro.conf.Positional]
+RunPath = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one network with randomly present blocks and evaluate it, in expectation and by sampling.
+
+    Start from a recipe and override any field: residrop train --recipe swapout/v2-20-w1 --data PATH --epochs 10.
+    Learning-rate drops are shares of the training, so fewer epochs keep the schedule's shape. Ctrl-C saves;
+    residrop train --resume --out RUN continues, and on the CPU gives the weights of an uninterrupted run.
+    """
+
+    settings: Flat[Recipe] = field(default_factory=Recipe)
+    recipe: str = "digits"
+    """Name of the preset the other options start from; residrop recipes lists them."""
+    out: Path | None = None
+    """Run directory (default: runs/RECIPE-001, -002, ...)."""
+    resume: bool = False
+    """Continue the run in --out; its recipe is read from there."""
+    json: str | None = None
+    """Write the results to this file as JSON (- for standard output)."""
+    quiet: bool = False
+    """Print the final table only."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several rules on the same data, seeds and schedule, and print them side by side.
+
+    The table has the columns of Table 1 of Swapout, both kinds of inference, and the training time relative to
+    constant depth. Finished runs are not trained again with --resume.
+    """
+
+    settings: Flat[Recipe] = field(default_factory=Recipe)
+    recipe: str = "digits"
+    """Name of the preset the other options start from; residrop recipes lists them."""
+    rules: tuple[str, ...] = ("constant", "stochastic-depth", "swapout", "skipforward", "dropout", "depth-dropout")
+    """Rules to compare. Each takes its paper's survival rates unless --survival is given."""
+    seeds: int = 1
+    """Number of seeds per rule, from --seed upwards."""
+    out: Path | None = None
+    """Directory for the runs, the table and the curves (default: runs/compare-RECIPE-001, ...)."""
+    resume: bool = False
+    """Continue the comparison in --out; finished runs are kept."""
+    json: str | None = None
+    """Write the rows to this file as JSON (- for standard output)."""
+    quiet: bool = False
+    """Print the final table only."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a trained run on its test images: in expectation (one pass) and averaged over sampled passes."""
+
+    run: RunPath
+    """Run directory."""
+    samples: int = 30
+    """Sampled passes; 0 leaves sampled inference out."""
+    data: str | None = None
+    """Another source of test images with the same classes."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    json: str | None = None
+    """Write the results to this file as JSON (- for standard output)."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict the classes of image files, with probability and uncertainty.
+
+    Uncertainty is the entropy of the averaged prediction; the randomness share is the part of it that comes from
+    the network's own randomness (mutual information), which is high for inputs unlike the training images.
+    """
+
+    run: RunPath
+    """Run directory."""
+    images: Images
+    """Image files (any format Pillow reads); resized and cropped to the size of the training images."""
+    samples: int = 30
+    """Sampled passes; 0 is one pass in expectation."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    json: str | None = None
+    """Write the predictions to this file as JSON (- for standard output)."""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List recipes (the papers' protocols), or show one in full."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """Recipe to show with all its fields."""
+    networks: bool = False
+    """List the networks instead."""
+    rules: bool = False
+    """List the rules instead."""
+    data: bool = False
+    """List the data sources instead."""
+    json: str | None = None
+    """Write the listing to this file as JSON (- for standard output)."""
+
+
+_Args = TypeVar("_Args")
+
+
+def _parse(kind: type[_Args], arguments: Sequence[str], prog: str, default: _Args | None = None) -> _Args:
+    """tyro, with its boxed errors turned into one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            if default is None:
+                return tyro.cli(kind, args=list(arguments), prog=prog)
+            return tyro.cli(kind, args=list(arguments), prog=prog, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        rows = [re.sub(r"[│╭╮╰╯─]+", " ", row).strip() for row in errors.getvalue().splitlines()]
+        said = [row for row in rows[1:] if row]
+        what = said[0] if said else "the command line is not understood"
+        hints = [row.split()[0] for row in said if row.startswith("--")]
+        close = f" (did you mean {' or '.join(hints[:3])}?)" if hints and "nrecognized" in what else ""
+        raise ConfigError(f"{what}{close}; see {prog} --help") from None
+
+
+def _peek(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that decides the defaults of all others."""
+    for i, word in enumerate(arguments):
+        if word == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if word.startswith(option + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _settings(arguments: Sequence[str]) -> tuple[str, Recipe]:
+    """Where the recipe's fields start from: the run to resume, or a preset."""
+    name = _peek(arguments, "--recipe") or "digits"
+    out = _peek(arguments, "--out")
+    if "--resume" in arguments and out and (Path(out) / "recipe.json").exists():
+        return name, Run.open(Path(out)).recipe()
+    return name, preset(name).recipe
+
+
+def _train(arguments: Sequence[str], prog: str) -> int:
+    name, recipe = _settings(arguments)
+    args = _parse(Train, arguments, prog, Train(settings=recipe, recipe=name))
+    if args.resume and args.out is None:
+        raise ConfigError("--resume needs the run to continue; add --out RUN")
+    out = args.out or commands.free_directory(args.recipe)
+    return commands.train_command(args.settings, out, args.resume, args.json, args.quiet)
+
+
+def _compare(arguments: Sequence[str], prog: str) -> int:
+    name, recipe = _settings(arguments)
+    args = _parse(Compare, arguments, prog, Compare(settings=recipe, recipe=name))
+    if args.resume and args.out is None:
+        raise ConfigError("--resume needs the comparison to continue; add --out DIRECTORY")
+    out = args.out or commands.free_directory(f"compare-{args.recipe}")
+    survival = args.settings.survival if _peek(arguments, "--survival") else None
+    base = args.settings.replace(survival=survival)
+    return commands.compare_command(base, args.rules, args.seeds, out, args.resume, args.json, args.quiet)
+
+
+def _evaluate(arguments: Sequence[str], prog: str) -> int:
+    args = _parse(Evaluate, arguments, prog)
+    return commands.evaluate_command(args.run, args.samples, args.data, args.device, args.json)
+
+
+def _predict(arguments: Sequence[str], prog: str) -> int:
+    args = _parse(Predict, arguments, prog)
+    return commands.predict_command(args.run, args.images, args.samples, args.device, args.json)
+
+
+def _recipes(arguments: Sequence[str], prog: str) -> int:
+    args = _parse(Recipes, arguments, prog)
+    what = next((name for name in ("networks", "rules", "data") if getattr(args, name)), "recipes")
+    return commands.recipes_command(args.name, what, args.json)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
+    "train": _train,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "recipes": _recipes,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0, 2 for bad input, 130 for Ctrl-C)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command not in _COMMANDS:
+            raise ConfigError(f"command {command!r} is unknown; choose one of {', '.join(_COMMANDS)}")
+        return _COMMANDS[command](rest, f"residrop {command}")
+    except UsageError as error:
+        print(f"residrop: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        Console(stderr=True).print(str(error), highlight=False)
+        return 130
+    except KeyboardInterrupt:
+        print("residrop: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,280 @@
+"""What the commands of the command line do, once their arguments are read."""
+
+import dataclasses
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from residrop.attach import expected_depth_of
+from residrop.catalogue import RULES, entry_of
+from residrop.data import sources
+from residrop.data.read import read_images
+from residrop.errors import ConfigError, DataError, RunError
+from residrop.inference import Evaluation, evaluate, predict
+from residrop.models import list_models
+from residrop.training import PRESETS, Outcome, Recipe, Run, load_run, preset, train
+from residrop.training.checkpoint import write_json
+from residrop.training.logbook import Meter, draw_curves
+from residrop.training.loop import choose_device, loader_of_run, precision_context
+
+__all__ = [
+    "compare_command",
+    "evaluate_command",
+    "free_directory",
+    "predict_command",
+    "recipes_command",
+    "train_command",
+]
+
+
+def free_directory(name: str) -> Path:
+    """The first of runs/NAME-001, runs/NAME-002, ... that does not exist."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    taken = {path.name for path in Path("runs").glob(f"{stem}-*")}
+    number = 1
+    while f"{stem}-{number:03d}" in taken:
+        number += 1
+    return Path("runs") / f"{stem}-{number:03d}"
+
+
+def _write(target: str | None, value: object) -> None:
+    if target == "-":
+        print(json.dumps(value, indent=2))
+    elif target is not None:
+        path = Path(target)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, value)
+        except OSError as error:
+            raise ConfigError(f"--json {target} cannot be written ({error.strerror}); give another file") from None
+
+
+def _console(target: str | None) -> Console:
+    """Tables go to standard output, unless that is where the JSON goes."""
+    return Console(stderr=target == "-", highlight=False)
+
+
+def _show(console: Console, title: str, found: Evaluation, facts: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("inference", "error", "± se", "NLL", "ECE"):
+        table.add_column(name, justify="left" if name == "inference" else "right")
+    rows = [("deterministic (expectation)", found.deterministic)]
+    if found.sampled:
+        rows.append((f"sampled ({found.samples} passes)", found.sampled))
+    for name, scores in rows:
+        table.add_row(name, f"{scores.error:.2f}%", f"{scores.error_se:.2f}", f"{scores.nll:.4f}", f"{scores.ece:.2f}%")
+    console.print(table)
+    if found.single_pass_error is not None and found.probability_se is not None:
+        spread = f" ± {found.single_pass_error_se:.2f}" if found.single_pass_error_se is not None else ""
+        facts = {
+            "single sampled pass": f"{found.single_pass_error:.2f}{spread}% error (mean ± standard error over passes)",
+            "standard error of a probability": f"{found.probability_se:.4f} (mean over {found.images} images)",
+            **facts,
+        }
+    for name, value in facts.items():
+        console.print(f"{name}: {value}")
+
+
+def train_command(recipe: Recipe, out: Path, resume: bool, target: str | None, quiet: bool) -> int:
+    """Train, show the evaluation table, write JSON."""
+    outcome = train(recipe, out, resume=resume, quiet=quiet)
+    facts = {
+        "parameters": f"{outcome.parameters:,}",
+        "expected depth": f"{outcome.expected_depth:.2f} blocks",
+        "training time": f"{outcome.train_seconds:.1f} s",
+        "run": str(out),
+    }
+    _show(_console(target), f"{recipe.network}, {recipe.rule}, {recipe.data}", outcome.evaluation, facts)
+    _write(target, outcome.to_dict())
+    return 0
+
+
+def compare_command(
+    base: Recipe, rules: Sequence[str], seeds: int, out: Path, resume: bool, target: str | None, quiet: bool
+) -> int:
+    """Train every rule with every seed, print the table, draw the curves."""
+    if not rules or seeds < 1:
+        raise ConfigError(f"{len(rules)} rules and {seeds} seeds were given; compare at least one of each")
+    recipes = [_for_rule(base, rule) for rule in dict.fromkeys(rules)]
+    if (out / "compare.json").exists() and not resume:
+        raise RunError(f"{out} already holds a comparison; continue it with --resume, or choose another --out")
+    console = _console(target)
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for recipe in recipes:
+        outcomes: list[Outcome] = []
+        for seed in range(base.seed, base.seed + seeds):
+            if not quiet:
+                Console(stderr=True).print(f"[bold]{recipe.rule}[/bold], seed {seed}", highlight=False)
+            path = out / f"{recipe.rule}-seed{seed}"
+            outcomes.append(train(recipe.replace(seed=seed), path, resume=resume, quiet=quiet))
+        rows.append(_row(recipe.rule, outcomes))
+        curves[recipe.rule] = outcomes[0].history
+    constant = next((row["train_seconds"] for row in rows if row["rule"] == "constant"), None)
+    for row in rows:
+        row["relative_time"] = row["train_seconds"] / constant if constant else None
+    _show_rows(console, f"{base.network}, {base.data}, {base.epochs} epochs, {seeds} seed(s)", rows, seeds)
+    draw_curves(out / "curves.png", curves, f"{base.network}, {base.data}")
+    console.print(f"curves: {out / 'curves.png'}")
+    write_json(out / "compare.json", rows)
+    _write(target, rows)
+    return 0
+
+
+def _for_rule(base: Recipe, rule: str) -> Recipe:
+    """The base recipe under another rule; options that the rule does not take are left out."""
+    options = entry_of(rule).options
+    free = {name: None for name in ("theta_2", "granularity", "rescale") if name not in options}
+    return base.replace(rule=rule, **free, **({"survival": None} if rule == "constant" else {}))
+
+
+def _row(rule: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    found = [outcome.to_dict() for outcome in outcomes]
+
+    def mean(key: str) -> float | None:
+        values = [value[key] for value in found]
+        return None if None in values else statistics.fmean(values)
+
+    row: dict[str, Any] = {**found[0], "rule": rule}
+    for key in ("deterministic_error", "sampled_error"):
+        values = [value[key] for value in found]
+        row[key] = mean(key)
+        row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 and None not in values else None
+    row["train_seconds"] = mean("train_seconds")
+    row["details"] = [value["details"] for value in found]
+    return row
+
+
+def _show_rows(console: Console, title: str, rows: Sequence[dict[str, Any]], seeds: int) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("rule", "parameters", "deterministic", "sampled", "time", "expected depth"):
+        table.add_column(name, justify="left" if name == "rule" else "right")
+    for row in rows:
+
+        def percent(key: str, row: dict[str, Any] = row) -> str:
+            spread = f" ± {row[f'{key}_std']:.2f}" if seeds > 1 and row[f"{key}_std"] is not None else ""
+            return "-" if row[key] is None else f"{row[key]:.2f}{spread}%"
+
+        table.add_row(
+            row["rule"],
+            f"{row['parameters']:,}",
+            percent("deterministic_error"),
+            percent("sampled_error"),
+            f"{row['relative_time']:.2f}x" if row["relative_time"] else f"{row['train_seconds']:.0f} s",
+            f"{row['expected_depth']:.2f}",
+        )
+    console.print(table)
+    console.print("errors on the test images; time is training time relative to constant depth")
+
+
+def evaluate_command(path: Path, samples: int, data: str | None, device: str, target: str | None) -> int:
+    """Evaluate a run, both ways."""
+    run, model = load_run(path)
+    recipe, place = run.recipe(), choose_device(device)
+    model = model.to(place)
+    loader = loader_of_run(run, data, place)
+    progress = Console(stderr=True)
+    with precision_context(recipe, place)(), Meter(loader.num_images, 0, "evaluating", console=progress) as meter:
+        found = evaluate(model, loader.eval_batches(), samples, on_batch=lambda done: meter.step(done, "", 0.0))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    seconds = _train_seconds(run)
+    outcome = Outcome(run, found, parameters, seconds, expected_depth_of(model), [])
+    facts = {"parameters": f"{parameters:,}", "expected depth": f"{outcome.expected_depth:.2f} blocks"}
+    _show(_console(target), f"{path}: {recipe.network}, {recipe.rule}", found, facts)
+    _write(target, outcome.to_dict())
+    return 0
+
+
+def _train_seconds(run: Run) -> float:
+    lines = (run.path / "metrics.jsonl").read_text().splitlines() if (run.path / "metrics.jsonl").exists() else []
+    return float(sum(json.loads(line)["seconds"] for line in lines))
+
+
+def predict_command(path: Path, images: Sequence[Path], samples: int, device: str, target: str | None) -> int:
+    """Classify image files."""
+    if not images:
+        raise DataError("no image files were given; name at least one")
+    run, model = load_run(path)
+    recipe, place, dataset = run.recipe(), choose_device(device), run.dataset()
+    pixels = read_images(images, size=dataset["size"], channels=dataset["channels"])
+    model, normalization = model.to(place), run.normalization().to(place)
+    rows: list[dict[str, Any]] = []
+    with precision_context(recipe, place)():
+        for first in range(0, len(pixels), 256):
+            batch = pixels[first : first + 256].to(place)
+            found = predict(model, normalization(batch), samples)
+            best = found.classes
+            values = torch.stack(
+                (
+                    found.probabilities.gather(1, best[:, None]).squeeze(1),
+                    found.standard_error.gather(1, best[:, None]).squeeze(1),
+                    found.entropy,
+                    found.mutual_information,
+                )
+            )
+            for file, number, (p, se, entropy, information) in zip(
+                images[first : first + 256], best.tolist(), values.T.tolist(), strict=True
+            ):
+                rows.append(
+                    {
+                        "file": str(file),
+                        "class": dataset["classes"][number],
+                        "probability": p,
+                        "standard_error": se,
+                        "entropy": entropy,
+                        "mutual_information": information,
+                        "samples": samples,
+                    }
+                )
+    table = Table(title=f"{path}, {f'{samples} sampled passes' if samples else 'expectation'}", title_justify="left")
+    for name in ("file", "class", "probability", "± se", "uncertainty (nats)", "of it randomness"):
+        table.add_column(name, justify="left" if name in ("file", "class") else "right")
+    for row in rows:
+        numbers = (f"{row[key]:.3f}" for key in ("probability", "standard_error", "entropy", "mutual_information"))
+        table.add_row(row["file"], row["class"], *numbers)
+    _console(target).print(table)
+    _write(target, rows)
+    return 0
+
+
+def recipes_command(name: str | None, what: str, target: str | None) -> int:
+    """List recipes, networks, rules or data sources, or show one recipe."""
+    console = _console(target)
+    if name is not None:
+        chosen = preset(name)
+        console.print(f"[bold]{name}[/bold]: {chosen.title}")
+        if chosen.published is not None:
+            console.print(f"published test error: {chosen.published}%")
+        if chosen.note:
+            console.print(f"where the paper is silent: {chosen.note}")
+        for key, value in chosen.recipe.to_dict().items():
+            console.print(f"  {key}: {value}", markup=False)
+        console.print(f"residrop train --recipe {name}", markup=False)
+        _write(target, {"name": name, **dataclasses.asdict(chosen)})
+        return 0
+    if what == "recipes":
+        rows = [(key, one.title, "" if one.published is None else f"{one.published}%") for key, one in PRESETS.items()]
+        headings = ("recipe", "what it is", "published error")
+    else:
+        listing = {
+            "networks": list_models,
+            "rules": lambda: {key: e.title for key, e in RULES.items()},
+            "data": sources,
+        }
+        rows = list(listing[what]().items())
+        headings = (what, "what it is")
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    _write(target, [dict(zip(headings, row, strict=True)) for row in rows])
+    return 0

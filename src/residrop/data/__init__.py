@@ -1,0 +1,26 @@
+"""Images from a source to normalised, augmented batches on a device.
+
+`load` finds and decodes, `fit` computes the normalisation of the training images, `augmentation` names the random
+crops and flips, `Loader` gives the batches.
+"""
+
+from residrop.data.augment import Augmentation, augmentation, augmentations
+from residrop.data.loader import Loader
+from residrop.data.normalize import Normalization, NormalizationMode, fit
+from residrop.data.sources import load, sources
+from residrop.data.splits import Files, Images, Splits
+
+__all__ = [
+    "Augmentation",
+    "Files",
+    "Images",
+    "Loader",
+    "Normalization",
+    "NormalizationMode",
+    "Splits",
+    "augmentation",
+    "augmentations",
+    "fit",
+    "load",
+    "sources",
+]

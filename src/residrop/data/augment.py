@@ -1,0 +1,164 @@
+"""Random crops and flips of whole batches, on the device: draw first, then apply."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from residrop.errors import ConfigError
+
+__all__ = ["Augmentation", "Crop", "Draw", "augmentation", "augmentations"]
+
+Crop = Literal["none", "image", "batch", "resized"]
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The outcome of all draws for one batch of n images.
+
+    Attributes:
+        top: int64 `Tensor[n]` or, for one crop of the whole batch, `Tensor[1]`; first row of the crop in the padded
+            image, 0..2*pad. None without crops.
+        left: the same for columns.
+        flip: bool `Tensor[n]`, which images are mirrored after the crop; None without flips.
+    """
+
+    top: Tensor | None
+    left: Tensor | None
+    flip: Tensor | None
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random translation and mirroring of normalised images.
+
+    Attributes:
+        flip: mirror left-right with probability 1/2, every image for itself.
+        crop: "none"; "image", every image has its own crop; "batch", all images of a mini-batch share one;
+            "resized", random area and aspect ratio, resized to the full side (for `Files`, done while decoding).
+        pad: zeros added on every side before a crop of the old size, in pixels. They are added after
+            normalisation, so they are the mean colour, not black.
+
+    Raises:
+        ConfigError: for an unknown crop or a pad below 0.
+    """
+
+    flip: bool
+    crop: Crop
+    pad: int = 4
+
+    def __post_init__(self) -> None:
+        if self.crop not in get_args(Crop):
+            raise ConfigError(f"crop={self.crop!r}: allowed are {', '.join(get_args(Crop))}")
+        if self.pad < 0:
+            raise ConfigError(f"pad={self.pad}: must be at least 0 pixels; 0 moves nothing")
+
+    def draw(self, n: int, generator: torch.Generator) -> Draw:
+        """Draw for n images: rows, columns, then flips, uniformly and on the generator's device."""
+        top = left = flip = None
+        device = generator.device
+        if self.crop in ("image", "batch"):
+            shape = (2, n if self.crop == "image" else 1)
+            top, left = torch.randint(2 * self.pad + 1, shape, generator=generator, device=device)
+        if self.flip:
+            flip = torch.rand(n, generator=generator, device=device) < 0.5
+        return Draw(top, left, flip)
+
+    def apply(self, x: Tensor, draw: Draw) -> Tensor:
+        """Return `x` cropped and flipped as `draw` says; see `__call__`."""
+        _, _, height, width = x.shape
+        if self.crop == "resized":
+            raise ConfigError("crop='resized': works only while files are decoded; use 'image' or 'batch'")
+        if draw.top is not None and draw.left is not None:
+            if self.pad > min(height, width):
+                raise ConfigError(f"pad={self.pad}: images of {height}x{width} allow at most {min(height, width)}")
+            if self.crop == "image":
+                return _crop_each(x, self.pad, draw.top, draw.left, draw.flip)
+            x = _shift_all(x, int(draw.top) - self.pad, int(draw.left) - self.pad)
+        if draw.flip is not None:
+            x = torch.where(draw.flip.to(x.device).reshape(-1, 1, 1, 1), x.flip(3), x)
+        return x
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch; the result depends on `x` and the generator's state only.
+
+        Args:
+            x: float `Tensor[n, C, H, W]`, normalised.
+            generator: source of all randomness; one on the CPU gives the same draws for every device.
+
+        Returns:
+            A tensor of the shape, dtype, device and memory format of `x`; `x` itself is not changed.
+
+        Raises:
+            ConfigError: if `pad` is larger than the images, or the crop is "resized".
+        """
+        return self.apply(x, self.draw(len(x), generator))
+
+
+def _crop_each(x: Tensor, pad: int, top: Tensor, left: Tensor, flip: Tensor | None) -> Tensor:
+    """Crop, and flip, every image for itself by one gather of pixels (all channels of a pixel together)."""
+    n, channels, height, width = x.shape
+    device = x.device
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))  # [n, H + 2 pad, W + 2 pad, C]
+    columns = torch.arange(width, device=device).expand(n, width)
+    if flip is not None:
+        columns = torch.where(flip.to(device).unsqueeze(1), width - 1 - columns, columns)
+    columns = columns + left.to(device).unsqueeze(1)  # [n, W]
+    rows = torch.arange(height, device=device) + top.to(device).unsqueeze(1)  # [n, H]
+    rows = rows + torch.arange(n, device=device).unsqueeze(1) * (height + 2 * pad)  # rows of the whole batch
+    index = rows.unsqueeze(2) * (width + 2 * pad) + columns.unsqueeze(1)  # [n, H, W]
+    pixels = padded.reshape(-1, channels).index_select(0, index.flatten())
+    return _like(x, pixels.reshape(n, height, width, channels).permute(0, 3, 1, 2))
+
+
+def _shift_all(x: Tensor, down: int, right: int) -> Tensor:
+    """Crop all images alike by copying one slice: row r of the result is row r + down of `x`, or zeros."""
+    _, _, height, width = x.shape
+    result = torch.zeros_like(x)
+    rows, columns = height - abs(down), width - abs(right)
+    to_row, to_column = max(0, -down), max(0, -right)
+    row, column = max(0, down), max(0, right)
+    source = x[:, :, row : row + rows, column : column + columns]
+    result[:, :, to_row : to_row + rows, to_column : to_column + columns] = source
+    return result
+
+
+def _like(x: Tensor, result: Tensor) -> Tensor:
+    # One channel fits both formats; contiguous() then leaves the data alone.
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return result.contiguous(memory_format=torch.channels_last)
+    return result.contiguous()
+
+
+_NAMED = {
+    "none": Augmentation(flip=False, crop="none", pad=0),
+    "flip": Augmentation(flip=True, crop="none", pad=0),
+    "crop": Augmentation(flip=True, crop="image"),
+    "batch-crop": Augmentation(flip=True, crop="batch"),
+    "shift": Augmentation(flip=False, crop="image", pad=1),
+    "resized-crop": Augmentation(flip=True, crop="resized", pad=0),
+}
+
+
+def augmentation(name: str) -> Augmentation:
+    """Return a named augmentation.
+
+    Args:
+        name: "none"; "flip"; "crop", each image translated by up to 4 pixels, and flips (He et al., Huang et al.);
+            "batch-crop", one translation by up to 4 pixels for the mini-batch, and flips by image (Swapout);
+            "shift", each image translated by 1 pixel, no flips (digits); "resized-crop", random area and aspect
+            ratio, and flips (ImageNet, for `Files`).
+
+    Raises:
+        ConfigError: for another name.
+    """
+    if name not in _NAMED:
+        raise ConfigError(f"augmentation {name!r}: allowed are {', '.join(_NAMED)}")
+    return _NAMED[name]
+
+
+def augmentations() -> tuple[str, ...]:
+    """Return the names that `augmentation` knows."""
+    return tuple(_NAMED)

@@ -1,0 +1,164 @@
+"""Batches as a pure function of (seed, epoch, batch number), so that a resumed run sees what it would have seen."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from residrop.data.augment import Augmentation
+from residrop.data.normalize import Normalization
+from residrop.data.seeds import generator_for, mix
+from residrop.data.splits import Files, Images
+from residrop.data.streaming import check_streamable, stream
+from residrop.errors import ConfigError
+
+__all__ = ["Loader"]
+
+_ORDER, _AUGMENT, _STREAM = 1, 2, 3  # first words of the seeds: one purpose never repeats another's draw
+
+
+class Loader:
+    """Batches of normalised, augmented images on a device.
+
+    Batch b of epoch e, its order as well as its augmentation, is a function of (seed, e, b) alone: there is no
+    generator whose state a checkpoint would have to keep, and draws are the same for every device.
+
+    `Images` live on the device and no Python code runs per image. `Files` are decoded by worker processes.
+
+    The last batch of an epoch may be smaller. If it were a single image (and `batch_size` is not 1) it is left
+    out of training, since batch normalisation has no variance of one image; evaluation always covers all images.
+
+    Attributes:
+        num_images: N, the number of images.
+        steps_per_epoch: number of batches that `train_batches` gives from the start of an epoch.
+    """
+
+    def __init__(
+        self,
+        images: Images | Files,
+        *,
+        batch_size: int,
+        normalization: Normalization,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        channels_last: bool = True,
+        drop_last: bool = False,
+        workers: int = 2,
+    ) -> None:
+        """Move the images to the device, if they are in memory.
+
+        Args:
+            images: what to give out.
+            batch_size: images per batch, at least 1.
+            normalization: applied before augmentation; see `residrop.data.fit`.
+            augmentation: of training batches only; None for none. `Files` allow crop "none" and "resized".
+            seed: any whole number.
+            device: of the batches.
+            channels_last: whether batches have the memory format `torch.channels_last`.
+            drop_last: leave out every incomplete last batch in training.
+            workers: processes that decode `Files`; 0 decodes in this process. Unused for `Images`.
+
+        Raises:
+            ConfigError: if an argument is out of range or does not fit the images.
+        """
+        _check(images, batch_size, workers, normalization)
+        self.num_images = len(images)
+        self._batch_size, self._seed, self._workers = batch_size, seed, workers
+        self._device = torch.device(device)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._normalization = normalization.to(self._device)
+        self._augmentation = augmentation
+        if isinstance(images, Files):
+            check_streamable(augmentation)
+            self._images: Images | Files = images
+        else:
+            pixels, labels = images.pixels.to(self._device), images.labels.to(self._device)
+            self._images = Images(pixels, labels)
+        full, rest = divmod(self.num_images, batch_size)
+        self.steps_per_epoch = full + (rest > 1 and not drop_last)
+
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the shuffled, augmented batches of an epoch from batch number `start` on.
+
+        Args:
+            epoch: any whole number; every epoch has an order of its own.
+            start: 0 to `steps_per_epoch`; the batches are those of ``train_batches(epoch)`` without the first
+                `start`, bit for bit.
+
+        Returns:
+            An iterator over (x, labels): float32 `Tensor[n, C, H, W]` and int64 `Tensor[n]` on the device.
+
+        Raises:
+            ConfigError: if `start` is out of range or an epoch would have no batch at all.
+            DataError: from the iterator, if an image of `Files` is damaged.
+        """
+        if self.steps_per_epoch == 0:
+            message = f"batch_size={self._batch_size}: {self.num_images} images make no batch to train on"
+            raise ConfigError(f"{message}; use a smaller batch or more images")
+        if not 0 <= start <= self.steps_per_epoch:
+            raise ConfigError(f"start={start}: must be in 0..{self.steps_per_epoch}, the batches of an epoch")
+        order = torch.randperm(self.num_images, generator=generator_for(_ORDER, self._seed, epoch))
+        numbers = range(start, self.steps_per_epoch)
+        if isinstance(self._images, Files):
+            return self._streamed(self._images, order, numbers, self._augmentation, epoch)
+        return self._resident(self._images, order, numbers, epoch)
+
+    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give all images once, in their own order, without augmentation; batches as of `train_batches`."""
+        numbers = range(-(-self.num_images // self._batch_size))
+        if isinstance(self._images, Files):
+            return self._streamed(self._images, torch.arange(self.num_images), numbers, None, 0)
+        return self._in_order(self._images, numbers)
+
+    def _slice(self, number: int) -> slice:
+        return slice(number * self._batch_size, (number + 1) * self._batch_size)
+
+    def _finish(self, pixels: Tensor) -> Tensor:
+        # The format is set on the bytes, where the copy is cheapest; everything after keeps it.
+        return self._normalization(pixels.contiguous(memory_format=self._format))
+
+    def _resident(self, images: Images, order: Tensor, numbers: range, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = order.to(self._device)
+        for number in numbers:
+            index = order[self._slice(number)]
+            x = self._finish(images.pixels.index_select(0, index))
+            if self._augmentation is not None:
+                x = self._augmentation(x, generator_for(_AUGMENT, self._seed, epoch, number))
+            yield x, images.labels.index_select(0, index)
+
+    def _in_order(self, images: Images, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in numbers:
+            part = self._slice(number)
+            yield self._finish(images.pixels[part]), images.labels[part]
+
+    def _streamed(
+        self, files: Files, order: Tensor, numbers: range, augmentation: Augmentation | None, epoch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = stream(
+            files,
+            [order[self._slice(number)].tolist() for number in numbers],
+            augmentation=augmentation,
+            seed=mix(_STREAM, self._seed),
+            epoch=epoch,
+            workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+        )
+        for pixels, labels in batches:
+            pixels = pixels.to(self._device, non_blocking=True)
+            yield self._finish(pixels), labels.to(self._device, non_blocking=True)
+
+
+def _check(images: Images | Files, batch_size: int, workers: int, normalization: Normalization) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+    if workers < 0:
+        raise ConfigError(f"workers={workers}: must be at least 0; 0 decodes in this process")
+    if len(images) == 0:
+        raise ConfigError("images: none; a loader needs at least 1")
+    shape = (3, images.size, images.size) if isinstance(images, Files) else tuple(images.pixels.shape[1:])
+    mean = tuple(normalization.mean.shape)
+    if mean not in (shape, (shape[0], 1, 1)):
+        raise ConfigError(
+            f"normalization of shape {mean}: the images are {shape}; fit it on training images of this shape"
+        )

@@ -1,0 +1,133 @@
+"""Decoding of `Files` in worker processes, batch by batch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from residrop.data.augment import Augmentation
+from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw
+from residrop.data.seeds import generator_for
+from residrop.data.splits import Files
+from residrop.errors import ConfigError, DataError
+
+__all__ = ["check_streamable", "resized_crop_box", "stream"]
+
+_ATTEMPTS = 10  # boxes tried before the central one, as fb.resnet.torch and torchvision do
+_AREA = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+
+_Decoded = tuple[Tensor, int] | str  # a string is an error on its way to the main process
+
+
+def check_streamable(augmentation: Augmentation | None) -> None:
+    """Raise ConfigError for an augmentation that `Files` do not support."""
+    if augmentation is not None and augmentation.crop not in ("none", "resized"):
+        raise ConfigError(
+            f"crop={augmentation.crop!r}: images read batch by batch allow 'none' and 'resized'; use 'resized-crop'"
+        )
+
+
+def resized_crop_box(width: int, height: int, uniforms: Sequence[float]) -> tuple[int, int, int, int]:
+    """Choose the box of a random resized crop: area 8 % to 100 % of the image, aspect ratio 3/4 to 4/3.
+
+    Args:
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        uniforms: numbers in [0, 1), four for every attempt: area, ratio, left, top.
+
+    Returns:
+        (left, top, right, bottom) of the first attempt that fits into the image, otherwise of the central
+        square of the shorter side.
+    """
+    for area, ratio, left, top in zip(*[iter(uniforms)] * 4, strict=True):
+        pixels = width * height * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
+        low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
+        aspect = math.exp(low + ratio * (high - low))
+        box_width, box_height = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            x, y = int(left * (width - box_width + 1)), int(top * (height - box_height + 1))
+            return x, y, x + box_width, y + box_height
+    side = min(width, height)
+    x, y = (width - side) // 2, (height - side) // 2
+    return x, y, x + side, y + side
+
+
+class _FileSet(Dataset[_Decoded]):
+    """Images by number; what is drawn for image i of an epoch depends on (seed, epoch, i) only."""
+
+    def __init__(self, files: Files, augmentation: Augmentation | None, seed: int, epoch: int) -> None:
+        self._paths: tuple[Path, ...] = files.paths
+        self._labels = files.labels.numpy()  # plain memory: a tensor would go through shared memory handles
+        self._size, self._shorter = files.size, files.shorter
+        self._augmentation, self._seed, self._epoch = augmentation, seed, epoch
+
+    def __getitem__(self, index: int) -> _Decoded:
+        try:
+            image, _ = open_rgb(self._paths[index])
+        except DecodingError as error:
+            return f"{self._paths[index]}: image {error}; replace or remove the file"
+        generator = generator_for(self._seed, self._epoch, index)
+        image = self._resize(image, generator)
+        if self._augmentation is not None and self._augmentation.flip and _coin(generator):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(np.ascontiguousarray(to_chw(image))), int(self._labels[index])
+
+    def _resize(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        if self._augmentation is None or self._augmentation.crop == "none":
+            return shrink_and_crop(image, self._size, self._shorter)
+        box = resized_crop_box(*image.size, torch.rand(4 * _ATTEMPTS, generator=generator).tolist())
+        return image.resize((self._size, self._size), Image.Resampling.BILINEAR, box=box)
+
+
+def _coin(generator: torch.Generator) -> bool:
+    return bool(torch.rand((), generator=generator) < 0.5)
+
+
+def _collate(decoded: list[_Decoded]) -> tuple[Tensor, Tensor] | str:
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for one in decoded:
+        if isinstance(one, str):
+            return one
+        images.append(one[0])
+        labels.append(one[1])
+    return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+
+
+def stream(
+    files: Files,
+    batches: Sequence[list[int]],
+    *,
+    augmentation: Augmentation | None,
+    seed: int,
+    epoch: int,
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Decode batches of files, in order, in `workers` processes (0: in this one).
+
+    Yields:
+        (pixels, labels): uint8 `Tensor[n, 3, S, S]` and int64 `Tensor[n]` on the CPU.
+
+    Raises:
+        DataError: naming the file, when the turn of a batch with a damaged image comes.
+    """
+    loader: DataLoader[_Decoded] = DataLoader(
+        _FileSet(files, augmentation, seed, epoch),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own: the default would take a number from the global state
+    )
+    for batch in loader:
+        # Errors travel as text: an exception raised in a worker would arrive wrapped in its traceback.
+        if isinstance(batch, str):
+            raise DataError(batch)
+        yield batch[0], batch[1]

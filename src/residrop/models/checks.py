@@ -1,0 +1,52 @@
+"""Checks shared by the model constructors. Every one raises before any parameter exists."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from residrop.errors import ConfigError
+from residrop.rules import ConstantDepth, Rule
+
+__all__ = ["check_choice", "check_images", "closest_first", "complete_rules"]
+
+
+def closest_first(given: str, allowed: Iterable[str]) -> str:
+    """The allowed words joined by commas, the one most like `given` first."""
+    words = list(allowed)
+    words.sort(key=lambda word: -difflib.SequenceMatcher(None, given.lower(), word.lower()).ratio())
+    return ", ".join(words)
+
+
+def check_choice(option: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not one of the allowed words."""
+    if value not in allowed:
+        raise ConfigError(f"{option} is {value!r}; allowed: {closest_first(str(value), allowed)}")
+
+
+def complete_rules(rules: Sequence[Rule] | None, num_blocks: int) -> list[Rule]:
+    """One rule for each of the `num_blocks` blocks, input to output; None is a network of constant depth."""
+    if rules is None:
+        return [ConstantDepth() for _ in range(num_blocks)]
+    given = list(rules)
+    if len(given) != num_blocks:
+        raise ConfigError(
+            f"{len(given)} rules were given for {num_blocks} residual blocks; give one rule per block, input to output"
+        )
+    if len({id(rule) for rule in given}) != num_blocks:
+        # One module at two places has one number, so both blocks would live and die by one coin.
+        raise ConfigError("the same rule object was given for more than one block; make a new rule per block")
+    return given
+
+
+def check_images(x: Tensor, channels: int, smallest: int) -> None:
+    """Refuse input that is not `[n, channels, h, w]` with h and w of at least `smallest`."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ConfigError(
+            f"the input has shape {list(x.shape)}; this network reads [n, {channels}, height, width]. "
+            "Build it with channels=... to change the second number"
+        )
+    if x.shape[2] < smallest or x.shape[3] < smallest:
+        raise ConfigError(
+            f"the input is {x.shape[2]} x {x.shape[3]} pixels; this network needs at least {smallest} x {smallest}"
+        )

@@ -1,0 +1,196 @@
+"""Run directories: what a run leaves on disk, written atomically and read without unpickling code.
+
+recipe.json        the resolved recipe            metrics.jsonl     one line per evaluated epoch
+versions.json      software and machine           curves.png        learning curves
+dataset.json       classes, image size            tensorboard/      the same for TensorBoard
+last.pt            everything needed to resume    evaluation.json   final evaluation, both ways
+model.safetensors  weights to report on           best.safetensors  weights of the best validation epoch
+"""
+
+import contextlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from residrop.data import Normalization
+from residrop.errors import RunError
+from residrop.models import create
+from residrop.training.recipe import Recipe
+
+__all__ = ["Run", "build_network", "load_run", "write_json"]
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Write to a temporary file beside `path`, then put it in place at once: readers see the old or the new file."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist; is {path.parent} a run directory of residrop train?") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it or train anew") from None
+
+
+def build_network(recipe: Recipe, *, classes: int, channels: int, steps: int = 0) -> nn.Module:
+    """The attached network of a recipe; `steps` is the length of the training in updates (for the rates' warm-up)."""
+    options = {key: getattr(recipe, key) for key in ("width", "block", "bn_gamma_init")}
+    return create(
+        recipe.network,
+        rule=recipe.rule,
+        survival=recipe.survival,
+        theta_2=recipe.theta_2,
+        granularity=recipe.granularity,
+        rescale=recipe.rescale,
+        classes=classes,
+        channels=channels,
+        seed=recipe.seed,
+        warmup_steps=round(recipe.survival_warmup * steps),
+        **{key: value for key, value in options.items() if value is not None},
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, dataset: dict[str, Any], normalization: Normalization) -> "Run":
+        """Start a run in an empty or new directory; RunError if it holds a run already or cannot be written."""
+        if (path / "recipe.json").exists():
+            raise RunError(f"{path} already holds a run; continue it with --resume, or choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
+            write_json(path / "versions.json", _versions())
+            write_json(path / "dataset.json", {**dataset, "normalization": normalization.mode})
+            tensors = {"mean": normalization.mean, "std": normalization.std}
+            run._save_tensors("normalization.safetensors", tensors)
+            write_json(path / "recipe.json", recipe.to_dict())  # last: its presence makes the directory a run
+        except OSError as error:
+            raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """Open an existing run; RunError if there is none."""
+        if not path.is_dir():
+            raise RunError(f"{path} is no directory; give the folder that residrop train wrote")
+        run = cls(path)
+        run.recipe()
+        return run
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return Recipe.from_dict(_read_json(self.path / "recipe.json"))
+
+    def dataset(self) -> dict[str, Any]:
+        """`classes` (names), `channels`, `size` (pixels), `steps` (updates of the training)."""
+        return _read_json(self.path / "dataset.json")
+
+    def normalization(self) -> Normalization:
+        """The pixel statistics of the training images."""
+        tensors = self._load_tensors("normalization.safetensors")
+        return Normalization(mode=self.dataset()["normalization"], mean=tensors["mean"], std=tensors["std"])
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Save everything needed to resume."""
+        with _replacing(self.path / "last.pt") as temporary:
+            torch.save(state, temporary)
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The state to resume from; None if the run was stopped before it saved one."""
+        path = self.path / "last.pt"
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RunError(f"{path} is damaged ({type(error).__name__}); delete it to start this run anew") from None
+
+    def save_weights(self, name: str, model: nn.Module) -> None:
+        """Save a model's `state_dict` as `name`.safetensors."""
+        self._save_tensors(f"{name}.safetensors", model.state_dict())
+
+    def load_weights(self, name: str, model: nn.Module) -> None:
+        """Load `name`.safetensors into a model; RunError if missing, damaged or of another network."""
+        tensors = self._load_tensors(f"{name}.safetensors")
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise RunError(f"{self.path / name}.safetensors does not fit the recipe's network: {first}") from None
+
+    def _save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        with _replacing(self.path / name) as temporary:
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+
+    def _load_tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.path / name
+        if not path.exists():
+            raise RunError(f"{path} does not exist; the run did not get that far (continue it with --resume)")
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} is damaged ({error}); continue the run with --resume to write it again") from None
+
+
+def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
+    """Open a run and build its network with the trained weights, in eval mode on the CPU.
+
+    Args:
+        path: the run directory.
+        weights: `model` (to report on) or `best`.
+
+    Raises:
+        RunError: no run there, or a file of it is missing or damaged.
+    """
+    run = Run.open(path)
+    dataset = run.dataset()
+    model = build_network(run.recipe(), classes=len(dataset["classes"]), channels=dataset["channels"])
+    run.load_weights(weights, model)
+    return run, model.eval()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("residrop", "torch", "torchvision", "numpy")
+    return {
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cuda": torch.version.cuda or "",
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,167 @@
+"""A training run as data: every choice is a field of `Recipe`, and the command line is generated from it.
+
+Points in time (learning-rate drops, warm-ups) are shares of the training, so that changing `epochs` keeps the shape of
+a schedule. Sources of the presets: the protocols of the four papers, see `presets.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from residrop.errors import ConfigError
+from residrop.survival import check_whole
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to train, on what, and how. Every field can be overridden on the command line."""
+
+    # --- network ---
+    network: str = "resnet-20"
+    """Name of the network; `residrop recipes --networks` lists them."""
+    width: int | None = None
+    """Width multiple of the network (None: its own default)."""
+    block: Literal["v1", "v2"] | None = None
+    """Post-activation (v1) or pre-activation (v2) blocks (None: the network's default)."""
+    bn_gamma_init: Literal["ones", "uniform"] | None = None
+    """Start of batch norm's gamma: ones, or uniform in (0, 1) as the Torch7 release of Stochastic Depth had it."""
+
+    # --- presence of the blocks ---
+    rule: str = "stochastic-depth"
+    """How shortcut and branch are combined: constant, stochastic-depth, layer-dropout, depth-dropout, swapout,
+    skipforward, dropout, dropout-residual or dropout-sum."""
+    survival: str | None = None
+    """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)" or
+    "linear(1, 0.5)" (None: the schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
+    theta_2: str | None = None
+    """Swapout only: rates of the branch if they differ from those of the shortcut. Same forms as survival."""
+    granularity: Literal["block", "row"] | None = None
+    """Stochastic depth only: one coin per mini-batch (block) or per image (row)."""
+    rescale: Literal["test", "train", "none"] | None = None
+    """Stochastic depth only: multiply the branch by p at test, divide it by p in training, or neither."""
+    survival_warmup: float = 0.0
+    """Share of the training over which all rates fall from 1 to their value."""
+
+    # --- data ---
+    data: str = "digits"
+    """digits, cifar10, cifar100, svhn, folder:PATH, imagenet:PATH, parquet:PATH, or the PATH of a folder."""
+    validation: int = 0
+    """Number of training images held out for validation."""
+    limit: int | None = None
+    """Train on this many images only (balanced over the classes)."""
+    normalization: Literal["channel", "pixel-mean", "pixel-mean-only", "unit", "imagenet"] = "channel"
+    """How pixels are normalised; statistics come from the training images."""
+    augmentation: Literal["none", "flip", "crop", "batch-crop", "shift"] = "none"
+    """flip; crop (flip + pad-4 random crop per image); batch-crop (one crop per mini-batch, as in Swapout); shift
+    (1-pixel shifts without flips)."""
+
+    # --- optimisation ---
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per update."""
+    micro_batches: int = 1
+    """Parts an update's batch is cut into to save memory; they share the block draws of the update."""
+    lr: float = 0.1
+    """Learning rate at the start (after the warm-up)."""
+    lr_schedule: Literal["steps", "cosine"] = "steps"
+    """steps: multiply by lr_factor at every point of lr_drops; cosine: to zero along half a cosine."""
+    lr_drops: tuple[float, ...] = (0.5, 0.75)
+    """Shares of the training at which the learning rate drops."""
+    lr_factor: float = 0.1
+    """Factor of each drop."""
+    warmup: float = 0.0
+    """Share of the training spent at warmup_lr."""
+    warmup_lr: float = 0.01
+    """Learning rate of the warm-up phase."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty of SGD, on all parameters."""
+    decay_dropped: bool = False
+    """Let weight decay and momentum move the parameters of dropped blocks (zero gradients instead of none), as the
+    released Torch code of Stochastic Depth does."""
+    select: Literal["last", "best"] = "last"
+    """Weights to report on: of the last epoch, or of the epoch with the lowest validation error."""
+
+    # --- run ---
+    seed: int = 0
+    """Seed of weights, order of images, augmentation and draws."""
+    samples: int = 30
+    """Sampled passes of stochastic inference in the final evaluation."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the network; auto takes bf16 autocast where the device computes it in hardware."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    channels_last: bool = True
+    """Memory format of images and weights."""
+    workers: int = 2
+    """Processes that decode images too large to keep in memory."""
+    eval_every: int = 1
+    """Epochs between evaluations along training (the last epoch is always evaluated)."""
+    checkpoint_minutes: float = 10.0
+    """Save a resumable state at least this often, besides after every evaluation."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batches", "eval_every"):
+            check_whole(name, getattr(self, name), least=1)
+        for name in ("validation", "samples", "workers"):
+            check_whole(name, getattr(self, name), least=0)
+        check_whole("seed", self.seed)
+        if self.limit is not None:
+            check_whole("limit", self.limit, least=1)
+        for name in ("survival_warmup", "warmup", "momentum", *[f"lr_drops[{i}]" for i in range(len(self.lr_drops))]):
+            value = self.lr_drops[int(name[9:-1])] if "[" in name else getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is {value}; it is a share (or momentum) and lies in [0, 1]")
+        for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise ConfigError(f"{name} is {value}; give a finite number of at least 0")
+        if list(self.lr_drops) != sorted(self.lr_drops):
+            raise ConfigError(f"lr_drops are {self.lr_drops}; give them in rising order")
+        if self.select == "best" and self.validation == 0 and not self.data.startswith("imagenet"):
+            raise ConfigError("select is 'best', which needs held-out images; set validation to their number")
+        if self.batch_size % self.micro_batches:
+            raise ConfigError(
+                f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} equal micro_batches"
+            )
+
+    def lr_at(self, progress: float) -> float:
+        """Learning rate at `progress` in [0, 1), the share of the training that is done."""
+        if progress < self.warmup:
+            return self.warmup_lr
+        if self.lr_schedule == "cosine":
+            return self.lr * 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
+        return self.lr * self.lr_factor ** sum(progress >= drop for drop in self.lr_drops)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked anew."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Read `to_dict` back; unknown fields are refused by name."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"recipe has unknown fields {', '.join(unknown)}; it was written by another version")
+        if "lr_drops" in values:
+            values = {**values, "lr_drops": tuple(values["lr_drops"])}
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the outcome of the run: two runs agree if and only if it agrees."""
+        free = {"samples", "workers", "eval_every", "checkpoint_minutes", "data"}
+        fields = {key: value for key, value in self.to_dict().items() if key not in free}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
