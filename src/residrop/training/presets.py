@@ -89,7 +89,13 @@ _STABLE = Recipe(
     batch_size=64,
 )
 
-_IMAGENET = {"data": "imagenet", "normalization": "imagenet", "validation": 0, "select": "last"}
+_IMAGENET = {
+    "data": "imagenet",
+    "normalization": "imagenet",
+    "augmentation": "resized-crop",
+    "validation": 0,
+    "select": "last",
+}
 
 
 def _swapout(title: str, published: float | None, **changes: object) -> Preset:

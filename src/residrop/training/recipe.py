@@ -33,8 +33,8 @@ class Recipe:
 
     # --- presence of the blocks ---
     rule: str = "stochastic-depth"
-    """How shortcut and branch are combined: constant, stochastic-depth, layer-dropout, depth-dropout, swapout,
-    skipforward, dropout, dropout-residual or dropout-sum."""
+    """How shortcut and branch are combined. One of: constant, stochastic-depth, layer-dropout, depth-dropout,
+    Swapout's rules swapout, skipforward, dropout (no skip), dropout-residual, dropout-sum."""
     survival: str | None = None
     """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)" or
     "linear(1, 0.5)" (None: the schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
@@ -56,9 +56,9 @@ class Recipe:
     """Train on this many images only (balanced over the classes)."""
     normalization: Literal["channel", "pixel-mean", "pixel-mean-only", "unit", "imagenet"] = "channel"
     """How pixels are normalised; statistics come from the training images."""
-    augmentation: Literal["none", "flip", "crop", "batch-crop", "shift"] = "none"
-    """flip; crop (flip + pad-4 random crop per image); batch-crop (one crop per mini-batch, as in Swapout); shift
-    (1-pixel shifts without flips)."""
+    augmentation: Literal["none", "flip", "crop", "batch-crop", "shift", "resized-crop"] = "none"
+    """Random changes of training images. flip: half of them mirrored. crop: flip and a pad-4 crop per image.
+    batch-crop: flip and one crop per mini-batch (Swapout). shift: by a pixel, no flip. resized-crop: ImageNet's."""
 
     # --- optimisation ---
     epochs: int = 30
