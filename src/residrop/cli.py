@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -153,7 +154,9 @@ def _parse(kind: type[_Args], arguments: Sequence[str], prog: str, default: _Arg
             raise
         rows = [re.sub(r"[│╭╮╰╯─]+", " ", row).strip() for row in errors.getvalue().splitlines()]
         said = [row for row in rows[1:] if row]
-        what = said[0] if said else "the command line is not understood"
+        message = itertools.takewhile(bool, rows[1:])  # up to the rule that separates advice
+        what = " ".join(message) or "the command line is not understood"
+        what = re.sub(r"^Error parsing settings: ", "", what)
         hints = [row.split()[0] for row in said if row.startswith("--")]
         close = f" (did you mean {' or '.join(hints[:3])}?)" if hints and "nrecognized" in what else ""
         raise ConfigError(f"{what}{close}; see {prog} --help") from None

@@ -1,4 +1,4 @@
-"""Parameter counts of the papers' networks: exact (PAPERS.md, section 7) and as published."""
+"""Parameter counts of the papers' networks: exact and as published."""
 
 import pytest
 import torch

@@ -164,7 +164,7 @@ def init_weights(
     """Draw convolution weights from N(0, sqrt(2 / fan)); convolution biases are 0, BN has gamma 1 and beta 0.
 
     `bn_gamma_init="uniform"` draws gamma from U(0, 1): the default of the Torch7 in which stochastic depth was
-    released (PAPERS.md 6.D11). Linear layers keep torch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as there.
+    released. Linear layers keep torch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as there.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -40,7 +40,7 @@ def blocks_per_group(depth: int) -> int:
 def group_starts(depth: int) -> tuple[int, ...]:
     """0-based indices of the first block of each group: the blocks that depth dropout never drops.
 
-    Only the last two of them halve the image, but the paper counts three among its 27 units (PAPERS.md 6.P2).
+    Only the last two of them halve the image, but the paper counts three among its 27 units.
     """
     n = blocks_per_group(depth)
     return (0, n, 2 * n)

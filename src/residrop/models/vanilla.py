@@ -21,7 +21,7 @@ class Vanilla(nn.Module):
 
     No bias and no normalisation anywhere. With N = `width`: W_l ~ N(0, 2/N), W_out ~ N(0, 1/N),
     W_0 ~ N(0, 1/in_features). The ReLU comes before the matrix, as in Sec. 2 and the proofs; Sec. 6 of the paper says
-    the reverse (PAPERS.md 6.R3). The defaults are the paper's regression task, from R^256 to one number.
+    the reverse. The defaults are the paper's regression task, from R^256 to one number.
 
     `Tensor[n, ...]` with `in_features` numbers a row becomes `Tensor[n, out_features]`.
 
