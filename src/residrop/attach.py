@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from residrop.errors import ConfigError, PlanError
 from residrop.rules import Rule
@@ -42,23 +44,44 @@ def attach(model: nn.Module, *, seed: int = 0, warmup_steps: int = 0, rank: int 
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     sampler = DepthSampler([rule.site for rule in rules], seed=seed, warmup_steps=warmup_steps, rank=rank)
     for module in model.modules():  # an earlier sampler must not go on drawing
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _BeforeRoot):
-                del module._forward_pre_hooks[key]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _AtRoot):
+                    del hooks[key]
     for index, rule in enumerate(rules):
         rule.join(sampler, index)
     model.register_forward_pre_hook(_BeforeRoot(sampler))
+    model.register_forward_hook(_AfterRoot(sampler))
     return sampler
 
 
-class _BeforeRoot:
-    """The root's forward pre-hook; an object, so that it is found again, copied and pickled with its sampler."""
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class _AtRoot:
+    """A hook of the root; an object, so that it is found again, copied and pickled with its sampler."""
 
     def __init__(self, sampler: DepthSampler) -> None:
         self.sampler = sampler
 
+
+class _BeforeRoot(_AtRoot):
     def __call__(self, module: nn.Module, args: object) -> None:
-        self.sampler.before_forward(module.training)
+        if not _in_backward():  # a checkpointed root is run again there, and is no new step
+            self.sampler.before_forward(module.training)
+
+
+class _AfterRoot(_AtRoot):
+    """Ties a forward's plan to its outputs, so that recomputation in their backward finds it, whatever ran since."""
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        force = self.sampler.in_force
+        if force.plan is None or not torch.is_grad_enabled() or _in_backward():
+            return
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.grad_fn.register_prehook(lambda grads: self.sampler.recall(force))
 
 
 def sampler_of(model: nn.Module) -> DepthSampler:
@@ -79,21 +102,25 @@ def expected_depth_of(model: nn.Module) -> float:
 
 def depth_of(model: nn.Module, plan: Plan) -> float:
     """Number of branches present under a plan (rows and units count by their rate)."""
-    return sum(rule.presence(draw) for rule, draw in zip(rules_of(model), plan.draws, strict=True))
+    rules = rules_of(model)
+    if len(rules) != len(plan.draws):
+        raise PlanError(f"the plan has {len(plan.draws)} draws, the model {len(rules)} rules; they must agree")
+    return sum(rule.presence(draw) for rule, draw in zip(rules, plan.draws, strict=True))
 
 
 @contextmanager
 def using(model: nn.Module, plan: Plan) -> Iterator[None]:
     """Inside, every forward of `model` obeys `plan`, in training and eval mode alike; steps do not advance.
 
-    Raises PlanError if the plan was made for another number of rules.
+    Raises PlanError if the plan was made for other rules. Of nested contexts the innermost counts.
     """
     sampler = sampler_of(model)
-    before = sampler.give(plan)
+    before = sampler.in_force
+    sampler.give(plan)
     try:
         yield
     finally:
-        sampler.restore(before)
+        sampler.in_force = before
 
 
 @contextmanager
@@ -111,11 +138,12 @@ def sampling(model: nn.Module, *, first: int = 0) -> Iterator[None]:
     if first < 0:
         raise PlanError(f"first is {first}; sampled passes are numbered from 0")
     flags = {module: module.training for module in model.modules()}
-    before = sampler.start_sampling(first)
+    before = sampler.in_force
+    sampler.start_sampling(first)
     model.eval()
     try:
         yield
     finally:
-        sampler.start_sampling(before)
+        sampler.in_force = before
         for module, flag in flags.items():
             module.training = flag

@@ -28,18 +28,18 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _words(like: Tensor, key: int, word: int) -> Tensor:
-    """int32 hash words, shape and memory format of `like`: word number `word` of every unit under the 64-bit `key`."""
-    if like.numel() >= 1 << 31:
-        raise ConfigError(f"a tensor of {like.numel()} elements is too large for unit masks; split it below 2^31")
-    if word:
-        key = derive_key(key, word)
+def _words(like: Tensor, key: int, word: int, first: int = 0) -> Tensor:
+    """int32 hash words, shape and memory format of `like`: word number `word` of every unit under the 64-bit `key`.
+
+    `first` is the index of the first unit, for a part of a larger tensor.
+    """
+    key = derive_key(key, word)  # also makes neighbouring keys given by hand unrelated
     h = torch.empty_like(like, dtype=torch.int32, requires_grad=False)
     if like.ndim < 2 or like.numel() == 0:
-        h.copy_(torch.arange(like.numel(), dtype=torch.int32, device=like.device).view(like.shape))
+        h.copy_(torch.arange(first, first + like.numel(), dtype=torch.int32, device=like.device).view(like.shape))
     else:  # index = offset of the row + offset within it, by broadcasting: one pass over memory in the format of `like`
         inner = like[0].numel()
-        rows = torch.arange(like.shape[0], dtype=torch.int32, device=like.device) * inner
+        rows = torch.arange(first, first + like.numel(), inner, dtype=torch.int32, device=like.device)
         within = torch.arange(inner, dtype=torch.int32, device=like.device).view(1, *like.shape[1:])
         torch.add(within, rows.view(-1, *[1] * (like.ndim - 1)), out=h)
     # Two multiply-xorshift rounds (constants of C. Wellons' "lowbias32"). The second half of the key enters between
@@ -68,7 +68,7 @@ def _bits(words: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
     return drawn.to(_INTEGERS[dtype.itemsize])
 
 
-def _all_bits(like: Tensor, thetas: Sequence[float], key: int) -> Iterator[Tensor | None]:
+def _all_bits(like: Tensor, thetas: Sequence[float], key: int, first: int) -> Iterator[Tensor | None]:
     """The bits of coins 0, 1, ...; None where theta is 1. Each hash word is computed once for its two coins."""
     words = None
     for coin, theta in enumerate(thetas):
@@ -78,12 +78,37 @@ def _all_bits(like: Tensor, thetas: Sequence[float], key: int) -> Iterator[Tenso
             yield None
             continue
         if words is None:
-            words = _words(like, key, coin // 2)
+            words = _words(like, key, coin // 2, first)
         yield _bits(words, coin % 2, theta, like.dtype)
 
 
-def _present(x: Tensor, bits: Tensor) -> Tensor:
-    return (x.view(bits.dtype) & bits).view(x.dtype)
+def _present(x: Tensor, bits: Tensor | None) -> Tensor:
+    return x if bits is None else (x.view(bits.dtype) & bits).view(x.dtype)
+
+
+_PIECE = 1 << 18  # units
+
+
+def _at(x: Tensor, rows: slice) -> Tensor:
+    return x[rows] if x.ndim else x
+
+
+def _in_pieces(like: Tensor, count: int, work: Callable[[slice, int], Sequence[Tensor]]) -> list[Tensor]:
+    """`count` tensors like `like`, filled a piece of rows at a time by `work(rows, index of the first unit)`.
+
+    On the CPU a piece is small enough that the dozen integer operations of a mask stay in the cache.
+    """
+    if like.numel() >= 1 << 31:
+        raise ConfigError(f"a tensor of {like.numel()} elements is too large for unit masks; split it below 2^31")
+    outputs = [torch.empty_like(like, requires_grad=False) for _ in range(count)]
+    rows = like.shape[0] if like.ndim else 0
+    inner = like.numel() // rows if rows else 0
+    step = max(1, _PIECE // inner) if inner and like.device.type == "cpu" else max(rows, 1)
+    for start in range(0, max(rows, 1), step):
+        part = slice(start, start + step) if rows else slice(None)
+        for output, value in zip(outputs, work(part, start * inner), strict=True):
+            _at(output, part).copy_(value)
+    return outputs
 
 
 def unit_mask(like: Tensor, theta: float, key: int, coin: int = 0) -> Tensor:
@@ -95,7 +120,14 @@ def unit_mask(like: Tensor, theta: float, key: int, coin: int = 0) -> Tensor:
         key: 64-bit key, as in `Draw.key`.
         coin: 0 is the coin of the first tensor of `mix`, 1 that of the second, and so on.
     """
-    return _bits(_words(like, key, coin // 2), coin % 2, check_rate("theta", theta), torch.float32) != 0
+    check_rate("theta", theta)
+    like = torch.empty_like(like, dtype=torch.float32)
+
+    def work(rows: slice, first: int) -> tuple[Tensor]:
+        words = _words(_at(like, rows), key, coin // 2, first)
+        return (_bits(words, coin % 2, theta, torch.float32),)
+
+    return _in_pieces(like, 1, work)[0] != 0
 
 
 class _Mix(torch.autograd.Function):
@@ -104,14 +136,13 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: int, thetas: tuple[float, ...], *tensors: Tensor) -> Tensor:
         ctx.key, ctx.thetas = key, thetas
-        total: Tensor | None = None
-        for x, bits in zip(tensors, _all_bits(tensors[0], thetas, key), strict=True):
-            if total is None:  # a copy, so that the input is never returned as the output
-                total = x.clone() if bits is None else _present(x, bits)
-            else:
-                total += x if bits is None else _present(x, bits)
-        assert total is not None
-        return total
+
+        def work(rows: slice, first: int) -> tuple[Tensor]:
+            parts = [_at(x, rows) for x in tensors]
+            present = zip(parts, _all_bits(parts[0], thetas, key, first), strict=True)
+            return (functools.reduce(torch.add, (_present(x, bits) for x, bits in present)),)
+
+        return _in_pieces(tensors[0], 1, work)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -125,9 +156,15 @@ class _Unmix(torch.autograd.Function):
     def forward(
         ctx: Any, grad: Tensor, key: int, thetas: tuple[float, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        ctx.key, ctx.thetas, ctx.needed = key, thetas, needed
-        parts = zip(_all_bits(grad, thetas, key), needed, strict=True)
-        return tuple((grad.clone() if bits is None else _present(grad, bits)) if need else None for bits, need in parts)
+        ctx.key, ctx.thetas = key, thetas
+
+        def work(rows: slice, first: int) -> list[Tensor]:
+            part = _at(grad, rows)
+            every = zip(_all_bits(part, thetas, key, first), needed, strict=True)
+            return [_present(part, bits) for bits, need in every if need]
+
+        filled = iter(_in_pieces(grad, sum(needed), work))
+        return tuple(next(filled) if need else None for need in needed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
@@ -183,8 +220,13 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, theta: float, key: int) -> Tensor:
         ctx.coin = (theta, key)
-        bits = _bits(_words(a, key, 0), 0, theta, a.dtype)
-        return torch.add(_present(a, bits), _present(b, bits.bitwise_not_()))
+
+        def work(rows: slice, first: int) -> tuple[Tensor]:
+            in_a, in_b = _at(a, rows), _at(b, rows)
+            bits = _bits(_words(in_a, key, 0, first), 0, theta, a.dtype)
+            return (_present(in_a, bits) + _present(in_b, bits.bitwise_not_()),)
+
+        return _in_pieces(a, 1, work)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,8 +239,14 @@ class _Divide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, theta: float, key: int) -> tuple[Tensor, Tensor]:
         ctx.coin = (theta, key)
-        bits = _bits(_words(grad, key, 0), 0, theta, grad.dtype)
-        return _present(grad, bits), _present(grad, bits.bitwise_not_())
+
+        def work(rows: slice, first: int) -> tuple[Tensor, Tensor]:
+            part = _at(grad, rows)
+            bits = _bits(_words(part, key, 0, first), 0, theta, grad.dtype)
+            return _present(part, bits), _present(part, bits.bitwise_not())
+
+        to_a, to_b = _in_pieces(grad, 2, work)
+        return to_a, to_b
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
@@ -259,8 +307,10 @@ def keep_rows(
         return skip + _scaled(branch(x), scale)
     end = rows.start + live
     if end <= total:
-        out = _scaled(branch(x[rows.start : end]), scale) + skip[rows.start : end]
-        return torch.cat((skip[: rows.start], out, skip[end:]))
-    end -= total  # the window wraps around: rows start.. and ..end are live
-    out = _scaled(branch(torch.cat((x[:end], x[rows.start :]))), scale)
-    return torch.cat((skip[:end] + out[:end], skip[end : rows.start], skip[rows.start :] + out[end:]))
+        parts = (skip[: rows.start], skip[rows.start : end] + _scaled(branch(x[rows.start : end]), scale), skip[end:])
+    else:  # the window wraps around: rows start.. and ..end are live
+        end -= total
+        out = _scaled(branch(torch.cat((x[:end], x[rows.start :]))), scale)
+        parts = (skip[:end] + out[:end], skip[end : rows.start], skip[rows.start :] + out[end:])
+    # an empty part first would cost the result its memory format
+    return torch.cat([part for part in parts if len(part)])

@@ -29,6 +29,10 @@ class Residual(nn.Module):
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.rule = ConstantDepth() if rule is None else rule
         self.post = nn.Identity() if post is None else post
+        self._in_place = any(getattr(module, "inplace", False) for module in self.post.modules())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.post(self.rule(x, self.shortcut, self.branch))
+        y = self.rule(x, self.shortcut, self.branch)
+        if y is x and self._in_place:  # a dead block gives its input back, which is not ours to overwrite
+            y = x.clone()
+        return self.post(y)

@@ -5,10 +5,11 @@ so that it can leave the branch uncalled; nothing else in residrop may. What a r
 draw: coins in training (and inside `residrop.sampling`), expectation in `eval()`.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from residrop import functional
@@ -37,7 +38,7 @@ def _check_choice(name: str, value: str, choices: object) -> None:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
 
 
-class Rule(nn.Module):
+class Rule(nn.Module, ABC):
     """Base of all rules: `forward(x, shortcut, branch)` reads the draw and combines.
 
     Attributes:
@@ -53,7 +54,7 @@ class Rule(nn.Module):
         _check_choice("granularity", granularity, Granularity)
         self.rates = rates
         self.granularity: Granularity = granularity
-        self.scope: Scope = scope or ("shared" if granularity == "block" else "per_rank")
+        self.scope: Scope = ("shared" if granularity == "block" else "per_rank") if scope is None else scope
         _check_choice("scope", self.scope, Scope)
         self._sampler: DepthSampler | None = None
         self._index = -1
@@ -75,9 +76,11 @@ class Rule(nn.Module):
     def draw(self) -> Draw:
         """The draw in force for this pass."""
         if self._sampler is not None:
-            draw = self._sampler.draw(self._index, self.training)
+            # inside a backward pass this forward is a recomputation, which must repeat the draw of its original
+            recomputing = torch._C._current_graph_task_id() != -1
+            draw = self._sampler.draw(self._index, self.training, recomputing)
             if draw is not None:
-                return draw
+                return draw if draw.rates else draw._replace(rates=self.rates)
         elif self.training and self.rates:
             raise PlanError(
                 f"{type(self).__name__} has no coins: call residrop.attach(model, seed=...) once the model is built"
@@ -97,7 +100,7 @@ class Rule(nn.Module):
         """Combine `shortcut(x)` and, where the draw says so, `branch(x)`; both Tensor[N, ...] of one shape."""
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{rate:g}" for rate in self.rates)
+        return ", ".join(map(repr, self.rates))
 
 
 class ConstantDepth(Rule):
@@ -139,6 +142,10 @@ class StochasticDepth(Rule):
         _check_choice("granularity", granularity, Literal["block", "row"])
         _check_choice("rescale", rescale, Rescale)
         _check_choice("rows", rows, Literal["window", "bernoulli"])
+        if rows != "window" and granularity != "row":
+            raise ConfigError(
+                f"rows is {rows!r}, which a {granularity}-level rule has no use for; set granularity='row'"
+            )
         super().__init__((check_rate("survival", survival),), granularity, scope)
         self.rescale: Rescale = rescale
         self.rows: Literal["window", "bernoulli"] = rows
@@ -162,7 +169,7 @@ class StochasticDepth(Rule):
 
     def extra_repr(self) -> str:
         rows = f", rows={self.rows!r}" if self.granularity == "row" else ""
-        return f"{self.rates[0]:g}, granularity={self.granularity!r}, rescale={self.rescale!r}{rows}"
+        return f"{self.rates[0]!r}, granularity={self.granularity!r}, rescale={self.rescale!r}{rows}"
 
 
 def _bernoulli_rows(x: Tensor, shortcut: Map, branch: Map, survival: float, key: int, scale: float) -> Tensor:
@@ -171,7 +178,8 @@ def _bernoulli_rows(x: Tensor, shortcut: Map, branch: Map, survival: float, key:
     if live.numel() == 0:
         return skip
     f = branch(x.index_select(0, live))
-    return skip.index_add(0, live, f.to(skip.dtype), alpha=scale)
+    # scaled before it is added: `alpha` would be rounded to the dtype
+    return skip.index_add(0, live, (f * scale).to(skip.dtype))
 
 
 class DepthDropout(StochasticDepth):
@@ -186,7 +194,7 @@ class DepthDropout(StochasticDepth):
         super().__init__(survival, "block", "none", scope=scope)
 
     def extra_repr(self) -> str:
-        return f"{self.rates[0]:g}"
+        return f"{self.rates[0]!r}"
 
 
 class _UnitRule(Rule):
@@ -243,7 +251,7 @@ class SkipForward(_UnitRule):
         return functional.skip_forward(f, skip, draw.rates[0], draw.key)
 
     def extra_repr(self) -> str:
-        return f"{self.rates[0]:g}, of={self.of!r}"
+        return f"{self.rates[0]!r}, of={self.of!r}"
 
 
 class UnitDropout(_UnitRule):
@@ -272,7 +280,7 @@ class UnitDropout(_UnitRule):
         return dropped if self.on == "branch" else shortcut(x) + dropped
 
     def extra_repr(self) -> str:
-        return f"{self.rates[0]:g}, on={self.on!r}"
+        return f"{self.rates[0]!r}, on={self.on!r}"
 
 
 class Mix(_UnitRule):

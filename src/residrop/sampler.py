@@ -51,7 +51,8 @@ class Draw(NamedTuple):
     """What one block is told for one step.
 
     Attributes:
-        rates: survival rates or thetas in force at this step, in the order of the rule's own `rates`.
+        rates: survival rates or thetas in force at this step, in the order of the rule's own `rates`; empty means
+            just those.
         alive: the coin of a block-level rule; None for other granularities and for the expectation.
         key: 64-bit key of row-level and unit-level randomness; None for the expectation.
     """
@@ -94,8 +95,8 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, alive: Sequence[bool]) -> "Plan":
-        """Write a block-level plan by hand, one coin per block from input to output (rates are irrelevant then)."""
-        return cls(tuple(Draw((1.0,), alive=bool(coin)) for coin in alive))
+        """Write a block-level plan by hand, one coin per block from input to output, at the rules' own rates."""
+        return cls(tuple(Draw((), alive=bool(coin)) for coin in alive))
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,8 @@ class DepthSampler:
         self.seed = check_whole("seed", seed)
         self.step = 0
         self.rank = rank
-        self._plan: Plan | None = None
-        self._given = False  # a plan given by hand is obeyed in eval mode, too
-        self._sampled: int | None = None  # number of the next sampled pass; None outside `sampling`
+        self._now = _Force()
+        self._recalled: _Force | None = None  # what a running backward pass recomputes under
 
     def rates_at(self, step: int) -> list[tuple[float, ...]]:
         """The rates of every site at training step `step`."""
@@ -192,44 +192,78 @@ class DepthSampler:
 
     # The rest is how a plan reaches the rules; `attach`, `using` and `sampling` call it.
 
+    @property
+    def in_force(self) -> "_Force":
+        """What forwards obey now. Assigning it undoes `give` and `start_sampling`."""
+        return self._now
+
+    @in_force.setter
+    def in_force(self, force: "_Force") -> None:
+        self._now = force
+
     def before_forward(self, training: bool) -> None:
         """Called before every forward of the root module: make the plan of this pass."""
-        if self._given:
+        if self._now.given:
             return
-        if self._sampled is not None:
-            self._plan = self.plan(self._sampled, stream="sample")
-            self._sampled += 1
+        if self._now.sample is not None:
+            plan = self.plan(self._now.sample, stream="sample")
+            self._now = _Force(plan, sample=self._now.sample + 1)
         elif training:
-            self._plan = self.plan()
+            self._now = _Force(self.plan())
             self.step += 1
 
-    def draw(self, index: int, training: bool) -> Draw | None:
-        """The draw of rule `index`; None means expectation at the rule's own rates."""
-        if not (training or self._given or self._sampled is not None):
+    def recall(self, force: "_Force") -> None:
+        """From here on, recomputation in backward obeys what its own forward obeyed."""
+        self._recalled = force
+
+    def draw(self, index: int, training: bool, recomputing: bool = False) -> Draw | None:
+        """The draw of rule `index`; None means expectation at the rule's own rates.
+
+        Args:
+            index: the rule's place in the plan.
+            training: whether the rule is in training mode.
+            recomputing: whether a backward pass runs this forward again (activation checkpointing).
+        """
+        force = self._recalled if recomputing and self._recalled is not None else self._now
+        if not (training or force.given or force.sample is not None):
             return None
-        if self._plan is None:
+        if force.plan is None:
             raise PlanError(
                 "a block in training mode was run before its root: call the module that residrop.attach was given, "
                 "or give a plan with residrop.using(model, plan)"
             )
-        return self._plan.draws[index]
+        return force.plan.draws[index]
 
-    def give(self, plan: Plan | None) -> tuple[Plan | None, bool]:
-        """Obey `plan` until further notice (None: make plans again). Returns what `restore` takes."""
-        if plan is not None and len(plan.draws) != len(self.sites):
+    def give(self, plan: Plan) -> None:
+        """Obey `plan` until `in_force` is put back; PlanError if it was made for other rules."""
+        if len(plan.draws) != len(self.sites):
             raise PlanError(f"the plan has {len(plan.draws)} draws, the model {len(self.sites)} rules; they must agree")
-        before = (self._plan, self._given)
-        self._plan, self._given = plan, plan is not None
-        return before
+        for number, (site, draw) in enumerate(zip(self.sites, plan.draws, strict=True), start=1):
+            if not _fits(site, draw):
+                what = f"{site.granularity}-level with {len(site.rates)} rates" if site.rates else "always present"
+                raise PlanError(f"draw {number} of the plan is {draw}, but rule {number} is {what}")
+        self._now = _Force(plan, given=True)
 
-    def restore(self, before: tuple[Plan | None, bool]) -> None:
-        """Undo `give`."""
-        self._plan, self._given = before
+    def start_sampling(self, first: int) -> None:
+        """Every forward is a sampled pass, numbered from `first` on, until `in_force` is put back."""
+        self._now = _Force(sample=first)
 
-    def start_sampling(self, first: int | None) -> int | None:
-        """Number sampled passes from `first` on (None: stop sampling). Returns the number to go back to."""
-        before, self._sampled = self._sampled, first
-        return before
+
+@dataclass(frozen=True)
+class _Force:
+    """What forwards obey: a plan, whether it was given by hand, and the number of the next sampled pass."""
+
+    plan: Plan | None = None
+    given: bool = False  # a plan given by hand is obeyed in eval mode, too
+    sample: int | None = None  # None outside `sampling`
+
+
+def _fits(site: Site, draw: Draw) -> bool:
+    if not site.rates:
+        return draw.alive is not False
+    if len(draw.rates) not in (0, len(site.rates)):
+        return False
+    return draw.expected or (draw.alive is not None if site.granularity == "block" else draw.key is not None)
 
 
 _CONSTANT = Draw((), alive=True)

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from residrop.data.augment import Augmentation
 from residrop.data.normalize import Normalization
-from residrop.data.seeds import generator_for, mix
+from residrop.data.seeds import generator_for
 from residrop.data.splits import Files, Images
 from residrop.data.streaming import check_streamable, stream
 from residrop.errors import ConfigError
+from residrop.sampler import derive_key
 
 __all__ = ["Loader"]
 
@@ -139,7 +140,7 @@ class Loader:
             files,
             [order[self._slice(number)].tolist() for number in numbers],
             augmentation=augmentation,
-            seed=mix(_STREAM, self._seed),
+            seed=derive_key(_STREAM, self._seed),
             epoch=epoch,
             workers=self._workers,
             pin_memory=self._device.type == "cuda",

@@ -44,7 +44,7 @@ class ImageNetResNet(nn.Module):
     """ResNet-18, 34 (basic blocks), 50, 101 or 152 (bottlenecks): stem of 7x7 and max pooling, four groups, tail.
 
     `Tensor[n, channels, h, w]` becomes `Tensor[n, classes]` of logits. Shortcuts are He's option B: 1x1 convolution
-    and BN where the shape changes, identity elsewhere (the reading of Huang et al. that fb.resnet.torch suggests). Weights of the
+    and BN where the shape changes, identity elsewhere, as in fb.resnet.torch. Weights of the
     torchvision network of the same depth fit in its order: stem, blocks (branch, then shortcut), tail.
 
     Args:
