@@ -13,8 +13,9 @@ from residrop.rules import (
     Swapout,
     UnitDropout,
 )
+from residrop.survival import check_rate
 
-__all__ = ["RULES", "make_rule"]
+__all__ = ["RULES", "entry_of", "make_rule"]
 
 
 class _Entry(NamedTuple):
@@ -24,10 +25,14 @@ class _Entry(NamedTuple):
     title: str
 
 
+def _constant(survival: float) -> Rule:
+    if check_rate("survival", survival) != 1.0:
+        raise ConfigError(f"survival is {survival}; a constant block is always present: give a number in [1, 1]")
+    return ConstantDepth()
+
+
 RULES: dict[str, _Entry] = {
-    "constant": _Entry(
-        lambda survival: ConstantDepth(), "1", (), "every block always present: the plain residual network"
-    ),
+    "constant": _Entry(_constant, "1", (), "every block always present: the plain residual network"),
     "stochastic-depth": _Entry(
         StochasticDepth,
         "linear_decay(0.5)",

@@ -22,7 +22,7 @@ from residrop.models import list_models
 from residrop.training import PRESETS, Outcome, Recipe, Run, load_run, preset, train
 from residrop.training.checkpoint import write_json
 from residrop.training.logbook import Meter, draw_curves
-from residrop.training.loop import choose_device, loader_of_run, precision_context
+from residrop.training.setup import choose_device, loader_of_run, precision_context
 
 __all__ = [
     "compare_command",
@@ -71,10 +71,10 @@ def _show(console: Console, title: str, found: Evaluation, facts: dict[str, str]
     for name, scores in rows:
         table.add_row(name, f"{scores.error:.2f}%", f"{scores.error_se:.2f}", f"{scores.nll:.4f}", f"{scores.ece:.2f}%")
     console.print(table)
-    if found.single_pass_error is not None and found.probability_se is not None:
-        spread = f" ± {found.single_pass_error_se:.2f}" if found.single_pass_error_se is not None else ""
+    if found.single_pass_error_se is not None:
         facts = {
-            "single sampled pass": f"{found.single_pass_error:.2f}{spread}% error (mean ± standard error over passes)",
+            "single sampled pass": f"{found.single_pass_error:.2f} ± {found.single_pass_error_se:.2f}% error "
+            "(mean ± standard error over passes)",
             "standard error of a probability": f"{found.probability_se:.4f} (mean over {found.images} images)",
             **facts,
         }

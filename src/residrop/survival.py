@@ -75,7 +75,8 @@ def linear(depth: int, first: float = 1.0, last: float = 0.5) -> tuple[float, ..
     depth, first, last = _check_depth(depth), check_rate("first", first), check_rate("last", last)
     if depth == 1:
         return (last,)
-    return tuple((first * (depth - 1 - i) + last * i) / (depth - 1) for i in range(depth))
+    between = ((first * (depth - 1 - i) + last * i) / (depth - 1) for i in range(1, depth - 1))
+    return (first, *between, last)
 
 
 def explicit(depth: int, rates: Sequence[float]) -> tuple[float, ...]:
@@ -112,7 +113,9 @@ def parse(spec: str | float | Sequence[float], depth: int) -> tuple[float, ...]:
     if isinstance(spec, (int, float)):
         return uniform(depth, spec)
     if not isinstance(spec, str):
-        return explicit(depth, spec)
+        if not hasattr(spec, "__len__") or not hasattr(spec, "__iter__"):
+            raise ConfigError(f"survival is {spec!r}; give a number, one number per block, or the name of a schedule")
+        return explicit(depth, tuple(spec))
     name, body = "", spec
     if call := _CALL.fullmatch(spec):
         name, body = call.groups()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from residrop.inference.predict import predict
+from residrop.survival import check_whole
 
 __all__ = ["Evaluation", "Scores", "evaluate", "score"]
 
@@ -40,7 +41,8 @@ class Evaluation:
         samples: number of sampled passes.
         single_pass_error: mean error of the single passes in percent; None if samples is 0.
         single_pass_error_se: standard error of that mean over the passes, in percent; None below 2 samples.
-        probability_se: mean over images of the standard error of the winning class's probability.
+        probability_se: mean over images of the standard error of the winning class's probability; None below 2
+            samples.
         images: number of images.
     """
 
@@ -89,6 +91,7 @@ def evaluate(
         samples: sampled passes per batch; 0 skips sampled inference.
         on_batch: called with the number of images done after every batch (for progress bars).
     """
+    check_whole("samples", samples, least=0)
     expected: list[Tensor] = []
     averaged: list[Tensor] = []
     labels: list[Tensor] = []
@@ -117,6 +120,6 @@ def evaluate(
         samples=samples,
         single_pass_error=float(single.mean()),
         single_pass_error_se=float(single.std() / math.sqrt(samples)) if samples > 1 else None,
-        probability_se=float(torch.cat(spread).mean()),
+        probability_se=float(torch.cat(spread).mean()) if samples > 1 else None,
         images=done,
     )

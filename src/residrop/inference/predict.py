@@ -16,7 +16,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         probabilities: Tensor[n, classes] float32, softmax probabilities; the mean over samples.
-        standard_error: Tensor[n, classes] float32, standard error of that mean; zeros for deterministic inference.
+        standard_error: Tensor[n, classes] float32, standard error of that mean; zeros for deterministic
+            inference, NaN for one sample.
         sample_entropy: Tensor[n] float32, mean entropy (nats) of the single passes' predictions.
         samples: number of sampled passes; 0 for deterministic inference.
         sample_classes: Tensor[samples, n] int64, the class each single pass decides for.
@@ -81,5 +82,5 @@ def predict(model: nn.Module, x: Tensor, samples: int = 30, *, first: int = 0) -
             square = square + step * (p - mean)
             entropy = entropy + _entropy(p)
             classes.append(p.argmax(dim=1))
-    variance = square / max(samples - 1, 1)
+    variance = square / (samples - 1) if samples > 1 else torch.full_like(square, torch.nan)
     return Prediction(mean, (variance / samples).sqrt(), entropy / samples, samples, torch.stack(classes))

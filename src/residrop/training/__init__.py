@@ -3,8 +3,8 @@
 from residrop.training.checkpoint import Run as Run
 from residrop.training.checkpoint import load_run as load_run
 from residrop.training.loop import Interrupted as Interrupted
-from residrop.training.loop import Outcome as Outcome
-from residrop.training.loop import train as train
 from residrop.training.presets import PRESETS as PRESETS
 from residrop.training.presets import preset as preset
 from residrop.training.recipe import Recipe as Recipe
+from residrop.training.run import Outcome as Outcome
+from residrop.training.run import train as train

@@ -7,12 +7,8 @@ last.pt            everything needed to resume    evaluation.json   final evalua
 model.safetensors  weights to report on           best.safetensors  weights of the best validation epoch
 """
 
-import contextlib
 import json
-import os
 import platform
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,30 +22,15 @@ from torch import Tensor, nn
 from residrop.data import Normalization
 from residrop.errors import RunError
 from residrop.models import create
+from residrop.training.files import replacing
 from residrop.training.recipe import Recipe
 
 __all__ = ["Run", "build_network", "load_run", "write_json"]
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary file beside `path`, then put it in place at once: readers see the old or the new file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -114,11 +95,21 @@ class Run:
 
     def recipe(self) -> Recipe:
         """The resolved recipe."""
-        return Recipe.from_dict(_read_json(self.path / "recipe.json"))
+        path = self.path / "recipe.json"
+        try:
+            return Recipe.from_dict(_read_json(path))
+        except RunError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RunError(f"{path} is no recipe ({error}); restore it or train anew") from None
 
     def dataset(self) -> dict[str, Any]:
-        """`classes` (names), `channels`, `size` (pixels), `steps` (updates of the training)."""
-        return _read_json(self.path / "dataset.json")
+        """`classes` (names), `channels`, `size` (pixels), `steps` (updates of the training), `digest` of the images."""
+        path = self.path / "dataset.json"
+        found = _read_json(path)
+        if not isinstance(found, dict) or not {"classes", "channels", "size", "normalization"} <= found.keys():
+            raise RunError(f"{path} does not describe a data set; restore it or train anew")
+        return found
 
     def normalization(self) -> Normalization:
         """The pixel statistics of the training images."""
@@ -127,7 +118,7 @@ class Run:
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Save everything needed to resume."""
-        with _replacing(self.path / "last.pt") as temporary:
+        with replacing(self.path / "last.pt") as temporary:
             torch.save(state, temporary)
 
     def load_state(self) -> dict[str, Any] | None:
@@ -136,9 +127,12 @@ class Run:
         if not path.exists():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise RunError(f"{path} is damaged ({type(error).__name__}); delete it to start this run anew") from None
+        if not isinstance(state, dict):
+            raise RunError(f"{path} is not the state of a run; delete it to start this run anew")
+        return state
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Save a model's `state_dict` as `name`.safetensors."""
@@ -154,7 +148,7 @@ class Run:
             raise RunError(f"{self.path / name}.safetensors does not fit the recipe's network: {first}") from None
 
     def _save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        with _replacing(self.path / name) as temporary:
+        with replacing(self.path / name) as temporary:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
 
     def _load_tensors(self, name: str) -> dict[str, Tensor]:

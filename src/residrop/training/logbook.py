@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from residrop.training.files import replacing
+
 __all__ = ["Logbook", "Meter", "draw_curves"]
 
 _SCALARS = ("train_loss", "train_error", "validation_error", "test_error", "lr", "realised_depth", "images_per_second")
@@ -89,7 +91,8 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], tit
     axes.text(
         0.0, -0.14, "solid: test, dashed: train, circle: lowest validation error", transform=axes.transAxes, fontsize=8
     )
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 class _Speed(ProgressColumn):

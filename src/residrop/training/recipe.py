@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from types import NoneType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from residrop.errors import ConfigError
 from residrop.survival import check_whole
@@ -117,6 +118,8 @@ class Recipe:
         check_whole("seed", self.seed)
         if self.limit is not None:
             check_whole("limit", self.limit, least=1)
+        for name, kind in get_type_hints(type(self)).items():
+            self._check_kind(name, kind)
         for name in ("survival_warmup", "warmup", "momentum", *[f"lr_drops[{i}]" for i in range(len(self.lr_drops))]):
             value = self.lr_drops[int(name[9:-1])] if "[" in name else getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -127,12 +130,30 @@ class Recipe:
                 raise ConfigError(f"{name} is {value}; give a finite number of at least 0")
         if list(self.lr_drops) != sorted(self.lr_drops):
             raise ConfigError(f"lr_drops are {self.lr_drops}; give them in rising order")
-        if self.select == "best" and self.validation == 0 and not self.data.startswith("imagenet"):
+        if self.select == "best" and self.validation == 0:
             raise ConfigError("select is 'best', which needs held-out images; set validation to their number")
         if self.batch_size % self.micro_batches:
             raise ConfigError(
                 f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} equal micro_batches"
             )
+
+    def _check_kind(self, name: str, kind: Any) -> None:
+        """Refuse a value of another type than the field's; dataclasses do not look, and run files are hand-edited."""
+        value, options = getattr(self, name), get_args(kind)
+        literals = [word for option in (kind, *options) if get_origin(option) is Literal for word in get_args(option)]
+        if literals:
+            if value not in literals and not (value is None and NoneType in options):
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, literals))}")
+            return
+        if get_origin(kind) is tuple:
+            if not isinstance(value, tuple) or not all(isinstance(part, (int, float)) for part in value):
+                raise ConfigError(f"{name} is {value!r}; give numbers")
+            return
+        allowed = tuple(option for option in options if isinstance(option, type)) or (kind,)
+        if float in allowed:
+            allowed = (*allowed, int)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise ConfigError(f"{name} is {value!r}; give {' or '.join(one.__name__ for one in allowed)}")
 
     def lr_at(self, progress: float) -> float:
         """Learning rate at `progress` in [0, 1), the share of the training that is done."""
@@ -156,12 +177,19 @@ class Recipe:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"recipe has unknown fields {', '.join(unknown)}; it was written by another version")
-        if "lr_drops" in values:
+        if isinstance(values.get("lr_drops"), list):
             values = {**values, "lr_drops": tuple(values["lr_drops"])}
         return cls(**values)
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the outcome of the run: two runs agree if and only if it agrees."""
-        free = {"samples", "workers", "eval_every", "checkpoint_minutes", "data"}
+        """Hash of everything that decides the outcome of the run: two runs agree if and only if it agrees.
+
+        Of `data` only the kind counts, since folders move; what is in them is compared by `data_digest`.
+        """
+        free = {"samples", "workers", "checkpoint_minutes", "data"}
+        if self.select == "last":  # with "best", evaluated epochs are the candidates
+            free.add("eval_every")
         fields = {key: value for key, value in self.to_dict().items() if key not in free}
+        kind = self.data.partition(":")[0]
+        fields["data"] = kind if kind.replace("-", "").isalnum() else "path"
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

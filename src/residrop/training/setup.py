@@ -1,0 +1,97 @@
+"""What a training is made of before it starts: device, precision, batches, optimizer."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from residrop.data import Files, Loader, Normalization, Splits, augmentation, load
+from residrop.errors import ConfigError, RunError
+from residrop.training.checkpoint import Run
+from residrop.training.recipe import Recipe
+
+__all__ = ["choose_device", "data_digest", "loader_for", "loader_of_run", "make_optimizer", "precision_context"]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; anything else is a torch device name. ConfigError if it is not usable."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
+    if device.type == "meta":
+        raise ConfigError("device 'meta' holds no numbers to train on; try --device cpu")
+    return device
+
+
+def precision_context(recipe: Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A function that makes the autocast context of a recipe on a device."""
+    bf16 = recipe.precision == "bf16"
+    if recipe.precision == "auto":
+        hardware = torch.ops.mkldnn._is_mkldnn_bf16_supported if device.type == "cpu" else torch.cuda.is_bf16_supported
+        bf16 = bool(hardware())
+    if not bf16:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def loader_for(recipe: Recipe, splits: Splits, part: str, normalization: Normalization, device: torch.device) -> Loader:
+    """The batches of one part (train, validation, test) of the data; only those of train are augmented."""
+    return Loader(
+        getattr(splits, part),
+        batch_size=recipe.batch_size if part == "train" else max(recipe.batch_size, 250),
+        normalization=normalization,
+        augmentation=augmentation(recipe.augmentation) if part == "train" else None,
+        seed=recipe.seed,
+        device=device,
+        channels_last=recipe.channels_last,
+        workers=recipe.workers,
+    )
+
+
+def loader_of_run(run: Run, data: str | None = None, device: torch.device | None = None) -> Loader:
+    """The test images of a run (of another `data` source if given), normalised as in its training."""
+    recipe = run.recipe()
+    splits = load(data or recipe.data, validation=0)
+    names = tuple(run.dataset()["classes"])
+    if splits.classes != names or splits.channels != run.dataset()["channels"]:
+        raise RunError(
+            f"{run.path} was trained on {len(names)} classes of {run.dataset()['channels']}-channel images, "
+            f"{splits.name} has {len(splits.classes)} of {splits.channels}; give the matching --data"
+        )
+    return loader_for(recipe, splits, "test", run.normalization(), device or choose_device(recipe.device))
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
+    """SGD as the recipe has it."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    if recipe.momentum > 0:
+        # Fused SGD cannot start some buffers later than others, as blocks dropped in the first updates ask for. A
+        # buffer of zeros is the same: without dampening the first step makes it the gradient either way.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def data_digest(splits: Splits, normalization: Normalization) -> str:
+    """Hash that tells training sets apart: labels in order, and the statistics of the pixels."""
+    digest = hashlib.sha256(splits.train.labels.numpy().tobytes())
+    for tensor in (normalization.mean, normalization.std):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    if isinstance(splits.train, Files):
+        digest.update("\n".join(path.name for path in splits.train.paths).encode())
+    return digest.hexdigest()[:16]
