@@ -8,14 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
-from rich.console import Console
 
 from residrop import commands
-from residrop.errors import ConfigError, UsageError
-from residrop.training import Interrupted, Recipe, Run, preset
+from residrop.errors import ConfigError, RunError, UsageError
+from residrop.training import Interrupted, Recipe, preset
 
 __all__ = ["main"]
 
@@ -54,7 +53,7 @@ class Train:
     out: Path | None = None
     """Run directory (default: runs/RECIPE-001, -002, ...)."""
     resume: bool = False
-    """Continue the run in --out; its recipe is read from there."""
+    """Continue the run in --out; its recipe is read from there unless --recipe is given."""
     json: str | None = None
     """Write the results to this file as JSON (- for standard output)."""
     quiet: bool = False
@@ -152,14 +151,19 @@ def _parse(kind: type[_Args], arguments: Sequence[str], prog: str, default: _Arg
     except SystemExit as stop:
         if not stop.code:
             raise
-        rows = [re.sub(r"[│╭╮╰╯─]+", " ", row).strip() for row in errors.getvalue().splitlines()]
-        said = [row for row in rows[1:] if row]
-        message = itertools.takewhile(bool, rows[1:])  # up to the rule that separates advice
-        what = " ".join(message) or "the command line is not understood"
-        what = re.sub(r"^Error parsing settings: ", "", what)
-        hints = [row.split()[0] for row in said if row.startswith("--")]
+        what, advice = _unboxed(errors.getvalue())
+        what = re.sub(r"^Error parsing settings: ", "", what) or "the command line is not understood"
+        hints = [row.split()[0] for row in advice if row.startswith("--")]
         close = f" (did you mean {' or '.join(hints[:3])}?)" if hints and "nrecognized" in what else ""
         raise ConfigError(f"{what}{close}; see {prog} --help") from None
+
+
+def _unboxed(text: str) -> tuple[str, list[str]]:
+    """The message in a box that tyro drew, and the rows below the rule under it. The box may be drawn in ASCII."""
+    found = [re.fullmatch(r"\s*[│|](.*)[│|]\s*", row) for row in text.splitlines()]
+    rows = [match[1].strip() for match in found if match]
+    message = list(itertools.takewhile(lambda row: row.strip("─-"), rows))
+    return " ".join(message), rows[len(message) :]
 
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:
@@ -172,33 +176,36 @@ def _peek(arguments: Sequence[str], option: str) -> str | None:
     return None
 
 
-def _settings(arguments: Sequence[str]) -> tuple[str, Recipe]:
-    """Where the recipe's fields start from: the run to resume, or a preset."""
-    name = _peek(arguments, "--recipe") or "digits"
-    out = _peek(arguments, "--out")
-    if "--resume" in arguments and out and (Path(out) / "recipe.json").exists():
-        return name, Run.open(Path(out)).recipe()
-    return name, preset(name).recipe
+def _settings(arguments: Sequence[str], saved: str) -> tuple[str, dict[str, Any]]:
+    """Where the options start from: what the directory to resume says in its file `saved`, or a preset."""
+    name, out = _peek(arguments, "--recipe"), _peek(arguments, "--out")
+    if "--resume" in arguments:
+        if out is None:
+            raise ConfigError("--resume needs the directory to continue; add --out DIRECTORY")
+        if not (Path(out) / saved).exists():
+            raise RunError(f"{out} holds nothing to continue ({saved} is missing); leave --resume out to start anew")
+        if name is None:
+            return "digits", commands.read_settings(Path(out) / saved)
+    name = name or "digits"
+    return name, {"settings": preset(name).recipe}
 
 
 def _train(arguments: Sequence[str], prog: str) -> int:
-    name, recipe = _settings(arguments)
-    args = _parse(Train, arguments, prog, Train(settings=recipe, recipe=name))
-    if args.resume and args.out is None:
-        raise ConfigError("--resume needs the run to continue; add --out RUN")
+    name, start = _settings(arguments, "recipe.json")
+    args = _parse(Train, arguments, prog, Train(recipe=name, **start))
     out = args.out or commands.free_directory(args.recipe)
     return commands.train_command(args.settings, out, args.resume, args.json, args.quiet)
 
 
 def _compare(arguments: Sequence[str], prog: str) -> int:
-    name, recipe = _settings(arguments)
-    args = _parse(Compare, arguments, prog, Compare(settings=recipe, recipe=name))
-    if args.resume and args.out is None:
-        raise ConfigError("--resume needs the comparison to continue; add --out DIRECTORY")
+    name, start = _settings(arguments, "settings.json")
+    if "settings" in start and not _peek(arguments, "--survival") and "rules" not in start:
+        start["settings"] = start["settings"].replace(survival=None)  # each rule's own, not the preset's
+    args = _parse(Compare, arguments, prog, Compare(recipe=name, **start))
     out = args.out or commands.free_directory(f"compare-{args.recipe}")
-    survival = args.settings.survival if _peek(arguments, "--survival") else None
-    base = args.settings.replace(survival=survival)
-    return commands.compare_command(base, args.rules, args.seeds, out, args.resume, args.json, args.quiet)
+    return commands.compare_command(
+        args.settings, args.rules, args.seeds, out, args.resume, target=args.json, quiet=args.quiet
+    )
 
 
 def _evaluate(arguments: Sequence[str], prog: str) -> int:
@@ -241,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"residrop: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Interrupted as error:
-        Console(stderr=True).print(str(error), highlight=False)
+        print(f"residrop: {error}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("residrop: interrupted", file=sys.stderr)

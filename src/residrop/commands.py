@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -19,16 +20,17 @@ from residrop.data.read import read_images
 from residrop.errors import ConfigError, DataError, RunError
 from residrop.inference import Evaluation, evaluate, predict
 from residrop.models import list_models
-from residrop.training import PRESETS, Outcome, Recipe, Run, load_run, preset, train
+from residrop.training import PRESETS, Interrupted, Outcome, Recipe, Run, load_run, preset, train
 from residrop.training.checkpoint import write_json
 from residrop.training.logbook import Meter, draw_curves
-from residrop.training.setup import choose_device, loader_of_run, precision_context
+from residrop.training.setup import choose_device, loader_of_run, precision_context, prepare
 
 __all__ = [
     "compare_command",
     "evaluate_command",
     "free_directory",
     "predict_command",
+    "read_settings",
     "recipes_command",
     "train_command",
 ]
@@ -56,9 +58,35 @@ def _write(target: str | None, value: object) -> None:
             raise ConfigError(f"--json {target} cannot be written ({error.strerror}); give another file") from None
 
 
+def _check_target(target: str | None) -> None:
+    """Refuse a file for --json that cannot be written, before hours of work whose result it should hold."""
+    if target in (None, "-"):
+        return
+    path = Path(target)
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"--json {target} cannot be written; give another file")
+
+
 def _console(target: str | None) -> Console:
-    """Tables go to standard output, unless that is where the JSON goes."""
-    return Console(stderr=target == "-", highlight=False)
+    """Tables go to standard output, unless that is where the JSON goes; file names are no markup and never cut."""
+    console = Console(stderr=target == "-", highlight=False, markup=False)
+    return console if console.is_terminal else Console(stderr=target == "-", highlight=False, markup=False, width=400)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `--resume` starts from: `recipe.json` of a run, or `settings.json` of a comparison."""
+    if path.name == "recipe.json":
+        return {"settings": Run.open(path.parent).recipe()}
+    try:
+        found = json.loads(path.read_text())
+        return {
+            "settings": Recipe.from_dict(found["settings"]),
+            "rules": tuple(found["rules"]),
+            "seeds": found["seeds"],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); give all options of the comparison, or start it anew") from None
 
 
 def _show(console: Console, title: str, found: Evaluation, facts: dict[str, str]) -> None:
@@ -84,6 +112,7 @@ def _show(console: Console, title: str, found: Evaluation, facts: dict[str, str]
 
 def train_command(recipe: Recipe, out: Path, resume: bool, target: str | None, quiet: bool) -> int:
     """Train, show the evaluation table, write JSON."""
+    _check_target(target)
     outcome = train(recipe, out, resume=resume, quiet=quiet)
     facts = {
         "parameters": f"{outcome.parameters:,}",
@@ -97,14 +126,22 @@ def train_command(recipe: Recipe, out: Path, resume: bool, target: str | None, q
 
 
 def compare_command(
-    base: Recipe, rules: Sequence[str], seeds: int, out: Path, resume: bool, target: str | None, quiet: bool
+    base: Recipe, rules: Sequence[str], seeds: int, out: Path, resume: bool, *, target: str | None, quiet: bool
 ) -> int:
     """Train every rule with every seed, print the table, draw the curves."""
+    _check_target(target)
     if not rules or seeds < 1:
         raise ConfigError(f"{len(rules)} rules and {seeds} seeds were given; compare at least one of each")
     recipes = [_for_rule(base, rule) for rule in dict.fromkeys(rules)]
-    if (out / "compare.json").exists() and not resume:
+    if (out / "settings.json").exists() and not resume:
         raise RunError(f"{out} already holds a comparison; continue it with --resume, or choose another --out")
+    for recipe in recipes:  # all of them before the first is trained
+        prepare(recipe)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "settings.json", {"settings": base.to_dict(), "rules": list(rules), "seeds": seeds})
+    except OSError as error:
+        raise RunError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     console = _console(target)
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
@@ -112,9 +149,12 @@ def compare_command(
         outcomes: list[Outcome] = []
         for seed in range(base.seed, base.seed + seeds):
             if not quiet:
-                Console(stderr=True).print(f"[bold]{recipe.rule}[/bold], seed {seed}", highlight=False)
+                Console(stderr=True).print(f"{recipe.rule}, seed {seed}", highlight=False, style="bold")
             path = out / f"{recipe.rule}-seed{seed}"
-            outcomes.append(train(recipe.replace(seed=seed), path, resume=resume, quiet=quiet))
+            try:
+                outcomes.append(train(recipe.replace(seed=seed), path, resume=resume, quiet=quiet))
+            except Interrupted:
+                raise Interrupted(f"stopped; continue with residrop compare --resume --out {out}") from None
         rows.append(_row(recipe.rule, outcomes))
         curves[recipe.rule] = outcomes[0].history
     constant = next((row["train_seconds"] for row in rows if row["rule"] == "constant"), None)
@@ -131,7 +171,7 @@ def compare_command(
 def _for_rule(base: Recipe, rule: str) -> Recipe:
     """The base recipe under another rule; options that the rule does not take are left out."""
     options = entry_of(rule).options
-    free = {name: None for name in ("theta_2", "granularity", "rescale") if name not in options}
+    free = {name: None for name in ("theta_2", "granularity", "rescale", "rows", "of") if name not in options}
     return base.replace(rule=rule, **free, **({"survival": None} if rule == "constant" else {}))
 
 
@@ -176,29 +216,25 @@ def _show_rows(console: Console, title: str, rows: Sequence[dict[str, Any]], see
 
 def evaluate_command(path: Path, samples: int, data: str | None, device: str, target: str | None) -> int:
     """Evaluate a run, both ways."""
+    _check_target(target)
     run, model = load_run(path)
     recipe, place = run.recipe(), choose_device(device)
     model = model.to(place)
     loader = loader_of_run(run, data, place)
-    progress = Console(stderr=True)
+    progress = Console(stderr=True, markup=False)
     with precision_context(recipe, place)(), Meter(loader.num_images, 0, "evaluating", console=progress) as meter:
         found = evaluate(model, loader.eval_batches(), samples, on_batch=lambda done: meter.step(done, "", 0.0))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    seconds = _train_seconds(run)
-    outcome = Outcome(run, found, parameters, seconds, expected_depth_of(model), [])
+    outcome = Outcome(run, found, parameters, run.train_seconds(), expected_depth_of(model), [])
     facts = {"parameters": f"{parameters:,}", "expected depth": f"{outcome.expected_depth:.2f} blocks"}
     _show(_console(target), f"{path}: {recipe.network}, {recipe.rule}", found, facts)
     _write(target, outcome.to_dict())
     return 0
 
 
-def _train_seconds(run: Run) -> float:
-    lines = (run.path / "metrics.jsonl").read_text().splitlines() if (run.path / "metrics.jsonl").exists() else []
-    return float(sum(json.loads(line)["seconds"] for line in lines))
-
-
 def predict_command(path: Path, images: Sequence[Path], samples: int, device: str, target: str | None) -> int:
     """Classify image files."""
+    _check_target(target)
     if not images:
         raise DataError("no image files were given; name at least one")
     run, model = load_run(path)
@@ -246,10 +282,11 @@ def predict_command(path: Path, images: Sequence[Path], samples: int, device: st
 
 def recipes_command(name: str | None, what: str, target: str | None) -> int:
     """List recipes, networks, rules or data sources, or show one recipe."""
+    _check_target(target)
     console = _console(target)
     if name is not None:
         chosen = preset(name)
-        console.print(f"[bold]{name}[/bold]: {chosen.title}")
+        console.print(f"{name}: {chosen.title}", style="bold")
         if chosen.published is not None:
             console.print(f"published test error: {chosen.published}%")
         if chosen.note:

@@ -42,16 +42,19 @@ def _words(like: Tensor, key: int, word: int, first: int = 0) -> Tensor:
         rows = torch.arange(first, first + like.numel(), inner, dtype=torch.int32, device=like.device)
         within = torch.arange(inner, dtype=torch.int32, device=like.device).view(1, *like.shape[1:])
         torch.add(within, rows.view(-1, *[1] * (like.ndim - 1)), out=h)
-    # Two multiply-xorshift rounds (constants of C. Wellons' "lowbias32"). The second half of the key enters between
-    # them: a key that only shifted the index would make the masks of two keys permutations of each other. int32 shifts
-    # are arithmetic, so the sign bits they bring in are masked away. In place: a fresh tensor costs more than an op.
+    # Three multiply-xorshift rounds: two (C. Wellons' "lowbias32") leave units at some distances in one large tensor
+    # correlated by up to 1%. The second half of the key enters after the first: a key that only shifted the index would
+    # make the masks of two keys permutations of each other. int32 shifts are arithmetic, so the sign bits they bring
+    # in are masked away. In place: a fresh tensor costs more than an op.
     shifted = torch.empty_like(h)
     h.bitwise_xor_(_signed(key))
     h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF))
     h.mul_(_signed(0x7FEB352D)).add_(_signed(key >> 32))
     h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF))
     h.mul_(_signed(0x846CA68B))
-    return h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF))
+    h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF))
+    h.mul_(_signed(0x9E3779B1))
+    return h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF))
 
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -42,7 +42,7 @@ class Rule(nn.Module, ABC):
     """Base of all rules: `forward(x, shortcut, branch)` reads the draw and combines.
 
     Attributes:
-        rates: survival rates or thetas, one per coin of the rule, in [0, 1].
+        rates: survival rates or thetas, one per coin of the rule, in [0, 1]; attach again after changing them.
         granularity: what one coin decides: `block`, `row` or `unit`.
         scope: whether ranks of a distributed run share the draw; default `shared` for blocks, `per_rank` otherwise.
     """
@@ -93,7 +93,7 @@ class Rule(nn.Module, ABC):
 
     def presence(self, draw: Draw) -> float:
         """Share of the branch that is present under a draw: 0 or 1 for block-level coins, else the rate."""
-        return float(draw.alive) if draw.alive is not None else self.branch_rate(draw.rates)
+        return float(draw.alive) if draw.alive is not None else self.branch_rate(draw.rates or self.rates)
 
     @abstractmethod
     def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:

@@ -203,6 +203,7 @@ class DepthSampler:
 
     def before_forward(self, training: bool) -> None:
         """Called before every forward of the root module: make the plan of this pass."""
+        self._recalled = None  # backward passes of earlier forwards name theirs again
         if self._now.given:
             return
         if self._now.sample is not None:

@@ -156,7 +156,7 @@ class Schedule:
 
     def at(self, step: int) -> tuple[float, ...]:
         """Rates at `step` (0 is the first step)."""
-        if step >= self.warmup_steps:
+        if step >= self.warmup_steps or self.warmup_steps == 0:
             return self.rates
-        share = step / self.warmup_steps
+        share = max(step, 0) / self.warmup_steps
         return tuple(1.0 - (1.0 - rate) * share for rate in self.rates)

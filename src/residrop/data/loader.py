@@ -74,6 +74,8 @@ class Loader:
             check_streamable(augmentation)
             self._images: Images | Files = images
         else:
+            if augmentation is not None and augmentation.crop == "resized":
+                raise ConfigError("augmentation 'resized-crop' is for image files that stream; use 'crop' for this set")
             pixels, labels = images.pixels.to(self._device), images.labels.to(self._device)
             self._images = Images(pixels, labels)
         full, rest = divmod(self.num_images, batch_size)

@@ -7,6 +7,7 @@ from residrop.models.imagenet import reshaping_blocks as reshaping_blocks
 from residrop.models.registry import create as create
 from residrop.models.registry import list_models as list_models
 from residrop.models.registry import num_blocks as num_blocks
+from residrop.models.registry import reads_flat_rows as reads_flat_rows
 from residrop.models.vanilla import Vanilla as Vanilla
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "group_starts",
     "list_models",
     "num_blocks",
+    "reads_flat_rows",
     "reshaping_blocks",
 ]

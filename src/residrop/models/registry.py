@@ -19,7 +19,7 @@ from residrop.models.vanilla import Vanilla
 from residrop.rules import ConstantDepth, Rule
 from residrop.survival import check_whole, parse
 
-__all__ = ["create", "list_models", "num_blocks"]
+__all__ = ["create", "list_models", "num_blocks", "reads_flat_rows"]
 
 Rates = str | float | Sequence[float]
 RuleMaker = Callable[[float], Rule]
@@ -125,6 +125,11 @@ def num_blocks(name: str, **options: object) -> int:
     family, depth = _find(name)
     _check_options(name, family, options)
     return family.blocks(depth)
+
+
+def reads_flat_rows(name: str) -> bool:
+    """Whether a network reads rows of `in_features` numbers rather than images; ConfigError if it is unknown."""
+    return _find(name)[0].build is Vanilla
 
 
 def create(

@@ -7,6 +7,7 @@ last.pt            everything needed to resume    evaluation.json   final evalua
 model.safetensors  weights to report on           best.safetensors  weights of the best validation epoch
 """
 
+import contextlib
 import json
 import platform
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from residrop.data import Normalization
 from residrop.errors import RunError
-from residrop.models import create
+from residrop.models import create, reads_flat_rows
 from residrop.training.files import replacing
 from residrop.training.recipe import Recipe
 
@@ -43,21 +44,26 @@ def _read_json(path: Path) -> Any:
         raise RunError(f"{path} cannot be read ({error}); restore it or train anew") from None
 
 
-def build_network(recipe: Recipe, *, classes: int, channels: int, steps: int = 0) -> nn.Module:
-    """The attached network of a recipe; `steps` is the length of the training in updates (for the rates' warm-up)."""
-    options = {key: getattr(recipe, key) for key in ("width", "block", "bn_gamma_init")}
+def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
+    """The attached network of a recipe for a data set as `dataset.json` describes it.
+
+    `steps`, the length of the training in updates, is what a warm-up of the rates is a share of; without it the
+    network has its final rates throughout.
+    """
+    named = ("width", "block", "bn_gamma_init", "theta_2", "granularity", "rescale", "rows", "of")
+    options = {name: getattr(recipe, name) for name in named if getattr(recipe, name) is not None}
+    if reads_flat_rows(recipe.network):
+        options["in_features"] = dataset["channels"] * dataset["size"] ** 2
+    else:
+        options["channels"] = dataset["channels"]
     return create(
         recipe.network,
         rule=recipe.rule,
         survival=recipe.survival,
-        theta_2=recipe.theta_2,
-        granularity=recipe.granularity,
-        rescale=recipe.rescale,
-        classes=classes,
-        channels=channels,
+        classes=len(dataset["classes"]),
         seed=recipe.seed,
-        warmup_steps=round(recipe.survival_warmup * steps),
-        **{key: value for key, value in options.items() if value is not None},
+        warmup_steps=round(recipe.survival_warmup * dataset.get("steps", 0)),
+        **options,
     )
 
 
@@ -103,6 +109,10 @@ class Run:
         except (TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path} is no recipe ({error}); restore it or train anew") from None
 
+    def versions(self) -> dict[str, str]:
+        """Software and machine of the run."""
+        return _read_json(self.path / "versions.json")
+
     def dataset(self) -> dict[str, Any]:
         """`classes` (names), `channels`, `size` (pixels), `steps` (updates of the training), `digest` of the images."""
         path = self.path / "dataset.json"
@@ -115,6 +125,15 @@ class Run:
         """The pixel statistics of the training images."""
         tensors = self._load_tensors("normalization.safetensors")
         return Normalization(mode=self.dataset()["normalization"], mean=tensors["mean"], std=tensors["std"])
+
+    def train_seconds(self) -> float:
+        """Time spent training so far, evaluation excluded."""
+        path = self.path / "metrics.jsonl"
+        seconds = 0.0
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):  # the last line of a run cut short
+                seconds += float(json.loads(line)["seconds"])
+        return seconds
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Save everything needed to resume."""
@@ -172,8 +191,8 @@ def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
         RunError: no run there, or a file of it is missing or damaged.
     """
     run = Run.open(path)
-    dataset = run.dataset()
-    model = build_network(run.recipe(), classes=len(dataset["classes"]), channels=dataset["channels"])
+    dataset = {key: value for key, value in run.dataset().items() if key != "steps"}
+    model = build_network(run.recipe(), dataset)
     run.load_weights(weights, model)
     return run, model.eval()
 
@@ -186,5 +205,16 @@ def _versions() -> dict[str, str]:
         "machine": platform.machine(),
         "system": platform.system(),
         "cuda": torch.version.cuda or "",
+        "processor": _processor(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

@@ -139,4 +139,4 @@ class Meter(AbstractContextManager["Meter"]):
     def line(self, text: str) -> None:
         """Print a line that stays."""
         if not self._quiet:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, soft_wrap=True, markup=False)

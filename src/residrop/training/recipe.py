@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from residrop.data import sources
 from residrop.errors import ConfigError
 from residrop.survival import check_whole
 
@@ -45,6 +46,10 @@ class Recipe:
     """Stochastic depth only: one coin per mini-batch (block) or per image (row)."""
     rescale: Literal["test", "train", "none"] | None = None
     """Stochastic depth only: multiply the branch by p at test, divide it by p in training, or neither."""
+    rows: Literal["window", "bernoulli"] | None = None
+    """Stochastic depth per row only: live rows as one random window, or by one coin each."""
+    of: Literal["branch", "shortcut"] | None = None
+    """Skipforward only: whether survival is the probability of the branch (default) or of the shortcut."""
     survival_warmup: float = 0.0
     """Share of the training over which all rates fall from 1 to their value."""
 
@@ -181,8 +186,8 @@ class Recipe:
             values = {**values, "lr_drops": tuple(values["lr_drops"])}
         return cls(**values)
 
-    def fingerprint(self) -> str:
-        """Hash of everything that decides the outcome of the run: two runs agree if and only if it agrees.
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide the outcome of the run.
 
         Of `data` only the kind counts, since folders move; what is in them is compared by `data_digest`.
         """
@@ -191,5 +196,8 @@ class Recipe:
             free.add("eval_every")
         fields = {key: value for key, value in self.to_dict().items() if key not in free}
         kind = self.data.partition(":")[0]
-        fields["data"] = kind if kind.replace("-", "").isalnum() else "path"
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+        return {**fields, "data": kind if kind in sources() else "a folder"}
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the outcome of the run: two runs agree if and only if it agrees."""
+        return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:16]

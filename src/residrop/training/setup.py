@@ -3,17 +3,27 @@
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from residrop.data import Files, Loader, Normalization, Splits, augmentation, load
+from residrop.data import Files, Loader, Normalization, Splits, augmentation, fit, load
 from residrop.errors import ConfigError, RunError
-from residrop.training.checkpoint import Run
+from residrop.training.checkpoint import Run, build_network
 from residrop.training.recipe import Recipe
 
-__all__ = ["choose_device", "data_digest", "loader_for", "loader_of_run", "make_optimizer", "precision_context"]
+__all__ = [
+    "Prepared",
+    "choose_device",
+    "data_digest",
+    "loader_for",
+    "loader_of_run",
+    "make_optimizer",
+    "precision_context",
+    "prepare",
+]
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,11 +97,48 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
     return optimizer
 
 
-def data_digest(splits: Splits, normalization: Normalization) -> str:
-    """Hash that tells training sets apart: labels in order, and the statistics of the pixels."""
+def data_digest(splits: Splits) -> str:
+    """Hash that tells training sets apart: all labels in order, and 10,000 images spread over them (or file names)."""
     digest = hashlib.sha256(splits.train.labels.numpy().tobytes())
-    for tensor in (normalization.mean, normalization.std):
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     if isinstance(splits.train, Files):
         digest.update("\n".join(path.name for path in splits.train.paths).encode())
+    else:
+        every = max(1, len(splits.train) // 10_000)
+        digest.update(splits.train.pixels[::every].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe's data become: the batches of each part and what a run directory says of them."""
+
+    device: torch.device
+    normalization: Normalization
+    loaders: dict[str, Loader]
+    dataset: dict[str, Any]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load a recipe's data and check that its network can be built for them; nothing is written.
+
+    Raises:
+        UsageError: anything about the recipe or its data that would stop a training.
+    """
+    device = choose_device(recipe.device)
+    splits = load(recipe.data, validation=recipe.validation, seed=recipe.seed + 1, limit=recipe.limit)
+    normalization = fit(splits.train, recipe.normalization)
+    parts = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
+    loaders = {name: loader_for(recipe, splits, name, normalization, device) for name in parts}
+    steps = loaders["train"].steps_per_epoch
+    if steps == 0:
+        raise ConfigError(f"{len(splits.train)} training image(s) make no batch of at least two; give more images")
+    dataset = {
+        "classes": splits.classes,
+        "channels": splits.channels,
+        "size": splits.size,
+        "steps": recipe.epochs * steps,
+        "digest": data_digest(splits),
+    }
+    with torch.device("meta"):
+        build_network(recipe, dataset)
+    return Prepared(device, normalization, loaders, dataset)

@@ -1,0 +1,144 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from residrop.attach import sampler_of
+from residrop.errors import UsageError
+from residrop.inference import evaluate, predict, score
+from residrop.models import create
+
+
+@pytest.fixture
+def model():
+    made = create("resnet-8", rule="swapout", classes=4, channels=1, seed=0)
+    with torch.no_grad():
+        for _ in range(3):
+            made(torch.randn(16, 1, 8, 8))
+    return made
+
+
+@pytest.fixture
+def batches():
+    return [(torch.randn(n, 1, 8, 8), torch.randint(0, 4, (n,))) for n in (20, 20, 7)]
+
+
+def scores_by_hand(p, labels, bins=15):
+    p, labels = p.double().numpy(), labels.numpy()
+    decided, confidence = p.argmax(1), p.max(1)
+    right = decided == labels
+    ece = 0.0
+    for i in range(bins):
+        inside = (confidence > i / bins) & (confidence <= (i + 1) / bins)
+        if inside.any():
+            ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    error = 1.0 - right.mean()
+    return {
+        "error": 100 * error,
+        "error_se": 100 * math.sqrt(error * (1 - error) / len(labels)),
+        "nll": -np.log(p[np.arange(len(labels)), labels]).mean(),
+        "ece": 100 * ece,
+    }
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
+def test_scores_are_those_by_hand(sharpness):
+    p = (sharpness * torch.randn(500, 6)).softmax(dim=1)
+    labels = torch.multinomial(p.sqrt(), 1).squeeze(1)
+    found, wanted = score(p, labels), scores_by_hand(p, labels)
+    assert {name: getattr(found, name) for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+def test_scores_of_one_image_and_of_certainty():
+    sure = score(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    assert (sure.error, sure.error_se, sure.nll, sure.ece) == (0.0, 0.0, 0.0, 0.0)
+    wrong = score(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    assert wrong.error == wrong.ece == 100.0
+    assert math.isfinite(wrong.nll)
+
+
+def test_evaluation_is_that_of_the_predictions(model, batches):
+    found = evaluate(model, batches, samples=5)
+    labels = torch.cat([y for _, y in batches])
+    once = torch.cat([predict(model, x, 0).probabilities for x, _ in batches])
+    sampled = [predict(model, x, 5, first=5 * number) for number, (x, _) in enumerate(batches)]
+    for scores, p in ((found.deterministic, once), (found.sampled, torch.cat([s.probabilities for s in sampled]))):
+        wanted = scores_by_hand(p, labels)
+        assert {name: getattr(scores, name) for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    passes = torch.cat([s.sample_classes for s in sampled], dim=1).numpy()
+    errors = 100.0 * (passes != labels.numpy()).mean(axis=1)
+    assert found.single_pass_error == pytest.approx(errors.mean())
+    assert found.single_pass_error_se == pytest.approx(errors.std(ddof=1) / math.sqrt(5))
+    spread = torch.cat([s.standard_error.gather(1, s.classes[:, None]) for s in sampled])
+    assert found.probability_se == pytest.approx(spread.mean().item(), rel=1e-5)
+    assert found.probability_se > 0
+    assert (found.samples, found.images) == (5, 47)
+
+
+def test_every_batch_has_samples_of_its_own(model):
+    x, y = torch.randn(9, 1, 8, 8), torch.zeros(9, dtype=torch.long)
+    once, twice = evaluate(model, [(x, y)], 3), evaluate(model, [(x, y), (x, y)], 3)
+    assert once.deterministic.nll == pytest.approx(twice.deterministic.nll)
+    assert once.sampled.nll != pytest.approx(twice.sampled.nll, rel=1e-6)
+
+
+def test_no_samples_leave_sampled_inference_out(model, batches):
+    found = evaluate(model, batches, samples=0)
+    assert found.sampled is None
+    assert found.single_pass_error is None
+    assert found.single_pass_error_se is None
+    assert found.probability_se is None
+    assert found.samples == 0
+    assert found.deterministic == evaluate(model, batches, samples=2).deterministic
+
+
+def test_one_sample_has_no_standard_error_over_passes(model, batches):
+    found = evaluate(model, batches, samples=1)
+    assert found.single_pass_error == pytest.approx(found.sampled.error)
+    assert found.single_pass_error_se is None
+
+
+def test_one_sample_has_no_standard_error_of_a_probability(model, batches):
+    # 0.0 claims certainty where the other standard error is None
+    assert evaluate(model, batches, samples=1).probability_se is None
+
+
+def test_negative_samples_are_refused(model, batches):
+    # torch.zeros(-1) fails first: a traceback from `residrop evaluate RUN --samples -1`
+    with pytest.raises(UsageError, match="samples is -1"):
+        evaluate(model, batches, samples=-1)
+
+
+def test_constant_depth_is_the_same_both_ways(batches):
+    model = create("resnet-8", classes=4, channels=1)
+    found = evaluate(model, batches, samples=3)
+    assert found.sampled == found.deterministic
+    assert found.single_pass_error == pytest.approx(found.deterministic.error)
+    assert found.single_pass_error_se == 0.0
+    assert found.probability_se == 0.0
+
+
+def test_evaluation_repeats_and_leaves_the_model_as_it_was(model, batches):
+    model.blocks.block1.eval()
+    flags = [module.training for module in model.modules()]
+    step = sampler_of(model).step
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert evaluate(model, batches, samples=2) == evaluate(model, batches, samples=2)
+    assert [module.training for module in model.modules()] == flags
+    assert sampler_of(model).step == step
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_progress_is_told_after_every_batch(model, batches):
+    done = []
+    evaluate(model, batches, samples=0, on_batch=done.append)
+    assert done == [20, 40, 47]
+
+
+def test_batches_may_be_a_generator_and_the_result_is_json(model, batches):
+    found = evaluate(model, (batch for batch in batches), samples=2)
+    again = json.loads(json.dumps(found.to_dict()))
+    assert again["deterministic"]["error"] == found.deterministic.error
+    assert again["images"] == 47
