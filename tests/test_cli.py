@@ -238,7 +238,7 @@ def test_predict_shows_a_table(cli, run, digits, monkeypatch):
     assert f"{found.probabilities.max():.3f}" in line
 
 
-def test_bug_file_names_with_brackets_are_shown_in_full(cli, run, digits, monkeypatch):
+def test_file_names_with_brackets_are_shown_in_full(cli, run, digits, monkeypatch):
     # rich reads [copy] as markup and swallows it
     monkeypatch.setenv("COLUMNS", "200")
     folder = digits[0][0].parent
@@ -248,14 +248,14 @@ def test_bug_file_names_with_brackets_are_shown_in_full(cli, run, digits, monkey
     assert "photo[copy].png" in out
 
 
-def test_bug_paths_that_look_like_markup_do_not_crash(cli, run, digits):
+def test_paths_that_look_like_markup_do_not_crash(cli, run, digits):
     folder = digits[0][0].parent / "a["
     folder.mkdir()
     shutil.copy(digits[0][0], folder / "b].png")
     assert cli("predict", run, folder / "b].png", "--samples", "0")[0] == 0
 
 
-def test_bug_long_file_names_are_not_cut_where_standard_output_is_a_file(cli, run, digits):
+def test_long_file_names_are_not_cut_where_standard_output_is_a_file(cli, run, digits):
     # without a terminal the table is 80 wide, and names are what gives way
     name = digits[0][0].parent / ("a-rather-long-file-name-" * 3 + ".png")
     shutil.copy(digits[0][0], name)
@@ -416,7 +416,7 @@ def test_bad_input_is_one_line(cli, place, case):
     assert words in result[2]
 
 
-def test_bug_error_holds_no_box_where_the_output_is_not_utf8(cli, place):
+def test_error_holds_no_box_where_the_output_is_not_utf8(cli, place):
     # tyro draws its boxes of - and | then (PYTHONIOENCODING=ascii, LC_ALL=C, pytest); only the other ones are removed
     result = cli("train", "--epoch", "3")
     assert_refused(result, place)
@@ -503,14 +503,14 @@ def test_unfinished_run_is_one_line_with_advice(cli, place, run):
     assert "continue it with --resume" in result[2]
 
 
-def test_bug_line_of_metrics_cut_short_by_a_power_failure_does_not_stop_evaluate(cli, run, place):
+def test_line_of_metrics_cut_short_by_a_power_failure_does_not_stop_evaluate(cli, run, place):
     copy = shutil.copytree(run, place.parent / "copy")
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 5, "tra')
     assert cli("evaluate", copy, "--samples", "0")[0] in (0, 2)
 
 
-def test_bug_resume_of_a_run_that_is_not_there_is_refused(cli, place):
+def test_resume_of_a_run_that_is_not_there_is_refused(cli, place):
     # a typo in --out starts the default training in a new directory
     assert_refused(cli("train", *SMALL, "--resume", "--out", "typo", "--quiet"), place)
 
@@ -520,7 +520,7 @@ def test_bug_resume_of_a_run_that_is_not_there_is_refused(cli, place):
     [["--survival", "1.5"], ["--survival", "1,1"], ["--theta-2", "1.5"], ["--survival", "nonsense"]],
     ids=str,
 )
-def test_bug_compare_checks_all_rules_before_it_trains_the_first(cli, place, option):
+def test_compare_checks_all_rules_before_it_trains_the_first(cli, place, option):
     # constant takes no rates, so it is trained in full before swapout refuses them
     assert_refused(cli("compare", "--rules", "constant", "swapout", *SMALL, "--quiet", *option), place)
 
@@ -537,18 +537,18 @@ def test_bug_compare_checks_all_rules_before_it_trains_the_first(cli, place, opt
     ],
     ids=str,
 )
-def test_bug_compare_says_nothing_but_the_error(cli, place, option, words):
+def test_compare_says_nothing_but_the_error(cli, place, option, words):
     # "constant, seed 0" comes first
     result = cli("compare", *SMALL, *option)
     assert_refused(result, place)
     assert words in result[2]
 
 
-def test_bug_unwritable_json_is_refused_before_hours_of_training(cli, place):
+def test_unwritable_json_is_refused_before_hours_of_training(cli, place):
     assert_refused(cli("train", *SMALL, "--quiet", "--json", "/dev/null/x.json"), place)
 
 
-def test_bug_augmentation_that_cannot_be_is_refused_before_a_run_is_made(cli, place):
+def test_augmentation_that_cannot_be_is_refused_before_a_run_is_made(cli, place):
     # what is left "already holds a run", so the corrected command is refused, too
     assert_refused(cli("train", *SMALL, "--quiet", "--augmentation", "resized-crop", "--out", "run"), place)
 

@@ -466,7 +466,7 @@ def test_train_scale_follows_warmup():
 
 @pytest.mark.parametrize("rows", ["window", "bernoulli"])
 def test_row_scale_keeps_precision_in_bfloat16(rows):
-    """STYLE.md 2.1, 8: the scale is a Python float, not a number of the tensor's dtype (1/0.99 -> 1.0078)."""
+    """The scale is a Python float, not a number of the tensor's dtype (1/0.99 -> 1.0078)."""
     rule = StochasticDepth(0.99, "row", "train", rows)
     block = Residual(nn.Identity(), nn.Identity(), rule)
     attach(block)

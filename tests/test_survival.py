@@ -49,7 +49,7 @@ def test_linear_decay_default_is_paper():
     assert linear(9) == linear(9, 1.0, 0.5)
 
 
-# Constants of PAPERS.md section 7
+# Constants of the papers
 
 
 @pytest.mark.parametrize(("depth", "last", "total"), [(54, 0.5, 40.25), (75, 0.5, 56.0), (600, 0.5, 449.75)])

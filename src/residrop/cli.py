@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -153,17 +152,21 @@ def _parse(kind: type[_Args], arguments: Sequence[str], prog: str, default: _Arg
             raise
         what, advice = _unboxed(errors.getvalue())
         what = re.sub(r"^Error parsing settings: ", "", what) or "the command line is not understood"
-        hints = [row.split()[0] for row in advice if row.startswith("--")]
+        hints = [row.split()[0] for row in advice if re.match(r"--\w", row)]
         close = f" (did you mean {' or '.join(hints[:3])}?)" if hints and "nrecognized" in what else ""
         raise ConfigError(f"{what}{close}; see {prog} --help") from None
 
 
 def _unboxed(text: str) -> tuple[str, list[str]]:
-    """The message in a box that tyro drew, and the rows below the rule under it. The box may be drawn in ASCII."""
-    found = [re.fullmatch(r"\s*[│|](.*)[│|]\s*", row) for row in text.splitlines()]
-    rows = [match[1].strip() for match in found if match]
-    message = list(itertools.takewhile(lambda row: row.strip("─-"), rows))
-    return " ".join(message), rows[len(message) :]
+    """The message in a box that tyro drew, and the rows below the rule under it.
+
+    The first row is the title. Where the output is not UTF-8, a rule follows it and the sides are blanks.
+    """
+    rows = [row.strip(" │|") for row in text.splitlines()[1:]]
+    rules = [not row.strip(" ╭╮╰╯─+-") for row in rows]
+    first = 1 if rules and rules[0] else 0
+    end = next((i for i in range(first, len(rows)) if rules[i]), len(rows))
+    return " ".join(rows[first:end]), rows[end:]
 
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:
@@ -181,7 +184,8 @@ def _settings(arguments: Sequence[str], saved: str) -> tuple[str, dict[str, Any]
     name, out = _peek(arguments, "--recipe"), _peek(arguments, "--out")
     if "--resume" in arguments:
         if out is None:
-            raise ConfigError("--resume needs the directory to continue; add --out DIRECTORY")
+            what = "RUN" if saved == "recipe.json" else "DIRECTORY"
+            raise ConfigError(f"--resume needs the directory to continue; add --out {what}")
         if not (Path(out) / saved).exists():
             raise RunError(f"{out} holds nothing to continue ({saved} is missing); leave --resume out to start anew")
         if name is None:

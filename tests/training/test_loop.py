@@ -12,9 +12,7 @@ from residrop.attach import depth_of, sampler_of, using
 from residrop.data import Loader, augmentation, fit, load
 from residrop.errors import ConfigError, RunError, UsageError
 from residrop.inference import evaluate
-from residrop.models import create
 from residrop.training import Run, load_run, loop, train
-from residrop.training import run as run_module
 from residrop.training.checkpoint import build_network
 
 
@@ -30,7 +28,8 @@ def loader_for(recipe, part="train"):
 
 
 def network_for(recipe, steps=0):
-    return build_network(recipe, classes=10, channels=1, steps=steps).to(memory_format=torch.channels_last)
+    dataset = {"classes": [str(digit) for digit in range(10)], "channels": 1, "size": 8, "steps": steps}
+    return build_network(recipe, dataset).to(memory_format=torch.channels_last)
 
 
 def reference_weights(recipe):
@@ -116,19 +115,14 @@ def test_weights_of_a_dropped_block_stay_or_decay(tiny, tmp_path, decay_dropped)
 
 
 @pytest.mark.parametrize("limit", [192, 198], ids=["even", "last-batch-of-6"])
-def test_micro_batches_of_a_network_without_batch_norm_change_nothing(tiny, tmp_path, monkeypatch, limit):
-    def vanilla(recipe, *, classes, channels, steps=0):
-        options = {"width": 16, "in_features": 64, "classes": classes, "seed": recipe.seed}
-        return create("stable-vanilla-5", rule=recipe.rule, survival=recipe.survival, **options)
-
-    monkeypatch.setattr(run_module, "build_network", vanilla)
-    recipe = tiny(survival="0.5", limit=limit, lr=0.01)
+def test_micro_batches_of_a_network_without_batch_norm_change_nothing(tiny, tmp_path, limit):
+    recipe = tiny(network="stable-vanilla-5", width=16, survival="0.5", limit=limit, lr=0.01)
     whole = train(recipe, tmp_path / "1", quiet=True)
     parts = train(recipe.replace(micro_batches=4), tmp_path / "4", quiet=True)
     one, four = (load_file(tmp_path / name / "model.safetensors") for name in "14")
     assert one.keys() == four.keys()
     assert all(torch.allclose(one[key], four[key], rtol=0, atol=1e-6) for key in one)
-    assert not torch.equal(one["stem.weight"], vanilla(recipe, classes=10, channels=1).stem.weight)
+    assert not torch.equal(one["stem.weight"], network_for(recipe).stem.weight)
     for a, b in zip(whole.history, parts.history, strict=True):
         assert a["realised_depth"] == b["realised_depth"]
         assert a["train_error"] == b["train_error"]
@@ -293,7 +287,7 @@ def test_bad_recipe_is_refused_before_a_directory_is_made(tiny, tmp_path, change
     assert not (tmp_path / "run").exists()
 
 
-def test_bug_augmentation_that_cannot_be_is_refused_before_a_directory_is_made(tiny, tmp_path):
+def test_augmentation_that_cannot_be_is_refused_before_a_directory_is_made(tiny, tmp_path):
     # what is left "already holds a run": the corrected command is refused, too, and --resume as another recipe
     with pytest.raises(ConfigError, match="resized"):
         train(tiny(augmentation="resized-crop"), tmp_path / "run", quiet=True)

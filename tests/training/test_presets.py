@@ -1,4 +1,4 @@
-"""The protocols of the papers, written out again from PAPERS.md sections 3 and 4."""
+"""The protocols of the papers, written out again."""
 
 import pytest
 import torch
@@ -174,12 +174,16 @@ def test_published_numbers_are_the_papers():
     assert {name: one.published for name, one in PRESETS.items() if one.published is not None} == PUBLISHED
 
 
+def described(classes, channels, **more):
+    return {"classes": [str(i) for i in range(classes)], "channels": channels, "size": 32, **more}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_builds_with_the_classes_and_channels_of_its_data(name):
     recipe = preset(name).recipe
     classes, channels = SHAPES[recipe.data]
     with torch.device("meta"):
-        model = build_network(recipe, classes=classes, channels=channels, steps=100)
+        model = build_network(recipe, described(classes, channels, steps=100))
     shapes = [parameter.shape for parameter in model.parameters()]
     assert shapes[0][1] == channels
     assert shapes[-1][0] == classes
@@ -189,7 +193,7 @@ def test_preset_builds_with_the_classes_and_channels_of_its_data(name):
 def test_rates_reach_the_blocks():
     recipe = preset("stochastic-depth/resnet-110").recipe
     with torch.device("meta"):
-        rates = [rule.rates[0] for rule in rules_of(build_network(recipe, classes=10, channels=3))]
+        rates = [rule.rates[0] for rule in rules_of(build_network(recipe, described(10, 3)))]
     assert len(rates) == 54
     assert (rates[0], rates[26], rates[53]) == pytest.approx((0.990741, 0.75, 0.5), abs=1e-6)
     assert sum(rates) == pytest.approx(40.25)
@@ -200,7 +204,7 @@ def test_preset_networks_have_the_published_parameter_counts():
         recipe = preset(name).recipe
         classes, channels = SHAPES[recipe.data]
         with torch.device("meta"):
-            model = build_network(recipe, classes=classes, channels=channels)
+            model = build_network(recipe, described(classes, channels))
         return sum(parameter.numel() for parameter in model.parameters())
 
     assert count("stochastic-depth/resnet-110") == 1_727_962
@@ -224,7 +228,7 @@ def test_hopeless_preset_name_still_gets_suggestions():
 
 def test_options_of_a_recipe_reach_the_network():
     recipe = preset("digits").recipe.replace(width=2, block="v2", bn_gamma_init="uniform", network="resnet-8", seed=3)
-    built = build_network(recipe, classes=10, channels=1).state_dict()
+    built = build_network(recipe, described(10, 1)).state_dict()
     wanted = create("resnet-8", width=2, block="v2", bn_gamma_init="uniform", classes=10, channels=1, seed=3)
     assert built.keys() == wanted.state_dict().keys()
     assert all(torch.equal(built[key], value) for key, value in wanted.state_dict().items())

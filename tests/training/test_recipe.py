@@ -16,6 +16,8 @@ NAN, INF = math.nan, math.inf
 
 # One other legal value for each field.
 OTHER = {
+    "rows": "bernoulli",
+    "of": "shortcut",
     "network": "resnet-8",
     "width": 2,
     "block": "v2",
@@ -295,6 +297,6 @@ def test_fingerprint_changes_with_eval_every_where_it_selects_the_weights():
     assert every != second
 
 
-def test_bug_fingerprint_does_not_change_with_the_name_of_a_bare_folder():
+def test_fingerprint_does_not_change_with_the_name_of_a_bare_folder():
     # "images" has no slash and counts as a kind of data, so the same run refuses /home/me/images and ./images
     assert base(data="images").fingerprint() == base(data="./images").fingerprint()

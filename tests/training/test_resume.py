@@ -153,7 +153,7 @@ def test_training_outside_the_main_thread_works(tiny, tmp_path):
     assert len(outcome.history) == 1
 
 
-def test_bug_stopped_run_leaves_no_thread_behind(tiny, tmp_path, interrupt):
+def test_stopped_run_leaves_no_thread_behind(tiny, tmp_path, interrupt):
     # TensorBoard's writer is closed only when the training ends well
     before = threading.active_count()
     interrupt(tiny(), tmp_path / "run", 2)
@@ -184,7 +184,7 @@ def test_directory_that_is_a_file_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("normalization", ["channel", "unit"])
-def test_bug_other_images_are_refused_on_resume(tiny, tmp_path, interrupt, normalization):
+def test_other_images_are_refused_on_resume(tiny, tmp_path, interrupt, normalization):
     # same classes, labels and shapes, other pixels, which the statistics of `unit` do not tell apart
     rng = np.random.default_rng(0)
     for folder, brightness in (("a", 0), ("b", 100)):

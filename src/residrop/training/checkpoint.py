@@ -1,10 +1,16 @@
 """Run directories: what a run leaves on disk, written atomically and read without unpickling code.
 
-recipe.json        the resolved recipe            metrics.jsonl     one line per evaluated epoch
-versions.json      software and machine           curves.png        learning curves
-dataset.json       classes, image size            tensorboard/      the same for TensorBoard
-last.pt            everything needed to resume    evaluation.json   final evaluation, both ways
-model.safetensors  weights to report on           best.safetensors  weights of the best validation epoch
+recipe.json                the resolved recipe
+versions.json              software and machine
+dataset.json               classes, image size, digest of the training images
+normalization.safetensors  statistics of the training pixels
+metrics.jsonl              one line per epoch
+curves.png                 learning curves
+tensorboard/               the metrics for TensorBoard
+last.pt                    everything needed to resume
+best.safetensors           weights of the epoch with the lowest validation error
+model.safetensors          weights to report on
+evaluation.json            final evaluation, both ways
 """
 
 import contextlib
@@ -50,8 +56,11 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
     `steps`, the length of the training in updates, is what a warm-up of the rates is a share of; without it the
     network has its final rates throughout.
     """
-    named = ("width", "block", "bn_gamma_init", "theta_2", "granularity", "rescale", "rows", "of")
-    options = {name: getattr(recipe, name) for name in named if getattr(recipe, name) is not None}
+    options = {
+        name: getattr(recipe, name)
+        for name in ("width", "block", "bn_gamma_init", "theta_2", "granularity", "rescale", "rows", "of")
+        if getattr(recipe, name) is not None
+    }
     if reads_flat_rows(recipe.network):
         options["in_features"] = dataset["channels"] * dataset["size"] ** 2
     else:

@@ -130,7 +130,11 @@ PRESETS: dict[str, Preset] = {
         21.98,
         "steps every 30 epochs as in the repository the paper builds on",
     ),
-    "stochastic-depth/resnet-20": Preset(_HUANG.replace(network="resnet-20"), "the CIFAR-10 protocol at 20 layers"),
+    "stochastic-depth/resnet-20": Preset(
+        _HUANG.replace(network="resnet-20", survival="linear_decay(0.8)"),
+        "the CIFAR-10 protocol at 20 layers",
+        note="p_L = 0.8, the upper end of the range the paper recommends: shallow networks prefer less skipping (Fig. 8)",
+    ),
     "stochastic-depth/resnet-20-constant": Preset(
         _HUANG.replace(network="resnet-20", rule="constant", survival=None), "its constant-depth baseline"
     ),
