@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -156,7 +157,9 @@ def test_train_takes_the_recipe_and_overrides_its_fields(cli, place):
     assert "epoch   2/2" in err
     recipe = Recipe.from_dict(json.loads((place / "deep/er/run/recipe.json").read_text()))
     base = preset("digits/swapout").recipe
-    assert recipe == base.replace(network="resnet-ours-8", limit=200, epochs=2, precision="fp32", samples=2)
+    assert recipe == base.replace(
+        network="resnet-ours-8", limit=200, epochs=2, precision="fp32", samples=2, survival="linear(1, 0.5)"
+    )
 
 
 def test_quiet_train_writes_nothing_to_standard_error(cli):
@@ -319,7 +322,7 @@ def test_compare_gives_every_rule_its_own_survival_unless_it_is_given(cli, place
         for out in "ab"
         for rule in ("constant", "stochastic-depth")
     }
-    assert [recipes[key]["survival"] for key in recipes] == [None, None, None, "0.9"]
+    assert [recipes[key]["survival"] for key in recipes] == ["1", "linear_decay(0.5)", "1", "0.9"]
     assert [recipes[key]["granularity"] for key in recipes] == [None, None, None, "row"]
 
 
@@ -581,3 +584,28 @@ def test_module_gives_exit_codes(place):
     assert "epochs is 0; give a whole number of at least 1" in bad.stderr
     assert bad.stderr.count("\n") == 1
     assert everything(place) == []
+
+
+def test_json_is_written_to_a_pipe_not_over_it(cli, place):
+    pipe = place / "pipe"
+    os.mkfifo(pipe)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(json.loads(pipe.read_text())))
+    reader.start()
+    assert cli("recipes", "--rules", "--json", pipe)[0] == 0
+    reader.join(timeout=30)
+    assert found[0][0]["rules"] == "constant"
+    assert pipe.is_fifo()
+
+
+def test_images_too_small_for_the_network_are_refused_before_a_run_is_made(cli, place, digits):
+    for part in ("train", "test"):
+        for label in "ab":
+            folder = place / "tiny" / part / label
+            folder.mkdir(parents=True)
+            shutil.copy(digits[0][0], folder / "1.png")
+            shutil.copy(digits[1][0], folder / "2.png")
+    code, _, err = cli("train", *SMALL, "--quiet", "--data", f"folder:{place}/tiny?size=3", "--out", "run")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert not (place / "run").exists()

@@ -171,12 +171,13 @@ def _unboxed(text: str) -> tuple[str, list[str]]:
 
 def _peek(arguments: Sequence[str], option: str) -> str | None:
     """The value of an option that decides the defaults of all others."""
-    for i, word in enumerate(arguments):
+    found = None
+    for i, word in enumerate(arguments):  # the last one counts, as for the parser
         if word == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if word.startswith(option + "="):
-            return word.split("=", 1)[1]
-    return None
+            found = arguments[i + 1]
+        elif word.startswith(option + "="):
+            found = word.split("=", 1)[1]
+    return found
 
 
 def _settings(arguments: Sequence[str], saved: str) -> tuple[str, dict[str, Any]]:

@@ -23,6 +23,7 @@ from residrop.models import list_models
 from residrop.training import PRESETS, Interrupted, Outcome, Recipe, Run, load_run, preset, train
 from residrop.training.checkpoint import write_json
 from residrop.training.logbook import Meter, draw_curves
+from residrop.training.run import check_same
 from residrop.training.setup import choose_device, loader_of_run, precision_context, prepare
 
 __all__ = [
@@ -53,7 +54,10 @@ def _write(target: str | None, value: object) -> None:
         path = Path(target)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, value)
+            if path.exists() and not path.is_file():  # a pipe or device is written to, never replaced
+                path.write_text(json.dumps(value, indent=2) + "\n")
+            else:
+                write_json(path.resolve(), value)
         except OSError as error:
             raise ConfigError(f"--json {target} cannot be written ({error.strerror}); give another file") from None
 
@@ -135,8 +139,10 @@ def compare_command(
     recipes = [_for_rule(base, rule) for rule in dict.fromkeys(rules)]
     if (out / "settings.json").exists() and not resume:
         raise RunError(f"{out} already holds a comparison; continue it with --resume, or choose another --out")
-    for recipe in recipes:  # all of them before the first is trained
+    for recipe in recipes:  # all of them before the first is trained, and before the saved settings change
         prepare(recipe)
+        for seed in range(base.seed, base.seed + seeds):
+            check_same(recipe.replace(seed=seed), out / f"{recipe.rule}-seed{seed}", resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "settings.json", {"settings": base.to_dict(), "rules": list(rules), "seeds": seeds})
@@ -263,7 +269,7 @@ def predict_command(path: Path, images: Sequence[Path], samples: int, device: st
                         "file": str(file),
                         "class": dataset["classes"][number],
                         "probability": p,
-                        "standard_error": se,
+                        "standard_error": se if samples != 1 else None,
                         "entropy": entropy,
                         "mutual_information": information,
                         "samples": samples,
@@ -273,7 +279,8 @@ def predict_command(path: Path, images: Sequence[Path], samples: int, device: st
     for name in ("file", "class", "probability", "± se", "uncertainty (nats)", "of it randomness"):
         table.add_column(name, justify="left" if name in ("file", "class") else "right")
     for row in rows:
-        numbers = (f"{row[key]:.3f}" for key in ("probability", "standard_error", "entropy", "mutual_information"))
+        keys = ("probability", "standard_error", "entropy", "mutual_information")
+        numbers = ("-" if row[key] is None else f"{row[key]:.3f}" for key in keys)
         table.add_row(row["file"], row["class"], *numbers)
     _console(target).print(table)
     _write(target, rows)

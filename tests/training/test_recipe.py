@@ -56,7 +56,7 @@ OTHER = {
     "eval_every": 2,
     "checkpoint_minutes": 1.0,
 }
-FREE = {"samples", "workers", "checkpoint_minutes"}
+FREE = {"samples", "workers", "checkpoint_minutes", "device"}
 
 
 def base(**changes):

@@ -284,3 +284,28 @@ def test_interrupted_process_resumed_equals_the_uninterrupted(tmp_path, whole, a
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     train(Run.open(out).recipe(), out, resume=True, quiet=True)
     assert_same_run(whole, out)
+
+
+def test_refused_resume_leaves_the_comparison_as_it_was(tmp_path, monkeypatch, capsys):
+    from residrop.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--network",
+        "resnet-8",
+        "--limit",
+        "100",
+        "--epochs",
+        "1",
+        "--samples",
+        "0",
+        "--precision",
+        "fp32",
+        "--quiet",
+    ]
+    assert main(["compare", "--rules", "constant", *small, "--out", "both"]) == 0
+    before = (tmp_path / "both/settings.json").read_text()
+    assert main(["compare", "--resume", "--out", "both", "--epochs", "5"]) == 2
+    assert "epochs (was 1, is 5)" in capsys.readouterr().err
+    assert (tmp_path / "both/settings.json").read_text() == before
+    assert main(["compare", "--resume", "--out", "both", "--quiet"]) == 0

@@ -105,7 +105,7 @@ def evaluate(
             result = predict(model, x, samples, first=number * samples)
             averaged.append(result.probabilities.cpu())
             spread.append(result.standard_error.gather(1, result.classes[:, None]).squeeze(1).cpu())
-            wrong += (result.sample_classes != y).sum(dim=1).cpu()
+            wrong += (result.sample_classes != y.to(result.sample_classes.device)).sum(dim=1).cpu()
         done += len(y)
         if on_batch:
             on_batch(done)

@@ -71,7 +71,9 @@ def predict(model: nn.Module, x: Tensor, samples: int = 30, *, first: int = 0) -
         finally:
             for module, flag in flags.items():
                 module.training = flag
-        return Prediction(p, torch.zeros_like(p), _entropy(p), 0, torch.empty(0, len(p), dtype=torch.long))
+        return Prediction(
+            p, torch.zeros_like(p), _entropy(p), 0, torch.empty(0, len(p), dtype=torch.long, device=p.device)
+        )
     mean = square = entropy = torch.zeros((), device=x.device)
     classes: list[Tensor] = []
     with sampling(model, first=first):

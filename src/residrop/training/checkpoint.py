@@ -38,7 +38,7 @@ __all__ = ["Run", "build_network", "load_run", "write_json"]
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _read_json(path: Path) -> Any:
@@ -140,7 +140,7 @@ class Run:
         path = self.path / "metrics.jsonl"
         seconds = 0.0
         for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError):  # the last line of a run cut short
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a run cut short
                 seconds += float(json.loads(line)["seconds"])
         return seconds
 

@@ -34,7 +34,8 @@ class Logbook:
 
         self._path = path / "metrics.jsonl"
         self.history: list[dict[str, Any]] = [dict(line) for line in history]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        with replacing(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         last = self.history[-1]["epoch"] if self.history else 0
         self._events = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1)
 
@@ -101,7 +102,7 @@ class _Speed(ProgressColumn):
 
 
 class Meter(AbstractContextManager["Meter"]):
-    """Progress of a training: a live bar on a terminal, one line per evaluated epoch elsewhere.
+    """Progress of a training: a live bar on a terminal, and a line per epoch everywhere.
 
     Args:
         total: number of updates of the training; done: number already made.

@@ -90,7 +90,9 @@ def stop_signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # ignored signals stay ignored (nohup, background jobs); None is a handler that Python cannot put back
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield stopped
     finally:
@@ -133,12 +135,19 @@ def run_epochs(
             if state.update % steps == 0:
                 break  # the epoch's own evaluation and save follow; a state between the two could not be resumed
             if stopped.is_set() or now - saved_at > 60.0 * recipe.checkpoint_minutes:
+                _check_finite(state, epoch)  # a good state is not overwritten by a lost one
                 state.save(run)
                 saved_at = started = time.perf_counter()
                 _check_stopped(stopped, state, run)
         _end_epoch(recipe, run, state, epoch, steps, others, book, meter, autocast)
         saved_at = time.perf_counter()
         _check_stopped(stopped, state, run)
+
+
+def _check_finite(state: State, epoch: int) -> None:
+    loss = float(state.sums[0])
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is {loss} in epoch {epoch + 1}; try a smaller lr, a warmup, or --precision fp32")
 
 
 def _check_stopped(stopped: threading.Event, state: State, run: Run) -> None:
@@ -197,8 +206,7 @@ def _end_epoch(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     loss, wrong, seen = state.sums.tolist()
-    if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss} in epoch {epoch + 1}; try a smaller lr, a warmup, or --precision fp32")
+    _check_finite(state, epoch)
     sampler = sampler_of(state.model)
     line: dict[str, Any] = {
         "epoch": epoch + 1,

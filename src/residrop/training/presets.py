@@ -1,6 +1,7 @@
 """Recipes by name: the main rows of the four papers at full protocol, and the digits run of the README.
 
-A recipe's fields follow its paper; where the text leaves something open, the choice is stated in the recipe's note.
+A recipe's fields follow its paper; where the text leaves something open, the choice is stated above each group of
+recipes, and in the note of a recipe that departs from its group.
 """
 
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class Preset:
 
 _DIGITS = Recipe(data="digits", augmentation="shift", epochs=40, batch_size=64, lr=0.1, lr_drops=(0.5, 0.75))
 
-# Huang et al. 2016, sections 3-4; zero gradients for dropped blocks and the scalar std as in the released Torch code.
+# Huang et al. 2016, sections 3-4. From the released Torch code: zero gradients for dropped blocks, one scalar std.
+# Unlike it: batch norm's gamma starts at 1 (--bn-gamma-init uniform is the release's), convolutions have no bias.
 _HUANG = Recipe(
     network="resnet-110",
     rule="stochastic-depth",
@@ -62,7 +64,8 @@ _SWAPOUT = Recipe(
     nesterov=False,
 )
 
-# Guo & Gould 2016, section IV: 64,000 iterations of 128 images, drops after 32,000 and 48,000.
+# Guo & Gould 2016, section IV: 64,000 iterations of 128 images, drops after 32,000 and 48,000; 164 epochs are 64,124.
+# Unstated: momentum 0.9 and weight decay 1e-4 (He et al., whom the paper follows), ImageNet's drops (every 30 epochs).
 _DEPTH_DROPOUT = Recipe(
     network="depth-dropout-resnet-56",
     rule="depth-dropout",
@@ -75,7 +78,8 @@ _DEPTH_DROPOUT = Recipe(
     nesterov=False,
 )
 
-# Hayou & Ayed 2021: protocol not in the paper's body; the repository it builds on trains like this.
+# Hayou & Ayed 2021: the protocol is not in the paper's body; the repository it builds on trains like this. Test-time
+# scaling is not stated either: p times the branch, the mean network of the theory.
 _STABLE = Recipe(
     network="stable-resnet-110",
     rule="stochastic-depth",
@@ -133,12 +137,12 @@ PRESETS: dict[str, Preset] = {
     "stochastic-depth/resnet-20": Preset(
         _HUANG.replace(network="resnet-20", survival="linear_decay(0.8)"),
         "the CIFAR-10 protocol at 20 layers",
-        note="p_L = 0.8, the upper end of the range the paper recommends: shallow networks prefer less skipping (Fig. 8)",
+        note="p_L = 0.8, the upper end of what the paper recommends: shallow networks prefer less skipping (Fig. 8)",
     ),
     "stochastic-depth/resnet-20-constant": Preset(
         _HUANG.replace(network="resnet-20", rule="constant", survival=None), "its constant-depth baseline"
     ),
-    "swapout/v2-20-w1": _swapout("CIFAR-10, v2, 20 layers, width x1 (Singh et al., Tables 1 and 3)", 7.92),
+    "swapout/v2-20-w1": _swapout("CIFAR-10, v2, 20 layers, width x1 (Singh et al., Table 3; Table 1 has 7.97)", 7.92),
     "swapout/v2-20-w2": _swapout("CIFAR-10, v2, 20 layers, width x2 (Tables 1-3)", 5.68, width=2),
     "swapout/v2-20-w4": _swapout("CIFAR-10, v2, 20 layers, width x4 (Table 3)", 5.09, width=4),
     "swapout/v2-32-w4": _swapout(

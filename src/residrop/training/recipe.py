@@ -113,7 +113,7 @@ class Recipe:
     eval_every: int = 1
     """Epochs between evaluations along training (the last epoch is always evaluated)."""
     checkpoint_minutes: float = 10.0
-    """Save a resumable state at least this often, besides after every evaluation."""
+    """Save a resumable state at least this often, besides after every epoch."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batches", "eval_every"):
@@ -125,8 +125,8 @@ class Recipe:
             check_whole("limit", self.limit, least=1)
         for name, kind in get_type_hints(type(self)).items():
             self._check_kind(name, kind)
-        for name in ("survival_warmup", "warmup", "momentum", *[f"lr_drops[{i}]" for i in range(len(self.lr_drops))]):
-            value = self.lr_drops[int(name[9:-1])] if "[" in name else getattr(self, name)
+        shares = [(name, getattr(self, name)) for name in ("survival_warmup", "warmup", "momentum")]
+        for name, value in [*shares, *((f"lr_drops[{i}]", drop) for i, drop in enumerate(self.lr_drops))]:
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it is a share (or momentum) and lies in [0, 1]")
         for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes"):
@@ -191,7 +191,7 @@ class Recipe:
 
         Of `data` only the kind counts, since folders move; what is in them is compared by `data_digest`.
         """
-        free = {"samples", "workers", "checkpoint_minutes", "data"}
+        free = {"samples", "workers", "checkpoint_minutes", "data", "device"}
         if self.select == "last":  # with "best", evaluated epochs are the candidates
             free.add("eval_every")
         fields = {key: value for key, value in self.to_dict().items() if key not in free}
@@ -199,5 +199,5 @@ class Recipe:
         return {**fields, "data": kind if kind in sources() else "a folder"}
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the outcome of the run: two runs agree if and only if it agrees."""
+        """Hash of `decisive`: runs of one fingerprint on one kind of device are the same run."""
         return hashlib.sha256(json.dumps(self.decisive(), sort_keys=True).encode()).hexdigest()[:16]

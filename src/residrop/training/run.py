@@ -15,9 +15,9 @@ from residrop.training.checkpoint import Run, build_network, write_json
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import State, run_epochs, stop_signals
 from residrop.training.recipe import Recipe
-from residrop.training.setup import Prepared, make_optimizer, precision_context, prepare
+from residrop.training.setup import Prepared, make_optimizer, precision_context, prepare, resolve
 
-__all__ = ["Outcome", "train"]
+__all__ = ["Outcome", "check_same", "train"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     console = console or Console(stderr=True, markup=False)
-    if (out / "recipe.json").exists():  # said before minutes of decoding, not after
-        _check_same(Run.open(out).recipe(), recipe, out, resume)
+    recipe = resolve(recipe)
+    check_same(recipe, out, resume)  # said before minutes of decoding, not after
     ready = prepare(recipe)
     loaders = dict(ready.loaders)
     loader = loaders.pop("train")
@@ -95,10 +95,16 @@ def train(
             run_epochs(recipe, run, state, loader, loaders, book, meter, stopped)
     finally:
         book.close()
+        if state.history:
+            draw_curves(run.path / "curves.png", {recipe.rule: state.history}, f"{recipe.network}, {recipe.rule}")
     return _finish(recipe, run, state, loaders["test"], console, quiet)
 
 
-def _check_same(before: Recipe, now: Recipe, out: Path, resume: bool) -> None:
+def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
+    """RunError if `out` holds a run that this recipe cannot continue; nothing if it holds none."""
+    if not (out / "recipe.json").exists():
+        return
+    before, now = Run.open(out).recipe(), resolve(recipe)
     if not resume:
         raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     if before.fingerprint() != now.fingerprint():
@@ -123,7 +129,6 @@ def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Conso
     if recipe.select == "best" and (run.path / "best.safetensors").exists():
         run.load_weights("best", model)
     run.save_weights("model", model)
-    draw_curves(run.path / "curves.png", {recipe.rule: state.history}, f"{recipe.network}, {recipe.rule}")
     autocast = precision_context(recipe, next(model.parameters()).device)
     with autocast(), Meter(test.num_images, 0, "evaluating", console=console, quiet=quiet) as meter:
         evaluation = evaluate(

@@ -1,6 +1,7 @@
 """What a training is made of before it starts: device, precision, batches, optimizer."""
 
 import hashlib
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from residrop.catalogue import entry_of
 from residrop.data import Files, Loader, Normalization, Splits, augmentation, fit, load
 from residrop.errors import ConfigError, RunError
 from residrop.training.checkpoint import Run, build_network
@@ -23,6 +25,7 @@ __all__ = [
     "make_optimizer",
     "precision_context",
     "prepare",
+    "resolve",
 ]
 
 
@@ -32,8 +35,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=device)  # sums are kept in float64
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
     if device.type == "meta":
@@ -41,13 +44,30 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16; emulation would be slower than fp32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with what it leaves to defaults and to the machine filled in, as a run directory keeps it."""
+    survival = entry_of(recipe.rule).survival if recipe.survival is None else recipe.survival
+    precision = recipe.precision
+    if precision == "auto":
+        precision = "bf16" if _computes_bf16(choose_device(recipe.device)) else "fp32"
+    return recipe.replace(survival=survival, precision=precision)
+
+
 def precision_context(recipe: Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A function that makes the autocast context of a recipe on a device."""
-    bf16 = recipe.precision == "bf16"
-    if recipe.precision == "auto":
-        hardware = torch.ops.mkldnn._is_mkldnn_bf16_supported if device.type == "cpu" else torch.cuda.is_bf16_supported
-        bf16 = bool(hardware())
-    if not bf16:
+    if recipe.precision == "fp32" or (recipe.precision == "auto" and not _computes_bf16(device)):
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
@@ -140,5 +160,6 @@ def prepare(recipe: Recipe) -> Prepared:
         "digest": data_digest(splits),
     }
     with torch.device("meta"):
-        build_network(recipe, dataset)
+        network = build_network(recipe, dataset).eval()
+        network(torch.empty(2, splits.channels, splits.size, splits.size))  # refuses images it cannot read
     return Prepared(device, normalization, loaders, dataset)
