@@ -1,0 +1,52 @@
+"""What must hold on a CUDA device; run with -m gpu."""
+
+import pytest
+import torch
+
+import residrop
+from residrop.functional import skip_forward, swapout, unit_mask
+from residrop.training import Recipe, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_masks_equal_those_of_the_cpu(dtype, memory):
+    x = torch.randn(33, 7, 9, 5).to(dtype).contiguous(memory_format=memory)
+    f = torch.randn(33, 7, 9, 5).to(dtype).contiguous(memory_format=memory)
+    for theta, key in ((0.5, 1), (0.9, 2**63 + 5)):
+        assert torch.equal(unit_mask(x.cuda(), theta, key).cpu(), unit_mask(x, theta, key))
+        assert torch.equal(swapout(x.cuda(), f.cuda(), theta, 0.3, key).cpu(), swapout(x, f, theta, 0.3, key))
+        assert torch.equal(skip_forward(x.cuda(), f.cuda(), theta, key).cpu(), skip_forward(x, f, theta, key))
+
+
+@pytest.mark.parametrize("rule", ["stochastic-depth", "swapout", "depth-dropout"])
+@pytest.mark.parametrize("decay_dropped", [False, True])
+def test_training_learns_and_resumes(rule, decay_dropped, tmp_path):
+    recipe = Recipe(
+        network="resnet-8", rule=rule, epochs=6, batch_size=64, decay_dropped=decay_dropped, device="cuda", samples=5
+    )
+    outcome = train(recipe, tmp_path / "run", quiet=True)
+    assert outcome.history[-1]["train_loss"] < 0.5 * outcome.history[0]["train_loss"]
+    again = train(recipe, tmp_path / "run", resume=True, quiet=True)
+    assert again.evaluation.deterministic.error == pytest.approx(outcome.evaluation.deterministic.error, abs=1.0)
+
+
+def test_a_dead_block_launches_nothing():
+    model = residrop.create("resnet-20", rule="stochastic-depth").cuda()
+    with residrop.using(model, residrop.Plan.of([False] * 9)):
+        model(torch.randn(4, 3, 32, 32, device="cuda")).sum().backward()
+    branches = [block.branch for block in model.modules() if isinstance(block, residrop.Residual)]
+    assert len(branches) == 9
+    assert all(parameter.grad is None for branch in branches for parameter in branch.parameters())
+
+
+def test_prediction_stays_on_the_device():
+    model = residrop.create("resnet-8", rule="swapout").cuda()
+    found = residrop.predict(model, torch.randn(3, 3, 32, 32, device="cuda"), samples=4)
+    assert all(part.device.type == "cuda" for part in (found.probabilities, found.standard_error, found.sample_classes))
+    assert residrop.predict(model, torch.randn(3, 3, 32, 32, device="cuda"), samples=0).sample_classes.is_cuda
