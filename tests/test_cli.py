@@ -604,7 +604,7 @@ def test_images_too_small_for_the_network_are_refused_before_a_run_is_made(cli, 
             folder = place / "tiny" / part / label
             folder.mkdir(parents=True)
             shutil.copy(digits[0][0], folder / "1.png")
-            shutil.copy(digits[1][0], folder / "2.png")
+            shutil.copy(digits[0][1], folder / "2.png")
     code, _, err = cli("train", *SMALL, "--quiet", "--data", f"folder:{place}/tiny?size=3", "--out", "run")
     assert code == 2
     assert err.count("\n") == 1
