@@ -135,9 +135,9 @@ PRESETS: dict[str, Preset] = {
         "steps every 30 epochs as in the repository the paper builds on",
     ),
     "stochastic-depth/resnet-20": Preset(
-        _HUANG.replace(network="resnet-20", survival="linear_decay(0.8)"),
+        _HUANG.replace(network="resnet-20", survival="linear_decay(0.9)"),
         "the CIFAR-10 protocol at 20 layers",
-        note="p_L = 0.8, the upper end of what the paper recommends: shallow networks prefer less skipping (Fig. 8)",
+        note="p_L = 0.9: shallow nets prefer less skipping (Fig. 8); best of 0.5, 0.8, 0.9 on validation (10 epochs)",
     ),
     "stochastic-depth/resnet-20-constant": Preset(
         _HUANG.replace(network="resnet-20", rule="constant", survival=None), "its constant-depth baseline"
