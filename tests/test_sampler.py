@@ -1,6 +1,12 @@
 """Draws: pure functions of (seed, step, block), and what reaches the rules."""
 
+import copy
+import hashlib
+import math
+import pickle
 import random
+import time
+from fractions import Fraction
 from math import ceil, floor
 
 import numpy as np
@@ -12,6 +18,8 @@ from helpers import assert_binomial, assert_chi_square
 from reference import GAMMA, key_of, live_rows, splitmix_output
 from residrop.errors import ConfigError, PlanError
 from residrop.sampler import DepthSampler, Draw, Plan, Rows, Site, derive_key
+from residrop.survival import linear_decay
+from residrop.timing import early, late, parse, plateau, points, progressive, warmup
 
 WORDS = st.integers(-(2**70), 2**70)
 
@@ -71,6 +79,92 @@ def test_plan_law_pinned():
         Draw((0.4,), key=at(keys, 7)),
     )
     assert plan.step == 5
+
+
+EDGES = [
+    Site((rate,), scope=scope)
+    for rate in (0.0, 5e-324, 1e-20, 2.0**-64, 0.1, 1 - 2.0**-53, 1.0)
+    for scope in ("shared", "per_rank")
+]
+
+
+@pytest.mark.parametrize(
+    ("sites", "steps", "recorded"),
+    [
+        (MIXED, 0, "386ad2a1028c3e49"),
+        (MIXED, 10, "8d921344555577e3"),
+        (MIXED * 8, 0, "2625636a3c67d1f4"),
+        (MIXED * 8, 10, "d584c2ec5f205910"),
+        (EDGES, 0, "a916e6113a69d2fe"),
+        (EDGES, 10, "c549a0b07127a234"),
+        ([], 0, "4d21f002b6a59ca3"),
+        ([], 10, "4d21f002b6a59ca3"),
+    ],
+)
+def test_plans_are_those_of_the_first_release(sites, steps, recorded):
+    """Digests of plans that a loop over the blocks made, one scalar hash each; recorded runs depend on them."""
+    told = hashlib.sha256()
+    for seed in (0, -12, 2**70 + 1):
+        for rank in range(3):
+            sampler = DepthSampler(sites, seed=seed, timing=warmup(steps), rank=rank)
+            for step in (0, 1, 5, 9, 10, 999, 2**40):
+                plans = [sampler.plan(step, part=part) for part in (0, 1, 7)]
+                plans += [sampler.plan(step, stream="sample"), sampler.expectation(step)]
+                told.update(repr([(plan.step, *map(tuple, plan.draws)) for plan in plans]).encode())
+    assert told.hexdigest()[:16] == recorded
+
+
+def plan_by_definition(sampler, step, part, code):
+    """A plan written from the definitions: one scalar hash and one exact comparison for every block."""
+    draws = []
+    for block, (site, rates) in enumerate(zip(sampler.sites, sampler.rates_at(step), strict=True), 1):
+        coin = site.granularity == "block"
+        base = key_of(sampler.seed, code, 1, step) if coin else key_of(sampler.seed, code, 2, step, part)
+        base = key_of(base, sampler.rank) if site.scope == "per_rank" else base
+        word = splitmix_output((base + block * GAMMA) % 2**64)
+        alive = not rates or (Fraction(word, 2**64) < Fraction(rates[0]) if coin else None)
+        draws.append(Draw(rates, alive, word if rates and not coin else None))
+    return draws
+
+
+SITES = st.lists(
+    st.builds(
+        Site,
+        st.one_of(st.just(()), st.tuples(st.floats(0.0, 1.0))),
+        st.sampled_from(["block", "row", "unit"]),
+        st.sampled_from(["shared", "per_rank"]),
+    ),
+    max_size=20,
+)
+
+
+@given(SITES, st.integers(-(2**65), 2**65), st.integers(0, 2**70), st.integers(0, 9), st.integers(0, 999))
+def test_plan_equals_definition(sites, seed, step, part, rank):
+    for timing in ("constant", "warmup(1000000000000)", "early(5)"):
+        sampler = DepthSampler(sites, seed=seed, timing=timing, rank=rank)
+        assert list(sampler.plan(step, part=part).draws) == plan_by_definition(sampler, step, part, 3)
+    sample = DepthSampler(sites, seed=seed, rank=rank)
+    assert list(sample.plan(step, part=part, stream="sample").draws) == plan_by_definition(sample, step, part, 4)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 30))
+def test_coin_is_exact_next_to_its_threshold(seed, block):
+    """A word w is below the rate p if and only if w / 2^64 < p, for the floats next to w / 2^64."""
+    word = splitmix_output((key_of(seed, 3, 1, 7) + (block + 1) * GAMMA) % 2**64)
+    nearest = min(word / 2**64, 1.0)
+    rates = [nearest, math.nextafter(nearest, 0.0), math.nextafter(nearest, 1.0)]
+    for rate in rates:
+        sites = [*[Site((0.5,))] * block, Site((rate,)), Site((0.5,))]
+        assert coins(DepthSampler(sites, seed=seed), 7)[block] is (Fraction(word, 2**64) < Fraction(rate))
+
+
+def test_coin_is_exact_below_the_last_bit_of_its_threshold():
+    """Rates below 2^-12 are finer than words: p 2^64 is no whole number, and the word just below it is alive."""
+    words = ((seed, splitmix_output((key_of(seed, 3, 1, 7) + GAMMA) % 2**64)) for seed in range(60_000))
+    seed, word = next(found for found in words if found[1] < 2**52)
+    rate = word / 2**64  # exact
+    for one, alive in ((rate, False), (math.nextafter(rate, 1.0), True), (math.nextafter(rate, 0.0), False)):
+        assert coins(DepthSampler([Site((one,))], seed=seed), 7) == [alive]
 
 
 # Purity
@@ -171,7 +265,7 @@ def test_sample_stream_differs_from_train():
 
 
 def test_sample_stream_uses_final_rates_during_warmup():
-    sampler = DepthSampler([Site((0.25,)), Site((0.5, 0.75), "unit")], warmup_steps=100)
+    sampler = DepthSampler([Site((0.25,)), Site((0.5, 0.75), "unit")], timing="warmup(100)")
     assert [draw.rates for draw in sampler.plan(1, stream="sample").draws] == [(0.25,), (0.5, 0.75)]
 
 
@@ -179,7 +273,7 @@ def test_sample_stream_uses_final_rates_during_warmup():
 
 
 def test_warmup_rates_in_plans():
-    sampler = DepthSampler([Site((0.5,)), Site(()), Site((0.0, 0.25), "unit")], seed=1, warmup_steps=4)
+    sampler = DepthSampler([Site((0.5,)), Site(()), Site((0.0, 0.25), "unit")], seed=1, timing="warmup(4)")
     assert [draw.rates for draw in sampler.plan(0).draws] == [(1.0,), (), (1.0, 1.0)]
     assert [draw.rates for draw in sampler.plan(2).draws] == [(0.75,), (), (0.5, 0.625)]
     assert [draw.rates for draw in sampler.plan(3).draws] == [(0.625,), (), (0.25, 0.4375)]
@@ -189,18 +283,66 @@ def test_warmup_rates_in_plans():
 
 def test_warmup_first_step_keeps_every_block():
     for seed in range(50):
-        assert all(coins(DepthSampler([Site((0.0,))] * 10, seed=seed, warmup_steps=3), 0))
+        assert all(coins(DepthSampler([Site((0.0,))] * 10, seed=seed, timing="warmup(3)"), 0))
 
 
 def test_warmup_coins_follow_the_rates_in_force():
-    sampler = DepthSampler([Site((0.0,))] * 10, seed=1, warmup_steps=1000)
+    sampler = DepthSampler([Site((0.0,))] * 10, seed=1, timing="warmup(1000)")
     for step in (100, 500, 900):
-        alive = sum(sum(coins(DepthSampler(sampler.sites, seed=s, warmup_steps=1000), step)) for s in range(500))
+        alive = sum(sum(coins(DepthSampler(sampler.sites, seed=s, timing="warmup(1000)"), step)) for s in range(500))
         assert_binomial(alive, 5000, 1 - step / 1000, f"step {step}")
 
 
+def test_plans_reuse_their_draws_while_the_rates_stand_still():
+    sampler = DepthSampler([Site((0.5,)), Site((0.25,))], timing=points((0, 1.0), (9, 1.0), (10, 0.5), (99, 0.5)))
+    for first, last in ((0, 10), (10, 100)):
+        for place in range(2):
+            drawn = [sampler.plan(step).draws[place] for step in range(first, last)]
+            assert len({id(draw) for draw in drawn}) == len(set(drawn)) <= 2
+    assert sampler.plan(3).draws[0].rates == (0.5,)
+    assert sampler.plan(50).draws[0].rates == (0.75,)
+
+
+@pytest.mark.parametrize(
+    "timing", [warmup(6), early(4), early(3, 4), late(4), plateau(2, 3), progressive(0.3), progressive(0.3, 4)], ids=str
+)
+def test_plans_and_rates_follow_the_timing_in_any_order(timing):
+    sampler = DepthSampler([Site((0.5,)), Site(()), Site((0.0, 0.25), "unit")], seed=1, timing=timing)
+    for step in [*range(12), 3, 11, 0, 7, 4]:
+        drop = timing.share(step)
+        wanted = [(1 - drop * 0.5,), (), (1 - drop, 1 - drop * 0.75)]
+        for found in (
+            sampler.rates_at(step),
+            [draw.rates for draw in sampler.plan(step).draws],
+            [draw.rates for draw in sampler.expectation(step).draws],
+        ):
+            assert [pytest.approx(rates, abs=1e-15) for rates in wanted] == found
+        assert sampler.plan(step) == DepthSampler(sampler.sites, seed=1, timing=timing).plan(step)
+
+
+def test_outside_training_counts_the_end_of_the_timing():
+    sites = [Site((0.5,)), Site(()), Site((0.25, 0.75), "unit")]
+    ends = {"constant": None, "warmup(9)": None, "late(9)": None, "progressive(0.1)": None, "early(9)": 0.0,
+            "plateau(5, 4)": 0.0, "points(0:1, 9:0.5)": 0.5}  # fmt: skip
+    for timing, share in ends.items():
+        sampler = DepthSampler(sites, timing=timing)
+        drop = 1.0 if share is None else share
+        final = [tuple(1 - drop * (1 - rate) for rate in site.rates) for site in sites]
+        assert [draw.rates for draw in sampler.plan(0, stream="sample").draws] == final
+        drawn = [sampler.draw(index, False) for index in range(3)]
+        assert drawn == ([None] * 3 if share is None else [Draw(rates) for rates in final])
+    assert all(coins(DepthSampler(BLOCKS, timing="early(3)"), 0, stream="sample"))
+
+
+def test_sampler_takes_a_timing_or_its_string():
+    for timing in ("warmup(7)", " plateau( 2,3 ) ", "progressive(0.25)"):
+        assert DepthSampler(BLOCKS, timing=timing).schedule == DepthSampler(BLOCKS, timing=parse(timing)).schedule
+    with pytest.raises(ConfigError, match=r"timing 'warmup\(0\.1\)' has the time 0\.1; times are whole steps"):
+        DepthSampler(BLOCKS, timing="warmup(0.1)")
+
+
 def test_expectation_has_rates_and_no_coins():
-    sampler = DepthSampler(MIXED, warmup_steps=2)
+    sampler = DepthSampler(MIXED, timing="warmup(2)")
     plan = sampler.expectation(1)
     assert [draw.rates for draw in plan.draws] == sampler.rates_at(1)
     assert all(draw.expected and draw.alive is None and draw.key is None for draw in plan.draws)
@@ -229,17 +371,38 @@ def test_state_dict_round_trip():
     assert resumed.state_dict() == sampler.state_dict() == {"seed": -12, "step": 12}
 
 
+def test_copies_draw_the_same():
+    sampler = DepthSampler(MIXED * 3, seed=4, timing=early(5, 5), rank=2)
+    plans = [sampler.plan(step) for step in range(12)]
+    for again in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert [again.plan(step) for step in range(12)] == plans
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("timing", ["constant", "warmup(1000000)"])
+def test_drawing_costs_less_than_50_microseconds(timing):
+    """For 54 blocks at rates that stand still; moving ones may cost three times that. The fastest run counts."""
+    sampler = DepthSampler([Site((rate,)) for rate in linear_decay(54)], timing=timing)
+    seconds = []
+    for run in range(200):
+        start = time.perf_counter()
+        for step in range(20):
+            sampler.plan(20 * run + step)
+        seconds.append((time.perf_counter() - start) / 20)
+    assert min(seconds) < (50e-6 if timing == "constant" else 150e-6)
+
+
 @pytest.mark.parametrize("seed", [1.0, True, "1", None])
 def test_sampler_refuses_seed(seed):
     with pytest.raises(ConfigError, match=r"seed is .*give a whole number"):
         DepthSampler(BLOCKS, seed=seed)
 
 
-def test_sampler_refuses_rates_and_warmup():
+def test_sampler_refuses_rates_and_timing():
     with pytest.raises(ConfigError, match=r"rate 2 is 1\.5"):
         DepthSampler([Site((0.5,)), Site((1.5,))])
-    with pytest.raises(ConfigError, match="warmup_steps is -1"):
-        DepthSampler(BLOCKS, warmup_steps=-1)
+    with pytest.raises(ConfigError, match=r"timing 'warmup\(-1\)' has the time -1"):
+        DepthSampler(BLOCKS, timing="warmup(-1)")
 
 
 # Plans by hand

@@ -2,17 +2,29 @@
 
 import ast
 import math
+import sys
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import residrop.survival as survival
 from residrop.errors import ConfigError, UsageError
-from residrop.survival import Schedule, check_rate, expected_depth, explicit, linear, linear_decay, parse, uniform
+from residrop.survival import (
+    check_rate,
+    expected_depth,
+    explicit,
+    exponential,
+    linear,
+    linear_decay,
+    parse,
+    uniform,
+)
+from residrop.timing import Schedule
 
 RATES = st.floats(0.0, 1.0)
 DEPTHS = st.integers(1, 200)
@@ -36,6 +48,11 @@ DEPTHS = st.integers(1, 200)
         (linear(2, 1.0, 0.5), (1.0, 0.5)),
         (linear(3, 1.0, 0.5), (1.0, 0.75, 0.5)),
         (linear(3, 0.2, 0.8), (0.2, 0.5, 0.8)),
+        (exponential(1, 0.5), (0.5,)),
+        (exponential(2, 0.5), (1.0, 0.5)),
+        (exponential(3, 0.5), (1.0, 0.5 * (3 - math.sqrt(2)), 0.5)),
+        (exponential(5, 0.0), (1.0, 2 - 2**0.25, 2 - 2**0.5, 2 - 2**0.75, 0.0)),
+        (exponential(3, 1.0), (1.0, 1.0, 1.0)),
         (explicit(3, [1, 0.5, 0]), (1.0, 0.5, 0.0)),
     ],
 )
@@ -47,6 +64,7 @@ def test_schedule_fractions(rates, expected):
 def test_linear_decay_default_is_paper():
     assert linear_decay(54) == linear_decay(54, 0.5)
     assert linear(9) == linear(9, 1.0, 0.5)
+    assert exponential(9) == exponential(9, 0.5)
 
 
 # Constants of the papers
@@ -96,6 +114,29 @@ def test_linear_swapout_fifteen_blocks():
     assert expected_depth(rates) / 15 == pytest.approx(0.9, abs=1e-14)
 
 
+def test_exponential_layer_skip_as_the_paper_writes_it():
+    """D(l) = exp(l ln 2 / (L - 1)) - 1 for l = 0..L-1, times p_max; here of a 32-layer model with p_max = 0.2."""
+    drops = [0.2 * (math.exp(layer * math.log(2) / 31) - 1) for layer in range(32)]
+    assert exponential(32, 0.8) == pytest.approx([1 - drop for drop in drops], abs=1e-15)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 54])
+@pytest.mark.parametrize("last", [0.0, 1e-300, 0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("schedule", "first"),
+    [
+        (uniform, lambda depth, last: last),
+        (linear_decay, lambda depth, last: last + (1 - last) * (depth - 1) / depth),
+        (lambda depth, last: linear(depth, 1.0, last), lambda depth, last: 1.0 if depth > 1 else last),
+        (exponential, lambda depth, last: 1.0 if depth > 1 else last),
+    ],
+    ids=["uniform", "linear_decay", "linear", "exponential"],
+)
+def test_both_ends_of_every_schedule_are_exact(schedule, first, depth, last):
+    rates = schedule(depth, last)
+    assert (len(rates), rates[0], rates[-1]) == (depth, first(depth, last), last)
+
+
 # Properties
 
 
@@ -113,6 +154,17 @@ def test_linear_decay_falls_to_exactly_last(depth, last):
     assert all(a >= b for a, b in pairwise(rates))
     assert rates[0] == pytest.approx(1 - (1 - last) / depth, abs=1e-12)
     assert math.fsum(rates) == pytest.approx(depth - (1 - last) * (depth + 1) / 2, abs=1e-9)
+
+
+@given(DEPTHS, RATES)
+def test_exponential_falls_ever_faster_to_exactly_last(depth, last):
+    rates = exponential(depth, last)
+    assert len(rates) == depth
+    assert rates[-1] == last
+    assert rates[0] == (1.0 if depth > 1 else last)
+    assert all(0.0 <= b <= a <= 1.0 for a, b in pairwise(rates))
+    falls = [a - b for a, b in pairwise(rates)]
+    assert all(b >= a - 1e-15 for a, b in pairwise(falls))
 
 
 @given(st.integers(2, 200), RATES, RATES)
@@ -157,6 +209,11 @@ BAD_RATES = [
     (True, "is True; give a number"),
     (False, "is False; give a number"),
     ("0.5", "is '0.5'; give a number"),
+    (np.float32(1.5), r"is .*1\.5"),
+    (np.float64("nan"), "is .*nan"),
+    (np.bool_(True), "is .*True.*; give a number"),
+    (np.array([0.5]), "is array.*; give a number"),
+    (10**400, "is 1000"),
     (None, "is None; give a number"),
     (0.5j, "is 0.5j; give a number"),
 ]
@@ -168,6 +225,19 @@ def test_check_rate_refuses(rate, message):
         check_rate("survival", rate)
 
 
+@pytest.mark.parametrize(
+    "rate",
+    [1, 0.5, Fraction(1, 2), np.float16(0.5), np.float32(0.5), np.float64(0.5), np.int64(1), np.uint8(0)],
+    ids=repr,
+)
+def test_check_rate_takes_any_real_number(rate):
+    assert check_rate("survival", rate) == rate
+    assert type(check_rate("survival", rate)) is float
+    assert parse(rate, 3) == uniform(3, float(rate))
+    assert parse(np.array([rate, 0.25]), 2) == (float(rate), 0.25)
+    assert all(type(found) is float for found in (*parse(rate, 2), *linear(3, rate, 0.5)))
+
+
 @pytest.mark.parametrize(("rate", "message"), BAD_RATES)
 @pytest.mark.parametrize(
     ("call", "name"),
@@ -177,6 +247,7 @@ def test_check_rate_refuses(rate, message):
         (lambda rate: linear(3, rate, 0.5), "first"),
         (lambda rate: linear(3, 1.0, rate), "last"),
         (lambda rate: linear(1, rate, 0.5), "first"),
+        (lambda rate: exponential(3, rate), "last"),
         (lambda rate: explicit(3, [1.0, rate, 0.5]), "survival rate of block 2"),
         (lambda rate: expected_depth([rate]), "survival rate of block 1"),
         (lambda rate: Schedule((0.5, rate)), "rate 2"),
@@ -188,7 +259,7 @@ def test_schedules_refuse_rates(call, name, rate, message):
 
 
 @pytest.mark.parametrize("depth", [0, -1, 2.0, True, "3", None, float("nan")])
-@pytest.mark.parametrize("function", [uniform, linear_decay, linear])
+@pytest.mark.parametrize("function", [uniform, linear_decay, linear, exponential])
 def test_schedules_refuse_depth(function, depth):
     with pytest.raises(ConfigError, match=r"depth .*is .*; give"):
         function(depth, 0.5)
@@ -229,6 +300,7 @@ def test_refusals_are_value_errors():
         ("linear_decay(0.2)", linear_decay(3, 0.2)),
         ("linear(1, 0.5)", linear(3, 1, 0.5)),
         (" linear ( 1 , 0.5 ) ", linear(3, 1, 0.5)),
+        ("exponential(0.5)", exponential(3, 0.5)),
         ("linear(0.5,1)", linear(3, 0.5, 1)),
     ],
 )
@@ -251,6 +323,7 @@ def test_parse_reads(spec, rates):
         ("linear_decay(1, 0.5)", "has 2 numbers; linear_decay takes 1"),
         ("linear(0.5)", r"has 1 numbers; linear takes 2, as in linear\(1, 0.5\)"),
         ("linear(1, 0.5, 3)", "has 3 numbers"),
+        ("exponential(1, 0.5)", r"has 2 numbers; exponential takes 1, as in exponential\(0.5\)"),
         ("uniform(1.5)", "rate is 1.5"),
         ("linear(1.5, 0.5)", "first is 1.5"),
         ("linear_decay(-0.5)", "last is -0.5"),
@@ -282,65 +355,21 @@ def test_parse_refuses_other_types(spec):
 def test_parse_inverts_repr(depth, first, last):
     assert parse(f"linear({first!r}, {last!r})", depth) == linear(depth, first, last)
     assert parse(f"linear_decay({last!r})", depth) == linear_decay(depth, last)
+    assert parse(f"exponential({last!r})", depth) == exponential(depth, last)
     assert parse(repr(first), depth) == uniform(depth, first)
-
-
-# Warm-up
-
-
-@given(st.lists(RATES, min_size=1, max_size=8), st.integers(1, 60))
-def test_warmup_starts_at_one_ends_exact_falls(rates, steps):
-    schedule = Schedule(tuple(rates), steps)
-    course = [schedule.at(step) for step in range(steps + 3)]
-    assert course[0] == (1.0,) * len(rates)
-    assert course[steps] == course[steps + 1] == course[steps + 2] == tuple(rates)
-    for before, after in pairwise(course):
-        assert all(rate <= a <= b <= 1.0 for a, b, rate in zip(after, before, rates, strict=True))
-
-
-def test_warmup_off_by_one_at_both_ends():
-    schedule = Schedule((0.5, 0.0, 1.0), 4)
-    assert schedule.at(0) == (1.0, 1.0, 1.0)
-    assert schedule.at(1) == (0.875, 0.75, 1.0)  # a step earlier or later is a different law
-    assert schedule.at(2) == (0.75, 0.5, 1.0)
-    assert schedule.at(3) == (0.625, 0.25, 1.0)
-    assert schedule.at(4) == (0.5, 0.0, 1.0)
-    assert schedule.at(10**9) == (0.5, 0.0, 1.0)
-
-
-def test_warmup_of_one_step():
-    schedule = Schedule((0.3,), 1)
-    assert [schedule.at(step) for step in range(3)] == [(1.0,), (0.3,), (0.3,)]
-
-
-def test_no_warmup_is_constant():
-    assert Schedule((0.3, 0.7)).at(0) == (0.3, 0.7)
-    assert Schedule((0.3, 0.7), 0).at(5) == (0.3, 0.7)
-    assert Schedule(()).at(0) == ()
-
-
-@pytest.mark.parametrize("steps", [-1, 1.5, True, "3", None])
-def test_warmup_refuses_steps(steps):
-    with pytest.raises(ConfigError, match="warmup_steps is"):
-        Schedule((0.5,), steps)
-
-
-def test_schedule_is_frozen():
-    schedule = Schedule((0.5,))
-    with pytest.raises(AttributeError, match="cannot assign"):
-        schedule.warmup_steps = 3
 
 
 # The ground floor
 
 
-@pytest.mark.parametrize("name", ["errors", "survival", "sampler"])
+@pytest.mark.parametrize("name", ["errors", "survival", "timing", "sampler"])
 def test_ground_floor_imports_only_standard_library_and_itself(name):
     tree = ast.parse(Path(survival.__file__).with_name(f"{name}.py").read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    allowed = {"math", "re", "collections.abc", "dataclasses", "typing", "residrop.errors", "residrop.survival"}
-    assert imported <= allowed, imported - allowed
+    own = {"residrop.errors", "residrop.survival", "residrop.timing"}
+    strangers = {module for module in imported - own if module.split(".")[0] not in sys.stdlib_module_names}
+    assert not strangers
 
 
 def test_public_names_exist():

@@ -5,13 +5,16 @@ under activation checkpointing, and after a resume. Nothing is read from or left
 nothing asks the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import floor
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from math import ceil, floor
+from struct import unpack
+from typing import Any, Literal, NamedTuple
 
 from residrop.errors import PlanError
-from residrop.survival import Schedule, check_whole
+from residrop.survival import check_whole
+from residrop.timing import Schedule, Timing, parse
 
 __all__ = ["DepthSampler", "Draw", "Granularity", "Plan", "Rows", "Scope", "Site", "derive_key"]
 
@@ -25,11 +28,15 @@ _COINS, _KEYS = 1, 2
 _STREAMS = {"train": 3, "sample": 4}
 
 
-def _mix(z: int) -> int:
-    """The output function of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit integers."""
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return z ^ (z >> 31)
+def _mix(z: int, lanes: int = _MASK) -> int:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit integers.
+
+    With `lanes`, a mask of 64 bits in every 128, it is that of all lanes of `z` at once: the product of two 64-bit
+    numbers has 128 bits and does not reach the next lane.
+    """
+    z = ((z ^ (z >> 30) & lanes) * 0xBF58476D1CE4E5B9) & lanes
+    z = ((z ^ (z >> 27) & lanes) * 0x94D049BB133111EB) & lanes
+    return z ^ (z >> 31) & lanes
 
 
 def derive_key(*words: int) -> int:
@@ -76,10 +83,16 @@ class Draw(NamedTuple):
             raise PlanError("this draw has no key for rows; it was made for a block-level rule or an expectation")
         if batch_size < 1:
             return Rows(0, 0)
+        return Rows((derive_key(self.key, 2) * batch_size) >> 64, self.live(batch_size))
+
+    def live(self, batch_size: int) -> int:
+        """Number of live rows in a batch of `batch_size` rows, as in `rows`."""
         mean = self.rates[0] * batch_size
         whole = floor(mean)
-        more = derive_key(self.key, 1) < (mean - whole) * _UNIT
-        return Rows((derive_key(self.key, 2) * batch_size) >> 64, whole + more)
+        if mean == whole:
+            return whole
+        assert self.key is not None
+        return whole + (derive_key(self.key, 1) < (mean - whole) * _UNIT)
 
 
 class Plan(NamedTuple):
@@ -120,30 +133,39 @@ class DepthSampler:
     Args:
         sites: one per rule, from input to output.
         seed: any integer; the same on all ranks.
-        warmup_steps: steps over which all rates fall linearly from 1 to their value.
+        timing: the share of every drop that is in force at a step: a `Timing`, or a string such as "warmup(1000)" that
+            `residrop.timing.parse` reads. Times are training steps.
         rank: index of this process; enters only draws whose scope is `per_rank`.
 
     The state is two integers, `seed` and `step` (the number of training steps drawn so far).
     """
 
-    def __init__(self, sites: Sequence[Site], *, seed: int = 0, warmup_steps: int = 0, rank: int = 0) -> None:
+    def __init__(
+        self, sites: Sequence[Site], *, seed: int = 0, timing: Timing | str = "constant", rank: int = 0
+    ) -> None:
         self.sites = tuple(sites)
-        self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), warmup_steps)
+        self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), parse(timing))
         self.seed = check_whole("seed", seed)
         self.step = 0
         self.rank = rank
+        self._layout = _Layout(self.sites)
+        self._final = _Ready(self._layout, self.schedule, self.schedule.timing.final)
+        self._current = self._final
         self._now = _Force()
         self._recalled: _Force | None = None  # what a running backward pass recomputes under
+        self.observers: list[Callable[[Plan, int | None], None]] = []  # told every training plan and its batch size
+        self.board: Any = None  # the draw in force as data for a compiled graph (`residrop.tracing`)
 
     def rates_at(self, step: int) -> list[tuple[float, ...]]:
         """The rates of every site at training step `step`."""
-        flat = self.schedule.at(step)
-        rates: list[tuple[float, ...]] = []
-        taken = 0
-        for site in self.sites:
-            rates.append(flat[taken : taken + len(site.rates)])
-            taken += len(site.rates)
-        return rates
+        return list(self._ready_at(step).rates)
+
+    def _ready_at(self, step: int) -> "_Ready":
+        share, ready = self.schedule.timing.share(step), self._current
+        if share != ready.share:
+            ready = self._final if share == self._final.share else _Ready(self._layout, self.schedule, share)
+            self._current = ready
+        return ready
 
     def plan(self, step: int | None = None, *, part: int = 0, stream: Literal["train", "sample"] = "train") -> Plan:
         """The plan of a step: a pure function of its arguments, `seed`, `rank` and the sites.
@@ -151,30 +173,23 @@ class DepthSampler:
         Args:
             step: training step (default: `self.step`), or number of the sampled pass.
             part: micro-batch of an update. Block coins ignore it; rows and units of each part are drawn afresh.
-            stream: `train`, or `sample` for stochastic inference, which uses the final rates.
+            stream: `train`, or `sample` for stochastic inference, which uses the rates that the timing ends with.
         """
         step = self.step if step is None else step
-        rates = self.rates_at(step) if stream == "train" else [site.rates for site in self.sites]
-        code = _STREAMS[stream]
-        coins = derive_key(self.seed, code, _COINS, step)
-        keys = derive_key(self.seed, code, _KEYS, step, part)
-        own_coins = own_keys = None
-        draws: list[Draw] = []
-        counter = 0
-        for site, rate in zip(self.sites, rates, strict=True):
-            counter += _GAMMA
-            if not rate:
-                draws.append(_CONSTANT)
-            elif site.granularity == "block":
-                base = coins
-                if site.scope == "per_rank":
-                    base = own_coins = own_coins or derive_key(coins, self.rank)
-                draws.append(Draw(rate, alive=_mix((base + counter) & _MASK) < rate[0] * _UNIT))
-            else:
-                base = keys
-                if site.scope == "per_rank":
-                    base = own_keys = own_keys or derive_key(keys, self.rank)
-                draws.append(Draw(rate, key=_mix((base + counter) & _MASK)))
+        ready = self._ready_at(step) if stream == "train" else self._final
+        layout, code = self._layout, _STREAMS[stream]
+        words = layout.counters
+        for ones, coin, own in layout.groups:
+            base = derive_key(self.seed, code, _COINS, step) if coin else derive_key(self.seed, code, _KEYS, step, part)
+            words += ones * (derive_key(base, self.rank) if own else base)
+        words = _mix(words & layout.lanes, layout.lanes)
+        # of each lane, byte 8 is what a subtraction has left of the 2^64 in `limits`: 1 if the word is below the limit
+        coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
+        draws = [pair[coin] for pair, coin in zip(ready.pairs, coins, strict=True)]
+        if layout.keyed:
+            keys = unpack(layout.format, words.to_bytes(layout.size, "little"))
+            for index in layout.keyed:
+                draws[index] = Draw(ready.rates[index], None, keys[index])
         return Plan(tuple(draws), step)
 
     def expectation(self, step: int | None = None) -> Plan:
@@ -208,7 +223,7 @@ class DepthSampler:
             return
         if self._now.sample is not None:
             plan = self.plan(self._now.sample, stream="sample")
-            self._now = _Force(plan, sample=self._now.sample + 1)
+            self._now = _Force(plan, sample=self._now.sample + 1, always=True)
         elif training:
             self._now = _Force(self.plan())
             self.step += 1
@@ -220,14 +235,17 @@ class DepthSampler:
     def draw(self, index: int, training: bool, recomputing: bool = False) -> Draw | None:
         """The draw of rule `index`; None means expectation at the rule's own rates.
 
+        Expectation outside a plan is that of the rates that the timing ends with: the rule's own, unless it ends
+        elsewhere (with `early` and `plateau` at full depth).
+
         Args:
             index: the rule's place in the plan.
             training: whether the rule is in training mode.
             recomputing: whether a backward pass runs this forward again (activation checkpointing).
         """
         force = self._recalled if recomputing and self._recalled is not None else self._now
-        if not (training or force.given or force.sample is not None):
-            return None
+        if not (training or force.always):
+            return None if self._final.share == 1.0 else Draw(self._final.rates[index])
         if force.plan is None:
             raise PlanError(
                 "a block in training mode was run before its root: call the module that residrop.attach was given, "
@@ -243,11 +261,11 @@ class DepthSampler:
             if not _fits(site, draw):
                 what = f"{site.granularity}-level with {len(site.rates)} rates" if site.rates else "always present"
                 raise PlanError(f"draw {number} of the plan is {draw}, but rule {number} is {what}")
-        self._now = _Force(plan, given=True)
+        self._now = _Force(plan, given=True, always=True)
 
     def start_sampling(self, first: int) -> None:
         """Every forward is a sampled pass, numbered from `first` on, until `in_force` is put back."""
-        self._now = _Force(sample=first)
+        self._now = _Force(sample=first, always=True)
 
 
 @dataclass(frozen=True)
@@ -255,8 +273,58 @@ class _Force:
     """What forwards obey: a plan, whether it was given by hand, and the number of the next sampled pass."""
 
     plan: Plan | None = None
-    given: bool = False  # a plan given by hand is obeyed in eval mode, too
+    given: bool = False  # by hand
     sample: int | None = None  # None outside `sampling`
+    always: bool = False  # whether coins are obeyed in eval mode, too: those given by hand and those of `sampling`
+
+
+class _Layout:
+    """What a plan owes to the sites alone. One long integer holds all words: that of site i begins at bit 128 i."""
+
+    def __init__(self, sites: tuple[Site, ...]) -> None:
+        ones = [1 << 128 * index for index in range(len(sites))]
+        self.size = 16 * len(sites)  # bytes
+        self.format = "<" + "Q8x" * len(sites)
+        self.lanes = _MASK * sum(ones)
+        self.counters = sum((_GAMMA * index & _MASK) * one for index, one in enumerate(ones, 1))
+        drawn = [index for index, site in enumerate(sites) if site.rates]
+        self.coins = [index for index in drawn if sites[index].granularity == "block"]
+        self.keyed = [index for index in drawn if sites[index].granularity != "block"]
+        groups = [
+            (sum(ones[index] for index in places if (sites[index].scope == "per_rank") is own), coin, own)
+            for places, coin in ((self.coins, True), (self.keyed, False))
+            for own in (False, True)
+        ]
+        self.groups = [group for group in groups if group[0]]
+        ends = [0]
+        for site in sites:
+            ends.append(ends[-1] + len(site.rates))
+        self.spans = list(pairwise(ends))
+
+
+class _Ready:
+    """Draws made ahead for one share of the drops: plans only pick among them as long as the rates stand still."""
+
+    def __init__(self, layout: _Layout, schedule: Schedule, share: float) -> None:
+        self.share = share
+        flat = schedule.under(share)
+        self.rates = [flat[start:end] for start, end in layout.spans]
+        self.pairs = [(_CONSTANT, _CONSTANT)] * len(layout.spans)
+        limits = [bytes(16)] * len(layout.spans)
+        rates = [self.rates[index] for index in layout.coins]
+        for index, rate, dead, alive in zip(
+            layout.coins, rates, _draws(rates, False), _draws(rates, True), strict=True
+        ):
+            self.pairs[index] = dead, alive
+            # for a whole number w, w < x and w < ceil(x) are the same, and a power of two times a float is exact
+            limits[index] = ceil(rate[0] * _UNIT).to_bytes(16, "little")
+        self.limits = int.from_bytes(b"".join(limits), "little") + layout.lanes
+
+
+def _draws(rates: list[tuple[float, ...]], alive: bool) -> list[Draw]:
+    # what Draw(rate, alive) makes, in half the time, which counts where the rates move at every step
+    new: Callable[[type[Draw], tuple[object, ...]], Draw] = tuple.__new__  # pyright: ignore
+    return [new(Draw, (rate, alive, None)) for rate in rates]
 
 
 def _fits(site: Site, draw: Draw) -> bool:

@@ -1,4 +1,4 @@
-"""Survival rates p_l of the blocks l = 1..L, over depth and over training. No torch.
+"""Survival rates p_l of the blocks l = 1..L, over depth. No torch.
 
 A survival rate is the probability in [0, 1] that a block's branch (or a row or unit of it) is present. Every function
 of depth returns one float per block as a tuple, first block first. The papers' "linear" schedules differ and have
@@ -6,20 +6,23 @@ different names here:
 
 - `linear_decay` interpolates from the *input* (rate 1, not a block) to the last block (Huang et al. 2016, eq. 4);
 - `linear` interpolates from the first block to the last (Singh et al. 2016, "Linear(a, b)").
+
+How rates move over the training is the subject of `timing`.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from numbers import Real
+from typing import TypeGuard
 
 from residrop.errors import ConfigError
 
 __all__ = [
-    "Schedule",
     "check_rate",
     "expected_depth",
     "explicit",
+    "exponential",
     "linear",
     "linear_decay",
     "parse",
@@ -27,9 +30,14 @@ __all__ = [
 ]
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a real number (NumPy's count, too) and no bool."""
+    return not isinstance(value, bool) and isinstance(value, Real)
+
+
 def check_rate(name: str, rate: object) -> float:
     """Return `rate` as a float; raise ConfigError unless it is a number in [0, 1]."""
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+    if not is_number(rate):
         raise ConfigError(f"{name} is {rate!r}; give a number in [0, 1]")
     if not 0.0 <= rate <= 1.0:  # NaN compares false and is refused here, too
         raise ConfigError(f"{name} is {rate}; survival rates lie in [0, 1] (1 - drop rate)")
@@ -79,6 +87,22 @@ def linear(depth: int, first: float = 1.0, last: float = 0.5) -> tuple[float, ..
     return (first, *between, last)
 
 
+def exponential(depth: int, last: float = 0.5) -> tuple[float, ...]:
+    """1 - p_l = (1 - `last`) (2^((l - 1) / (L - 1)) - 1), l = 1..L: LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710).
+
+    Drops grow exponentially with depth: the first block has exactly rate 1, the last exactly `last`; the paper's p_max
+    is 1 - `last`, its layers count from 0. One block alone gets `last`, as with `linear`.
+
+    >>> exponential(2, 0.5)
+    (1.0, 0.5)
+    """
+    depth, last = _check_depth(depth), check_rate("last", last)
+    if depth == 1:
+        return (last,)
+    # written so that both ends are exact
+    return tuple(last + (1.0 - last) * (2.0 - 2.0 ** (block / (depth - 1))) for block in range(depth))
+
+
 def explicit(depth: int, rates: Sequence[float]) -> tuple[float, ...]:
     """Take one given rate per block; raise ConfigError on a wrong length or a rate outside [0, 1]."""
     _check_depth(depth)
@@ -101,6 +125,7 @@ _SCHEDULES = {
     "uniform": (uniform, 1, "uniform(0.5)"),
     "linear_decay": (linear_decay, 1, "linear_decay(0.5)"),
     "linear": (linear, 2, "linear(1, 0.5)"),
+    "exponential": (exponential, 1, "exponential(0.5)"),
 }
 
 
@@ -108,9 +133,12 @@ def parse(spec: str | float | Sequence[float], depth: int) -> tuple[float, ...]:
     """Read survival rates for `depth` blocks from what a user writes.
 
     A number is uniform; a sequence, or numbers joined by commas, is one rate per block; a string names a schedule:
-    `"uniform(0.5)"`, `"linear_decay(0.5)"` or `"linear(1, 0.5)"`. Raises ConfigError on anything else.
+    `"uniform(0.5)"`, `"linear_decay(0.5)"`, `"linear(1, 0.5)"` or `"exponential(0.5)"`.
+
+    Raises:
+        ConfigError: anything else, or a rate outside [0, 1].
     """
-    if isinstance(spec, (int, float)):
+    if isinstance(spec, (int, float)) or is_number(spec):
         return uniform(depth, spec)
     if not isinstance(spec, str):
         if not hasattr(spec, "__len__") or not hasattr(spec, "__iter__"):
@@ -134,29 +162,3 @@ def parse(spec: str | float | Sequence[float], depth: int) -> tuple[float, ...]:
     if len(numbers) != arity:
         raise ConfigError(f"survival {spec!r} has {len(numbers)} numbers; {name} takes {arity}, as in {example}")
     return function(depth, *numbers)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Rates over depth *and* time: `at(step)` gives the rates in force at a training step.
-
-    Attributes:
-        rates: the final rates, one per coin (one per block for most rules, two per block for swapout).
-        warmup_steps: number of steps over which every rate falls linearly from 1 (step 0) to its final value (exact
-            from step `warmup_steps` on). 0 means no warm-up.
-    """
-
-    rates: tuple[float, ...]
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for i, rate in enumerate(self.rates, start=1):
-            check_rate(f"rate {i}", rate)
-        check_whole("warmup_steps", self.warmup_steps, least=0)
-
-    def at(self, step: int) -> tuple[float, ...]:
-        """Rates at `step` (0 is the first step)."""
-        if step >= self.warmup_steps or self.warmup_steps == 0:
-            return self.rates
-        share = max(step, 0) / self.warmup_steps
-        return tuple(1.0 - (1.0 - rate) * share for rate in self.rates)

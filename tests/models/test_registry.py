@@ -3,11 +3,12 @@ import copy
 import pytest
 import torch
 
-from residrop import RULES, ConstantDepth, DepthDropout, StochasticDepth, Swapout, sampler_of
-from residrop.attach import rules_of
+from residrop import RULES, ConstantDepth, DepthDropout, StochasticDepth, Swapout, sampler_of, sampling
+from residrop.attach import depth_of, expected_depth_of, rules_of
 from residrop.errors import ConfigError
 from residrop.models import create, group_starts, list_models, num_blocks
 from residrop.survival import linear, linear_decay
+from residrop.timing import early
 
 
 def rates_of(model):
@@ -89,11 +90,28 @@ def test_rule_may_be_a_function():
     assert {rule.granularity for rule in rules_of(model)} == {"row"}
 
 
-def test_seed_and_warmup_reach_the_sampler():
-    sampler = sampler_of(create("resnet-8", rule="stochastic-depth", seed=5, warmup_steps=10))
+def test_seed_and_timing_reach_the_sampler():
+    sampler = sampler_of(create("resnet-8", rule="stochastic-depth", seed=5, timing="warmup(10)"))
     assert sampler.seed == 5
     assert sampler.rates_at(0) == [(1.0,)] * 3
     assert sampler.rates_at(10) == [(rate,) for rate in linear_decay(3, 0.5)]
+
+
+@pytest.mark.parametrize("timing", ["early(4)", early(2, 2), "plateau(1, 3)"], ids=str)
+def test_timing_that_ends_at_full_depth_predicts_at_full_depth(timing):
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    full = create("resnet-8").eval()(x)
+    model = create("resnet-8", rule="stochastic-depth", survival=0.1, timing=timing)
+    assert expected_depth_of(model) == 3
+    assert depth_of(model, sampler_of(model).expectation(0)) == pytest.approx(0.3)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), full)
+        with sampling(model):
+            assert torch.equal(model(x), full)
+    moving = create("resnet-8", rule="stochastic-depth", survival=0.1, timing="warmup(4)").eval()
+    assert expected_depth_of(moving) == pytest.approx(0.3)
+    assert torch.equal(moving(x), create("resnet-8", rule="stochastic-depth", survival=0.1).eval()(x))
+    assert not torch.equal(moving(x), full)
 
 
 def test_classes_of_a_vanilla_network_are_its_outputs():

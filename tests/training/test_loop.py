@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from residrop.attach import depth_of, sampler_of, using
+from residrop.attach import depth_of, expected_depth_of, sampler_of, using
 from residrop.data import Loader, augmentation, fit, load
 from residrop.errors import ConfigError, RunError, UsageError
 from residrop.inference import evaluate
@@ -70,7 +70,7 @@ def reference_weights(recipe):
         {"survival": "0.5", "nesterov": False, "micro_batches": 2},
         {"survival": "0.7", "granularity": "row", "micro_batches": 2},
         {"rule": "swapout", "lr_schedule": "cosine", "warmup": 0.25, "augmentation": "shift"},
-        {"survival": "0.2", "survival_warmup": 0.7},
+        {"survival": "0.2", "survival_timing": "warmup(0.7)"},
     ],
     ids=str,
 )
@@ -158,8 +158,31 @@ def test_metrics_of_an_epoch_tell_the_truth(finished):
     assert outcome.train_seconds == pytest.approx(sum(line["seconds"] for line in lines))
 
 
+@pytest.mark.parametrize(
+    ("timing", "expected"),
+    [
+        ("early(0.5)", [0.3, 3.0]),
+        ("late(0.5)", [3.0, 0.3]),
+        ("plateau(0.25, 0.5)", [0.3 + 2.7 * 0.25, 3.0]),
+        ("progressive(2)", [3 - 2.7 * (1 - math.exp(-2 * 3 / 8)), 3 - 2.7 * (1 - math.exp(-2 * 7 / 8))]),
+    ],
+)
+def test_timing_reaches_plans_metrics_and_the_final_evaluation(tiny, tmp_path, timing, expected):
+    recipe = tiny(survival="0.1", survival_timing=timing, lr=0.01)
+    outcome = train(recipe, tmp_path / "run", quiet=True)
+    assert [line["expected_depth"] for line in outcome.history] == pytest.approx(expected)  # at updates 3 and 7
+    last = {"late(0.5)": 0.3, "progressive(2)": 3 - 2.7 * (1 - math.exp(-2))}.get(timing, 3.0)
+    assert outcome.expected_depth == pytest.approx(last)
+    _, model = load_run(tmp_path / "run")
+    assert expected_depth_of(model) == pytest.approx(last)
+    found = evaluate(model, loader_for(recipe, "test").eval_batches(), samples=0).deterministic
+    # the loop evaluates at the rates in force after the last update, the report at those of the training's end
+    assert outcome.history[-1]["test_nll"] == pytest.approx(found.nll, rel=1e-6)
+    assert outcome.evaluation.deterministic.nll == pytest.approx(found.nll, rel=1e-6)
+
+
 def test_warm_up_of_the_rates_reaches_plans_metrics_and_evaluation(tiny, tmp_path, cut_power):
-    recipe = tiny(survival="0.1", survival_warmup=1.0, epochs=3, lr=0.01)
+    recipe = tiny(survival="0.1", survival_timing="warmup(1)", epochs=3, lr=0.01)
     cut_power(recipe, tmp_path / "run", 5)  # after one epoch of 4 updates
     saved = Run.open(tmp_path / "run").load_state()
     outcome = train(recipe, tmp_path / "run", resume=True, quiet=True)
@@ -184,6 +207,7 @@ def test_warm_up_of_the_rates_reaches_plans_metrics_and_evaluation(tiny, tmp_pat
     assert outcome.expected_depth == pytest.approx(0.3)
 
 
+@pytest.mark.filterwarnings("ignore::residrop.errors.InactiveWarning")  # rates of 1 are meant here
 def test_select_best_reports_the_weights_of_the_lowest_validation_error(tiny, tmp_path):
     # the second half of the training destroys the network
     spoil = {"lr_drops": (0.5,), "lr_factor": 1e4, "epochs": 4, "validation": 60, "lr": 0.1, "limit": 400}
@@ -211,6 +235,7 @@ def test_eval_every_leaves_epochs_out_but_never_the_last(tiny, tmp_path):
     assert [line["train_loss"] for line in every] == [line["train_loss"] for line in history]
 
 
+@pytest.mark.filterwarnings("ignore::residrop.errors.InactiveWarning")  # rates of 1 are meant here
 def test_loss_that_is_not_finite_is_an_error_with_advice(tiny, tmp_path):
     with pytest.raises(RunError, match=r"the loss is (nan|inf) in epoch 1; try a smaller lr"):
         train(tiny(lr=1e30, survival="1"), tmp_path / "run", quiet=True)

@@ -16,7 +16,7 @@ HUANG = {
     "survival": "linear_decay(0.5)",
     "granularity": None,
     "rescale": None,
-    "survival_warmup": 0.0,
+    "survival_timing": "constant",
     "batch_size": 128,
     "lr": 0.1,
     "lr_schedule": "steps",

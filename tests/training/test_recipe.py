@@ -27,7 +27,7 @@ OTHER = {
     "theta_2": "0.3",
     "granularity": "row",
     "rescale": "train",
-    "survival_warmup": 0.5,
+    "survival_timing": "early(0.5)",
     "data": "cifar10",
     "validation": 7,
     "limit": 99,
@@ -148,7 +148,7 @@ REFUSED = [
     *[({name: -1}, rf"{name} is -1; give a whole number of at least 0")
       for name in ("validation", "samples", "workers")],
     *[({name: value}, rf"{name} is {value}; it is a share .*\[0, 1\]")
-      for name in ("survival_warmup", "warmup", "momentum") for value in (NAN, -0.1, 1.1, INF)],
+      for name in ("warmup", "momentum") for value in (NAN, -0.1, 1.1, INF)],
     *[({name: value}, rf"{name} is {value}; give a finite number of at least 0")
       for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes")
       for value in (NAN, -1e-9, INF)],
@@ -158,6 +158,13 @@ REFUSED = [
     ({"lr_drops": (0.5, 1.5)}, r"lr_drops\[1\] is 1\.5"),
     ({"lr_drops": (NAN,)}, r"lr_drops\[0\] is nan"),
     ({"lr_drops": (0.75, 0.5)}, r"lr_drops are \(0\.75, 0\.5\); give them in rising order"),
+    *[({"survival_timing": value}, rf"survival timing .{value}.* is not understood; give constant, warmup")
+      for value in ("", "linear", "warmup", "0.5")],
+    ({"survival_timing": 0.5}, r"survival_timing is 0\.5; give str"),
+    ({"survival_timing": "warmup(100)"}, r"reaches the time 100; times are shares of the training"),
+    ({"survival_timing": "early(0.9, 0.2)"}, r"reaches the time 1\.1; times are shares"),
+    ({"survival_timing": "early(0.2, -0.1)"}, r"reaches the time -0\.1; times are shares"),
+    ({"survival_timing": "points(0.4:1, 0.3:0)"}, r"goes back in time"),
     ({"select": "best"}, r"select is 'best', which needs held-out images; set validation"),
     ({"batch_size": 100, "micro_batches": 3}, r"batch_size 100 cannot be cut into 3 equal micro_batches"),
 ]  # fmt: skip
@@ -176,6 +183,9 @@ def test_bad_value_is_refused_by_name(changes, message):
         {"lr_drops": (0.5, 0.5)},
         {"momentum": 0.0},
         {"warmup": 1.0},
+        {"survival_timing": "warmup(1)"},
+        {"survival_timing": "plateau(0, 1)"},
+        {"survival_timing": "points(0:0, 1:1)"},
         {"lr": 0.0},
         {"seed": -3},
         {"samples": 0},

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from residrop.attach import attach
+from residrop.attach import connect
 from residrop.catalogue import RULES, entry_of, make_rule
 from residrop.errors import ConfigError
+from residrop.inactive import warn_if_certain
 from residrop.models import cifar, imagenet
 from residrop.models.checks import closest_first
 from residrop.models.cifar import CifarResNet
@@ -18,6 +19,7 @@ from residrop.models.imagenet import ImageNetResNet
 from residrop.models.vanilla import Vanilla
 from residrop.rules import ConstantDepth, Rule
 from residrop.survival import check_whole, parse
+from residrop.timing import Timing
 
 __all__ = ["create", "list_models", "num_blocks", "reads_flat_rows"]
 
@@ -143,7 +145,7 @@ def create(
     classes: int | None = None,
     channels: int | None = None,
     seed: int = 0,
-    warmup_steps: int = 0,
+    timing: Timing | str = "constant",
     **options: Any,
 ) -> nn.Module:
     """Build a network by name, give each block its rule, and attach the sampler of their draws.
@@ -167,7 +169,7 @@ def create(
         classes: number of outputs; None is the network's default.
         channels: channels of the input image; None is the network's default.
         seed: seed of weights and draws.
-        warmup_steps: steps over which the rates fall from 1 to their values.
+        timing: the share of every drop that is in force at a step, as in `attach`; times are training steps.
         options: further options of the rule (such as `of` of skipforward) and of the network (such as `width`).
 
     Returns:
@@ -175,6 +177,9 @@ def create(
 
     Raises:
         ConfigError: an unknown name or option, or a value that the network or the rule refuses.
+
+    Warns:
+        InactiveWarning: a rule other than "constant" with all rates 1.
     """
     family, depth = _find(name)
     check_whole("seed", seed)
@@ -187,7 +192,7 @@ def create(
             if rules[index].granularity != "unit":
                 rules[index] = ConstantDepth()
     model = _seeded(lambda: family.build(depth, rules=rules, **settings), seed)
-    attach(model, seed=seed, warmup_steps=warmup_steps)
+    warn_if_certain(connect(model, seed=seed, timing=timing), "this rule")
     return model
 
 

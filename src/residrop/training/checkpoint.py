@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from residrop.data import Normalization
 from residrop.errors import RunError
 from residrop.models import create, reads_flat_rows
+from residrop.timing import parse as parse_timing
 from residrop.training.files import replacing
 from residrop.training.recipe import Recipe
 
@@ -53,8 +54,8 @@ def _read_json(path: Path) -> Any:
 def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
     """The attached network of a recipe for a data set as `dataset.json` describes it.
 
-    `steps`, the length of the training in updates, is what a warm-up of the rates is a share of; without it the
-    network has its final rates throughout.
+    `steps` is the length of the training in updates, of which the times of `survival_timing` are shares; without it the
+    network has the rates of the training's end throughout.
     """
     options = {
         name: getattr(recipe, name)
@@ -71,7 +72,7 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
         survival=recipe.survival,
         classes=len(dataset["classes"]),
         seed=recipe.seed,
-        warmup_steps=round(recipe.survival_warmup * dataset.get("steps", 0)),
+        timing=parse_timing(recipe.survival_timing, training=dataset.get("steps", 0)),
         **options,
     )
 

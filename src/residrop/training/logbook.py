@@ -23,17 +23,20 @@ class Logbook:
     """Appends one line of metrics per epoch to `metrics.jsonl` and the same scalars to TensorBoard.
 
     Args:
-        path: the run directory.
+        path: the run directory; None keeps the lines in memory only (on ranks that do not write).
         history: lines already in force (of the state a run resumes from); lines written after that state are removed.
     """
 
-    def __init__(self, path: Path, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, path: Path | None, history: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.history: list[dict[str, Any]] = [dict(line) for line in history]
+        self._path = self._events = None
+        if path is None:
+            return
         # TensorBoard's writer takes seconds to import and is needed by runs only
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = path / "metrics.jsonl"
-        self.history: list[dict[str, Any]] = [dict(line) for line in history]
         with replacing(self._path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
         last = self.history[-1]["epoch"] if self.history else 0
@@ -42,6 +45,8 @@ class Logbook:
     def write(self, line: Mapping[str, Any]) -> None:
         """Record the metrics of an epoch (counted from 1)."""
         self.history.append(dict(line))
+        if self._path is None or self._events is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name in _SCALARS:
@@ -51,7 +56,8 @@ class Logbook:
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:

@@ -1,7 +1,8 @@
 """A training run as data: every choice is a field of `Recipe`, and the command line is generated from it.
 
-Points in time (learning-rate drops, warm-ups) are shares of the training, so that changing `epochs` keeps the shape of
-a schedule. Sources of the presets: the protocols of the four papers, see `presets.py`.
+Points in time (learning-rate drops, warm-ups, the timing of survival rates) are shares of the training, so that
+changing `epochs` keeps the shape of a schedule. Sources of the presets: the protocols of the four papers, see
+`presets.py`.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from residrop.data import sources
 from residrop.errors import ConfigError
 from residrop.survival import check_whole
+from residrop.timing import parse as parse_timing
 
 __all__ = ["Recipe"]
 
@@ -38,8 +40,8 @@ class Recipe:
     """How shortcut and branch are combined. One of: constant, stochastic-depth, layer-dropout, depth-dropout,
     Swapout's rules swapout, skipforward, dropout (no skip), dropout-residual, dropout-sum."""
     survival: str | None = None
-    """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)" or
-    "linear(1, 0.5)" (None: the schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
+    """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)",
+    "linear(1, 0.5)" or "exponential(0.5)" (None: the schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
     theta_2: str | None = None
     """Swapout only: rates of the branch if they differ from those of the shortcut. Same forms as survival."""
     granularity: Literal["block", "row"] | None = None
@@ -50,8 +52,10 @@ class Recipe:
     """Stochastic depth per row only: live rows as one random window, or by one coin each."""
     of: Literal["branch", "shortcut"] | None = None
     """Skipforward only: whether survival is the probability of the branch (default) or of the shortcut."""
-    survival_warmup: float = 0.0
-    """Share of the training over which all rates fall from 1 to their value."""
+    survival_timing: str = "constant"
+    """How much of every drop is in force over the training: constant, warmup(0.1), early(0.5), early(0.5, 0.1) with a
+    fade, late(0.5), plateau(0.7, 0.1), progressive(5) or points(0:0, 0.1:1). Times are shares of the training; gamma of
+    progressive is per training."""
 
     # --- data ---
     data: str = "digits"
@@ -125,10 +129,11 @@ class Recipe:
             check_whole("limit", self.limit, least=1)
         for name, kind in get_type_hints(type(self)).items():
             self._check_kind(name, kind)
-        shares = [(name, getattr(self, name)) for name in ("survival_warmup", "warmup", "momentum")]
+        shares = [(name, getattr(self, name)) for name in ("warmup", "momentum")]
         for name, value in [*shares, *((f"lr_drops[{i}]", drop) for i, drop in enumerate(self.lr_drops))]:
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it is a share (or momentum) and lies in [0, 1]")
+        parse_timing(self.survival_timing, training=1)
         for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
