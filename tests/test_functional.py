@@ -1,4 +1,4 @@
-"""Unit masks and row windows against slow references, at their corners, in every format."""
+"""Unit masks against slow references, at their corners, in every format."""
 
 import pytest
 import torch
@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers import assert_binomial
-from reference import live_rows, unit_coin, unit_coins
+from reference import unit_coin, unit_coins
 from residrop.errors import ConfigError
-from residrop.functional import keep_rows, mix, row_mask, skip_forward, swapout, unit_dropout, unit_mask
-from residrop.sampler import Draw, Rows, derive_key
+from residrop.functional import mix, row_mask, skip_forward, swapout, unit_dropout, unit_mask
+from residrop.rows import keep_rows
+from residrop.sampler import Rows, derive_key
 
 KEY = 0x0123456789ABCDEF
 KEYS = st.integers(0, 2**64 - 1)
@@ -533,100 +534,6 @@ def test_large_channels_last_equals_contiguous():
 def test_huge_tensor_refused():
     with pytest.raises(ConfigError, match="2147483648 elements is too large for unit masks"):
         unit_mask(torch.empty(1).expand(2**31), 0.5, KEY)
-
-
-# Row windows
-
-WINDOWS = [Rows(start, live) for start in range(5) for live in range(6)]
-
-
-class Recorder(nn.Module):
-    """A row-wise linear branch that writes down what it saw."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 3, dtype=torch.float64)
-        self.seen = []
-
-    def forward(self, x):
-        self.seen.append(x.detach().clone())
-        return self.linear(x)
-
-
-def shortcut_module():
-    return nn.Sequential(nn.Linear(3, 3, dtype=torch.float64), nn.Tanh())
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.25])
-@pytest.mark.parametrize("window", WINDOWS)
-def test_keep_rows_equals_masked_product(window, scale):
-    torch.manual_seed(1)
-    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    branch, shortcut = Recorder(), shortcut_module()
-    live = [(window.start + i) % 5 for i in range(window.live)]
-    mask = torch.zeros(5, 1, dtype=torch.float64)
-    mask[live] = 1.0
-    weight = torch.randn(5, 3, dtype=torch.float64)
-    inputs = [x, *branch.parameters(), *shortcut.parameters()]
-
-    y = keep_rows(x, shortcut, branch, window, scale)
-    rows_seen = [len(seen) for seen in branch.seen]
-    expected = shortcut(x) + mask * scale * branch.linear(x)
-    torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
-    assert rows_seen == ([window.live] if window.live else [])
-    assert y.shape == x.shape
-    gradients = torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True)
-    expected = torch.autograd.grad((expected * weight).sum(), inputs)
-    for got, want in zip(gradients, expected, strict=True):
-        if got is None:
-            got = torch.zeros_like(want)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-def test_keep_rows_branch_sees_exactly_the_live_rows(window):
-    branch = Recorder()
-    x = torch.arange(15, dtype=torch.float64).view(5, 3)
-    keep_rows(x, lambda t: t, branch, window)
-    seen = torch.cat(branch.seen) if branch.seen else x[:0]
-    live = sorted((window.start + i) % 5 for i in range(window.live))
-    assert len(branch.seen) == (1 if window.live else 0)  # one sub-batch
-    assert sorted(seen[:, 0].tolist()) == x[live, 0].tolist()
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-def test_keep_rows_absent_rows_are_the_shortcut_bit_for_bit(window):
-    x = torch.randn(5, 3)
-    y = keep_rows(x, lambda t: t, lambda t: t * float("nan"), window)
-    dead = [row for row in range(5) if row not in {(window.start + i) % 5 for i in range(window.live)}]
-    assert_same(y[dead], x[dead])
-    assert torch.isnan(y).sum() == 3 * window.live
-
-
-@pytest.mark.parametrize("window", [Rows(0, 0), Rows(0, 2), Rows(1, 2), Rows(3, 2), Rows(4, 3), Rows(0, 5), Rows(3, 5)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_keep_rows_keeps_dtype_and_shape(dtype, window):
-    x = torch.randn(5, 2, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
-    y = keep_rows(x, lambda t: t, lambda t: t * 2, window, 0.5)
-    assert y.dtype == dtype
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    mask = torch.zeros(5, 1, 1, 1, dtype=dtype)
-    mask[[(window.start + i) % 5 for i in range(window.live)]] = 1
-    torch.testing.assert_close(y, x + mask * x)
-
-
-def test_keep_rows_of_empty_batch():
-    y = keep_rows(torch.empty(0, 3), lambda t: t, lambda t: t * 0 + 1, Rows(0, 0))
-    assert y.shape == (0, 3)
-
-
-@given(KEYS, THETAS, st.integers(1, 12))
-def test_keep_rows_with_drawn_window(key, rate, total):
-    x = torch.arange(1.0, total + 1).view(-1, 1)
-    y = keep_rows(x, lambda t: t, lambda t: t * 100, Draw((rate,), key=key).rows(total))
-    expected = x.clone()
-    expected[live_rows(key, rate, total)] *= 101
-    assert_same(y, expected)
 
 
 def test_derived_keys_give_unrelated_masks():

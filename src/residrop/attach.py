@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from residrop.errors import ConfigError, PlanError
+from residrop.inactive import EvalWatch, warn_if_certain
 from residrop.rules import Rule
 from residrop.sampler import DepthSampler, Plan
+from residrop.timing import Schedule, Timing
 
-__all__ = ["attach", "depth_of", "expected_depth_of", "rules_of", "sampler_of", "sampling", "using"]
+__all__ = ["attach", "depth_of", "detach", "expected_depth_of", "rules_of", "sampler_of", "sampling", "using"]
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -20,7 +22,9 @@ def rules_of(model: nn.Module) -> list[Rule]:
     return [module for module in model.modules() if isinstance(module, Rule)]
 
 
-def attach(model: nn.Module, *, seed: int = 0, warmup_steps: int = 0, rank: int | None = None) -> DepthSampler:
+def attach(
+    model: nn.Module, *, seed: int = 0, timing: Timing | str = "constant", rank: int | None = None
+) -> DepthSampler:
     """Number the rules of `model` and make it draw a fresh plan at each training forward.
 
     `model` becomes the root: calling it in training mode draws the plan of the next step. Attaching again replaces the
@@ -29,12 +33,25 @@ def attach(model: nn.Module, *, seed: int = 0, warmup_steps: int = 0, rank: int 
     Args:
         model: any module that contains rules; it is changed in place, its `state_dict` is not.
         seed: seed of all draws; equal on all ranks of a distributed run.
-        warmup_steps: steps over which all rates fall linearly from 1 to their value.
+        timing: the share of every drop that is in force at a step: a `Timing`, or a string such as "warmup(1000)" that
+            `residrop.timing.parse` reads. Times are training steps.
         rank: rank of this process (default: torch.distributed's, or 0).
 
     Raises:
         ConfigError: the model has no rules.
+
+    Warns:
+        InactiveWarning: all rates are 1.
     """
+    sampler = connect(model, seed=seed, timing=timing, rank=rank)
+    warn_if_certain(sampler, "residrop.attach")
+    return sampler
+
+
+def connect(
+    model: nn.Module, *, seed: int = 0, timing: Timing | str = "constant", rank: int | None = None
+) -> DepthSampler:
+    """`attach` for callers that warn of inactive rules themselves."""
     rules = rules_of(model)
     if not rules:
         raise ConfigError(
@@ -42,17 +59,24 @@ def attach(model: nn.Module, *, seed: int = 0, warmup_steps: int = 0, rank: int 
         )
     if rank is None:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    sampler = DepthSampler([rule.site for rule in rules], seed=seed, warmup_steps=warmup_steps, rank=rank)
-    for module in model.modules():  # an earlier sampler must not go on drawing
+    sampler = DepthSampler([rule.site for rule in rules], seed=seed, timing=timing, rank=rank)
+    detach(model)  # an earlier sampler must not go on drawing
+    for index, rule in enumerate(rules):
+        rule.join(sampler, index)
+    model.register_forward_pre_hook(_BeforeRoot(sampler, rules), with_kwargs=True)
+    model.register_forward_hook(_AfterRoot(sampler, rules))
+    return sampler
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: the model no longer draws plans. Its rules, if it still has some, need `attach` again to train."""
+    for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, _AtRoot):
                     del hooks[key]
-    for index, rule in enumerate(rules):
-        rule.join(sampler, index)
-    model.register_forward_pre_hook(_BeforeRoot(sampler))
-    model.register_forward_hook(_AfterRoot(sampler))
-    return sampler
+        if isinstance(module, Rule):
+            module.leave()
 
 
 def _in_backward() -> bool:
@@ -60,24 +84,82 @@ def _in_backward() -> bool:
 
 
 class _AtRoot:
-    """A hook of the root; an object, so that it is found again, copied and pickled with its sampler."""
+    """A hook of the root; an object, so that it is found again, copied and pickled with its sampler.
 
-    def __init__(self, sampler: DepthSampler) -> None:
-        self.sampler = sampler
+    Where `torch.compile` traces it, it is run by Python between two graphs, and not at all in a pass without coins.
+    """
+
+    def __init__(self, sampler: DepthSampler, rules: list[Rule]) -> None:
+        self.sampler, self.rules = sampler, rules
+
+    def deferred(self, module: nn.Module) -> bool | None:
+        """Whether Python has to run it later; None if nobody has to."""
+        if not torch.compiler.is_compiling():
+            return False
+        return True if module.training or self.sampler.in_force.always else None
 
 
 class _BeforeRoot(_AtRoot):
-    def __call__(self, module: nn.Module, args: object) -> None:
+    boards = False  # whether a graph comes next
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        deferred = self.deferred(module)
+        if deferred:
+            from residrop import tracing
+
+            tracing.outside(self.begin, module, (args, kwargs), True)
+        elif deferred is not None:
+            self.begin(module, (args, kwargs), self.boards)
+
+    def begin(self, module: nn.Module, args: object, boards: bool) -> None:
         if not _in_backward():  # a checkpointed root is run again there, and is no new step
             self.sampler.before_forward(module.training)
+            plan = self.sampler.in_force.plan
+            if self.sampler.observers and module.training and plan is not None:
+                rows = _batch_size(args)
+                for tell in self.sampler.observers:
+                    tell(plan, rows)
+        self.sampler.board = None
+        if boards:
+            from residrop import tracing
+
+            self.sampler.board = tracing.board(self.rules, args)
+
+
+def before_root(model: nn.Module) -> _BeforeRoot | None:
+    """The hook that makes the plans of `model`; None if it is no attached root."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeRoot)), None)
+
+
+def _batch_size(args: object) -> int | None:
+    """The first dimension of the first tensor among a forward's arguments; None if there is none."""
+    return next((leaf.shape[0] for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim), None)
 
 
 class _AfterRoot(_AtRoot):
     """Ties a forward's plan to its outputs, so that recomputation in their backward finds it, whatever ran since."""
 
+    def __init__(self, sampler: DepthSampler, rules: list[Rule]) -> None:
+        super().__init__(sampler, rules)
+        self.watch = EvalWatch(sampler)
+
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        deferred = self.deferred(module)
+        if deferred:
+            from residrop import tracing
+
+            tracing.outside(self.end, module, output)
+        elif deferred is not None:
+            self.end(module, output)
+
+    def end(self, module: nn.Module, output: object) -> None:
+        self.sampler.board = None
         force = self.sampler.in_force
-        if force.plan is None or not torch.is_grad_enabled() or _in_backward():
+        if not torch.is_grad_enabled() or _in_backward():
+            return
+        if not (module.training or force.always):
+            self.watch.after_forward(module, output)
+        if force.plan is None:
             return
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
@@ -86,6 +168,9 @@ class _AfterRoot(_AtRoot):
 
 def sampler_of(model: nn.Module) -> DepthSampler:
     """The sampler of a model (or of a wrapper around it, such as DDP); ConfigError if it was never attached."""
+    root = before_root(model)
+    if root is not None and all(rule.sampler is root.sampler for rule in root.rules):
+        return root.sampler  # without a walk through all modules, which every step of a loop may ask for
     samplers = {id(rule.sampler): rule.sampler for rule in rules_of(model) if rule.sampler is not None}
     if len(samplers) != 1:
         found = "several samplers" if samplers else "no sampler"
@@ -96,13 +181,21 @@ def sampler_of(model: nn.Module) -> DepthSampler:
 
 
 def expected_depth_of(model: nn.Module) -> float:
-    """Expected number of live branches at the final rates, sum of p_l (units count by their share)."""
-    return sum(rule.branch_rate(rule.rates) for rule in rules_of(model))
+    """Expected number of live branches at the rates that the timing ends with (units count by their share).
+
+    That is the sum of p_l, unless the timing ends elsewhere: with `early` and `plateau` it is all of them.
+    """
+    total = 0.0
+    for rule in rules_of(model):
+        share = 1.0 if rule.sampler is None else rule.sampler.schedule.timing.final
+        total += rule.branch_rate(Schedule(rule.rates).under(share))
+    return total
 
 
 def depth_of(model: nn.Module, plan: Plan) -> float:
     """Number of branches present under a plan (rows and units count by their rate)."""
-    rules = rules_of(model)
+    root = before_root(model)
+    rules = rules_of(model) if root is None else root.rules
     if len(rules) != len(plan.draws):
         raise PlanError(f"the plan has {len(plan.draws)} draws, the model {len(rules)} rules; they must agree")
     return sum(rule.presence(draw) for rule, draw in zip(rules, plan.draws, strict=True))

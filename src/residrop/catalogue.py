@@ -4,16 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from residrop.errors import ConfigError
-from residrop.rules import (
-    ConstantDepth,
-    DepthDropout,
-    Rule,
-    SkipForward,
-    StochasticDepth,
-    Swapout,
-    UnitDropout,
-)
+from residrop.rules import ConstantDepth, DepthDropout, Rule, StochasticDepth
 from residrop.survival import check_rate
+from residrop.units import SkipForward, Swapout, UnitDropout
 
 __all__ = ["RULES", "entry_of", "make_rule"]
 

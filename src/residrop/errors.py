@@ -1,6 +1,6 @@
 """Errors that a user can act on. Every message says what was given, what is allowed and what to do."""
 
-__all__ = ["ConfigError", "DataError", "PlanError", "RunError", "UsageError"]
+__all__ = ["ConfigError", "DataError", "InactiveWarning", "PlanError", "RankError", "RunError", "UsageError"]
 
 
 class UsageError(ValueError):
@@ -15,9 +15,17 @@ class DataError(UsageError):
     """A data source that is missing, incomplete or corrupt. The message names the file."""
 
 
+class RankError(UsageError):
+    """Processes of a distributed run that disagree about what they train. The message names the ranks."""
+
+
 class RunError(UsageError):
     """A run directory that is missing, incomplete or does not fit the request."""
 
 
 class PlanError(RuntimeError):
     """A rule was run without a draw, or with a draw made for another model."""
+
+
+class InactiveWarning(UserWarning):
+    """Rules are in place but change nothing: all rates are 1, or no training forward ever drew."""

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: combinations of a shortcut and a branch under unit-level and row-level randomness.
+"""Tensors in, tensors out: combinations of a shortcut and a branch under unit-level randomness.
 
 Unit masks are not stored: unit i of coin c is present if 16 bits of a stateless hash of (key, i) lie below
 theta * 2^16, and backward makes the same mask again from the key. One 32-bit word serves two coins. i is the unit's
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from residrop.errors import ConfigError
-from residrop.sampler import Rows, derive_key
+from residrop.sampler import derive_key
 from residrop.survival import check_rate
 
-__all__ = ["keep_rows", "mix", "row_mask", "skip_forward", "swapout", "unit_dropout", "unit_mask"]
+__all__ = ["mix", "row_mask", "skip_forward", "swapout", "unit_dropout", "unit_mask"]
 
 
 def _signed(word: int) -> int:
@@ -284,36 +284,3 @@ def unit_dropout(x: Tensor, theta: float, key: int | None) -> Tensor:
 def row_mask(rows: int, rate: float, key: int, device: torch.device | str = "cpu") -> Tensor:
     """Bool Tensor[rows]: independent coins, True with probability `rate` (exact Bernoulli rows)."""
     return unit_mask(torch.empty(rows, device=device), rate, key)
-
-
-def keep_rows(
-    x: Tensor,
-    shortcut: Callable[[Tensor], Tensor],
-    branch: Callable[[Tensor], Tensor],
-    rows: Rows,
-    scale: float = 1.0,
-) -> Tensor:
-    """shortcut(x), with scale * branch(x) added in a window of rows: only live rows enter the branch, as one batch.
-
-    Args:
-        x: Tensor[N, ...].
-        shortcut: maps Tensor[N, ...] to Tensor[N, ...]; always sees the whole batch.
-        branch: row-wise map (batch norm inside it sees the live rows only); not called if no row lives.
-        rows: the window, see `Rows`.
-        scale: factor of the branch.
-    """
-    total, live = x.shape[0], rows.live
-    skip = shortcut(x)
-    if live == 0:
-        return skip
-    if live == total:
-        return skip + _scaled(branch(x), scale)
-    end = rows.start + live
-    if end <= total:
-        parts = (skip[: rows.start], skip[rows.start : end] + _scaled(branch(x[rows.start : end]), scale), skip[end:])
-    else:  # the window wraps around: rows start.. and ..end are live
-        end -= total
-        out = _scaled(branch(torch.cat((x[:end], x[rows.start :]))), scale)
-        parts = (skip[:end] + out[:end], skip[end : rows.start], skip[rows.start :] + out[end:])
-    # an empty part first would cost the result its memory format
-    return torch.cat([part for part in parts if len(part)])

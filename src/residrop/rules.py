@@ -6,33 +6,36 @@ draw: coins in training (and inside `residrop.sampling`), expectation in `eval()
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from residrop import functional
 from residrop.errors import ConfigError, PlanError
+from residrop.rows import Lane, combined, keep_index, keep_rows, touch
 from residrop.sampler import DepthSampler, Draw, Granularity, Scope, Site
 from residrop.survival import check_rate
 
 __all__ = [
     "ConstantDepth",
     "DepthDropout",
-    "Mix",
     "Rule",
-    "SkipForward",
     "StochasticDepth",
-    "Swapout",
-    "UnitDropout",
 ]
 
 Rescale = Literal["test", "train", "none"]
-Map = Callable[[Tensor], Tensor]
+Map = Callable[..., Tensor]
+_IDENTITY = nn.Identity()
 
 
-def _check_choice(name: str, value: str, choices: object) -> None:
+def _after(post: Map | None, y: Tensor) -> Tensor:
+    return y if post is None else post(y)
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
     allowed = get_args(choices)
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
@@ -51,13 +54,14 @@ class Rule(nn.Module, ABC):
         self, rates: tuple[float, ...], granularity: Granularity = "block", scope: Scope | None = None
     ) -> None:
         super().__init__()
-        _check_choice("granularity", granularity, Granularity)
+        check_choice("granularity", granularity, Granularity)
         self.rates = rates
         self.granularity: Granularity = granularity
         self.scope: Scope = ("shared" if granularity == "block" else "per_rank") if scope is None else scope
-        _check_choice("scope", self.scope, Scope)
+        check_choice("scope", self.scope, Scope)
         self._sampler: DepthSampler | None = None
         self._index = -1
+        self.compiled: Any = None
 
     @property
     def site(self) -> Site:
@@ -68,16 +72,43 @@ class Rule(nn.Module, ABC):
         """Take draws from place `index` of `sampler`'s plans (called by `residrop.attach`)."""
         self._sampler, self._index = sampler, index
 
+    def leave(self) -> None:
+        """Take no draws any more (called by `residrop.attach` and `detach`)."""
+        self._sampler, self._index = None, -1
+
     @property
     def sampler(self) -> DepthSampler | None:
         """The sampler this rule takes its draws from; None before `residrop.attach`."""
         return self._sampler
 
+    @property
+    def index(self) -> int:
+        """The rule's place in the sampler's plans."""
+        return self._index
+
+    def tosses(self) -> bool:
+        """Whether coins are tossed in this pass; elsewhere expectation takes their place."""
+        if len(self.rates) == 0:
+            return False
+        return self.training or (self._sampler is not None and self._sampler.in_force.always)
+
+    def deferred(self) -> bool:
+        """Whether `torch.compile` traces a pass with coins, which its graphs must not know (`residrop.tracing`)."""
+        return torch.compiler.is_compiling() and self.tosses()
+
+    def cuts_rows(self) -> bool:
+        """Whether only some rows of the batch, as tensors of their own, may enter the branch in this pass."""
+        return self.granularity == "row" and (self.deferred() or self.draw().key is not None)
+
     def draw(self) -> Draw:
         """The draw in force for this pass."""
+        if self.deferred():
+            from residrop import tracing
+
+            return tracing.draw(self)
         if self._sampler is not None:
             # inside a backward pass this forward is a recomputation, which must repeat the draw of its original
-            recomputing = torch._C._current_graph_task_id() != -1
+            recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
             draw = self._sampler.draw(self._index, self.training, recomputing)
             if draw is not None:
                 return draw if draw.rates else draw._replace(rates=self.rates)
@@ -95,9 +126,49 @@ class Rule(nn.Module, ABC):
         """Share of the branch that is present under a draw: 0 or 1 for block-level coins, else the rate."""
         return float(draw.alive) if draw.alive is not None else self.branch_rate(draw.rates or self.rates)
 
+    def as_built(self) -> bool:
+        """Whether this pass is exactly shortcut(x) + branch(x), the block without a rule."""
+        return False
+
+    def _called(self, branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
+        return branch(x, *along) if self.compiled is None else self.compiled.part(branch, x, along)
+
+    def _whole(
+        self,
+        x: Tensor,
+        shortcut: Map,
+        branch: Map,
+        scale: float,
+        includes_input: bool,
+        post: Map | None,
+        along: Sequence[Any],
+    ) -> Tensor:
+        """A block whose branch is present for all rows."""
+        if self.compiled is not None:
+            return self.compiled.present(x, shortcut, branch, scale, includes_input, post, along)
+        return _after(post, combined(shortcut(x), branch(x, *along), scale, includes_input))
+
+    def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
+        """The same for a block that has a shortcut of its own: its branch is block(x, *along) - x, the shortcut x."""
+        return self(x, _IDENTITY, lambda x, *along: block(x, *along) - x, along=along)
+
     @abstractmethod
-    def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
-        """Combine `shortcut(x)` and, where the draw says so, `branch(x)`; both Tensor[N, ...] of one shape."""
+    def forward(
+        self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
+    ) -> Tensor:
+        """Combine `shortcut(x)` and, where the draw says so, `branch(x)`; both Tensor[N, ...] of one shape.
+
+        Args:
+            x: Tensor[N, ...].
+            shortcut: always called, on all of x.
+            branch: called as `branch(x, *along)`, on live rows only, or not at all.
+            post: applied to the result. It may be left out where the branch is absent, so what the shortcut gives must
+                be a fixed point of it (as a ReLU's input is that is not negative).
+            along: further arguments of the branch; tensors in them have the batch dimension first.
+        """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compiled": None}  # as of any module that was compiled in place
 
     def extra_repr(self) -> str:
         return ", ".join(map(repr, self.rates))
@@ -109,8 +180,13 @@ class ConstantDepth(Rule):
     def __init__(self) -> None:
         super().__init__(())
 
-    def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
-        return shortcut(x) + branch(x)
+    def as_built(self) -> bool:
+        return self.compiled is None
+
+    def forward(
+        self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
+    ) -> Tensor:
+        return self._whole(x, shortcut, branch, 1.0, False, post, along)
 
 
 class StochasticDepth(Rule):
@@ -139,9 +215,9 @@ class StochasticDepth(Rule):
         rows: Literal["window", "bernoulli"] = "window",
         scope: Scope | None = None,
     ) -> None:
-        _check_choice("granularity", granularity, Literal["block", "row"])
-        _check_choice("rescale", rescale, Rescale)
-        _check_choice("rows", rows, Literal["window", "bernoulli"])
+        check_choice("granularity", granularity, Literal["block", "row"])
+        check_choice("rescale", rescale, Rescale)
+        check_choice("rows", rows, Literal["window", "bernoulli"])
         if rows != "window" and granularity != "row":
             raise ConfigError(
                 f"rows is {rows!r}, which a {granularity}-level rule has no use for; set granularity='row'"
@@ -150,36 +226,78 @@ class StochasticDepth(Rule):
         self.rescale: Rescale = rescale
         self.rows: Literal["window", "bernoulli"] = rows
 
-    def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
+    def forward(
+        self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
+    ) -> Tensor:
+        return self._present(x, shortcut, branch, False, post, along)
+
+    def carried(self, x: Tensor, shortcut: Map, branch: Map, post: Map | None, lane: Lane) -> Tensor:
+        """As `forward`, for a batch that only the blocks of a chain see (`residrop.rows.Lane`)."""
+        return self._present(x, shortcut, branch, False, post, (), lane)
+
+    def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
+        return self._present(x, _IDENTITY, block, True, None, along)
+
+    def _present(
+        self,
+        x: Tensor,
+        shortcut: Map,
+        branch: Map,
+        includes_input: bool,
+        post: Map | None,
+        along: Sequence[Any],
+        lane: Lane | None = None,
+    ) -> Tensor:
+        if self.deferred():
+            from residrop import tracing
+
+            return tracing.present(self, x, shortcut, branch, includes_input, post, along)
         draw = self.draw()
-        survival = draw.rates[0]
-        if draw.expected:
-            scale = survival if self.rescale == "test" else 1.0
-        else:
-            scale = 1.0 / survival if self.rescale == "train" and survival > 0 else 1.0
-        if draw.alive is False or scale == 0.0:
-            return shortcut(x)
+        scale = self.scale(draw)
+        if draw.alive is False:
+            return self._absent(x, shortcut, branch, along)
         if draw.alive or draw.expected:
-            f = branch(x)
-            return shortcut(x) + (f if scale == 1.0 else f * scale)
+            return shortcut(x) if scale == 0.0 else self._whole(x, shortcut, branch, scale, includes_input, post, along)
+        run = branch if self.compiled is None else self.compiled.on_rows(branch, self.fixed(x.shape[0]))
+        options: dict[str, Any] = {"post": post, "along": along, "includes_input": includes_input}
         if self.rows == "bernoulli":
             assert draw.key is not None
-            return _bernoulli_rows(x, shortcut, branch, survival, draw.key, scale)
-        return functional.keep_rows(x, shortcut, branch, draw.rows(x.shape[0]), scale)
+            live = functional.row_mask(x.shape[0], draw.rates[0], draw.key).nonzero().squeeze(1)
+            if live.numel() > 0:
+                return keep_index(x, shortcut, run, live.to(x.device), scale, **options)
+        elif (rows := draw.rows(x.shape[0])).live > 0:
+            return keep_rows(x, shortcut, run, rows, scale, lane=lane, **options)
+        return self._absent(x, shortcut, branch, along)
+
+    def as_built(self) -> bool:
+        if self.deferred() or self.compiled is not None:
+            return False
+        draw = self.draw()
+        present = draw.expected or draw.alive or (draw.alive is None and draw.rates[0] == 1.0)
+        return present and self.scale(draw) == 1.0
+
+    def scale(self, draw: Draw) -> float:
+        """Factor of a branch that is present: p at test under `rescale="test"`, 1/p in training under `"train"`."""
+        survival = draw.rates[0]
+        if draw.expected:
+            return survival if self.rescale == "test" else 1.0
+        return 1.0 / survival if self.rescale == "train" and survival > 0 else 1.0
+
+    def _absent(self, x: Tensor, shortcut: Map, branch: Map, along: Sequence[Any]) -> Tensor:
+        return touch(x, shortcut(x), branch, along) if self.lives_elsewhere() else shortcut(x)
+
+    def fixed(self, total: int) -> bool:
+        """Whether the same number of rows of a batch of `total` lives in every step."""
+        steady = self._sampler is not None and self._sampler.schedule.timing.steady
+        return steady and (self.rates[0] * total) % 1.0 == 0.0
+
+    def lives_elsewhere(self) -> bool:
+        """Whether a branch that is absent here may be present on another rank of this step."""
+        return self.scope == "per_rank" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def extra_repr(self) -> str:
         rows = f", rows={self.rows!r}" if self.granularity == "row" else ""
         return f"{self.rates[0]!r}, granularity={self.granularity!r}, rescale={self.rescale!r}{rows}"
-
-
-def _bernoulli_rows(x: Tensor, shortcut: Map, branch: Map, survival: float, key: int, scale: float) -> Tensor:
-    live = functional.row_mask(x.shape[0], survival, key).nonzero().squeeze(1).to(x.device)
-    skip = shortcut(x)
-    if live.numel() == 0:
-        return skip
-    f = branch(x.index_select(0, live))
-    # scaled before it is added: `alpha` would be rounded to the dtype
-    return skip.index_add(0, live, (f * scale).to(skip.dtype))
 
 
 class DepthDropout(StochasticDepth):
@@ -195,115 +313,3 @@ class DepthDropout(StochasticDepth):
 
     def extra_repr(self) -> str:
         return f"{self.rates[0]!r}"
-
-
-class _UnitRule(Rule):
-    def __init__(self, rates: tuple[float, ...], scope: Scope | None = None) -> None:
-        super().__init__(tuple(check_rate(f"theta_{i}", rate) for i, rate in enumerate(rates, 1)), "unit", scope)
-
-
-class Swapout(_UnitRule):
-    """Theta_1 * X + Theta_2 * F(X) with independent masks per unit (Singh et al. 2016, eq. 3).
-
-    - Drawn: two coins per unit of every row. Training: as above, never rescaled. Test: theta_1 X + theta_2 F(X).
-    - X is the shortcut's output (in blocks that change shape: the projected input). Batch norm sees the whole batch.
-    - Sampled inference (`residrop.sampling`) is the better of the paper's two predictions.
-
-    Args:
-        theta_1: probability in [0, 1] that a unit of the shortcut is present.
-        theta_2: the same for the branch (default: theta_1).
-    """
-
-    def __init__(self, theta_1: float, theta_2: float | None = None, scope: Scope | None = None) -> None:
-        super().__init__((theta_1, theta_1 if theta_2 is None else theta_2), scope)
-
-    def branch_rate(self, rates: tuple[float, ...]) -> float:
-        return rates[1]
-
-    def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
-        draw = self.draw()
-        return functional.swapout(shortcut(x), branch(x), draw.rates[0], draw.rates[1], draw.key)
-
-
-class SkipForward(_UnitRule):
-    """Every unit is F(X) or X, never both and never neither (Singh et al. 2016, eq. 4, complementary masks).
-
-    Args:
-        theta: probability in [0, 1].
-        of: which of the two `theta` is the probability of. `branch` makes the first block of Linear(1, 0.5) a plain
-            feed-forward block; `shortcut` is eq. 4 to the letter, where that block would never be used.
-        scope: see `Rule`.
-    """
-
-    def __init__(self, theta: float, of: Literal["branch", "shortcut"] = "branch", scope: Scope | None = None) -> None:
-        _check_choice("of", of, Literal["branch", "shortcut"])
-        super().__init__((theta,), scope)
-        self.of: Literal["branch", "shortcut"] = of
-
-    def branch_rate(self, rates: tuple[float, ...]) -> float:
-        return rates[0] if self.of == "branch" else 1.0 - rates[0]
-
-    def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
-        draw = self.draw()
-        skip, f = shortcut(x), branch(x)
-        if self.of == "branch":
-            return functional.skip_forward(skip, f, draw.rates[0], draw.key)
-        return functional.skip_forward(f, skip, draw.rates[0], draw.key)
-
-    def extra_repr(self) -> str:
-        return f"{self.rates[0]!r}, of={self.of!r}"
-
-
-class UnitDropout(_UnitRule):
-    """Dropout of the block's output without rescaling (Singh et al. 2016, eq. 1); expectation theta times it.
-
-    Args:
-        theta: probability in [0, 1] that a unit is present.
-        on: the output meant: `branch`, Theta F(X) without a skip (eq. 1 to the letter); `residual`, X + Theta F(X);
-            `sum`, Theta (X + F(X)). The paper's table does not say which one it ran.
-        scope: see `Rule`.
-    """
-
-    def __init__(
-        self, theta: float, on: Literal["branch", "residual", "sum"] = "branch", scope: Scope | None = None
-    ) -> None:
-        _check_choice("on", on, Literal["branch", "residual", "sum"])
-        super().__init__((theta,), scope)
-        self.on: Literal["branch", "residual", "sum"] = on
-
-    def forward(self, x: Tensor, shortcut: Map, branch: Map) -> Tensor:
-        draw = self.draw()
-        f = branch(x)
-        if self.on == "sum":
-            return functional.unit_dropout(shortcut(x) + f, draw.rates[0], draw.key)
-        dropped = functional.unit_dropout(f, draw.rates[0], draw.key)
-        return dropped if self.on == "branch" else shortcut(x) + dropped
-
-    def extra_repr(self) -> str:
-        return f"{self.rates[0]!r}, on={self.on!r}"
-
-
-class Mix(_UnitRule):
-    """sum_i Theta_i * F_i over any tensors already computed, one theta each (Singh et al. 2016, eq. 2).
-
-    In a residual block F_1 is the shortcut and F_2 the branch, so `Mix((t1, t2))` is `Swapout(t1, t2)`; further thetas
-    belong to `earlier` tensors, given to `forward` in that order.
-
-    Args:
-        thetas: one probability in [0, 1] per tensor.
-        scope: see `Rule`.
-    """
-
-    def __init__(self, thetas: tuple[float, ...], scope: Scope | None = None) -> None:
-        if len(thetas) < 2:
-            raise ConfigError(
-                f"Mix has {len(thetas)} thetas; give one for the shortcut, one for the branch, one per earlier tensor"
-            )
-        super().__init__(tuple(thetas), scope)
-
-    def branch_rate(self, rates: tuple[float, ...]) -> float:
-        return rates[1]
-
-    def forward(self, x: Tensor, shortcut: Map, branch: Map, *earlier: Tensor) -> Tensor:
-        draw = self.draw()
-        return functional.mix((shortcut(x), branch(x), *earlier), draw.rates, draw.key)

@@ -18,7 +18,7 @@ from residrop.models.blocks import (
     project,
 )
 from residrop.models.checks import check_choice, check_images, complete_rules
-from residrop.residual import Residual
+from residrop.residual import Chain, Residual
 from residrop.rules import Rule
 from residrop.survival import check_whole
 
@@ -120,7 +120,7 @@ class CifarResNet(nn.Module):
 
         widths = [16 * width, 32 * width, 64 * width]
         self.stem = self._stem(widths[0])
-        self.blocks = nn.Sequential()
+        self.blocks = Chain()
         c_in = widths[0]
         for number, rule in enumerate(todo, start=1):
             group, place = divmod(number - 1, n)
@@ -152,7 +152,10 @@ class CifarResNet(nn.Module):
             shortcut = PadShortcut(c_in, c_out, stride, subsample=self.shortcut == "subsample")
         elif self.transform and not first:
             shortcut = TransformShortcut(c_out, bias=self.conv_bias)
-        return Residual(branch, shortcut, rule, nn.ReLU() if self.block == "v1" else None)
+        if self.block != "v1":
+            return Residual(branch, shortcut, rule)
+        # every shortcut but a projection gives what a ReLU leaves as it is
+        return Residual(branch, shortcut, rule, nn.ReLU(), settled=c_in == c_out or self.shortcut != "project")
 
     def _tail(self, c_in: int, classes: int, head: str) -> nn.Sequential:
         parts: dict[str, nn.Module] = {}

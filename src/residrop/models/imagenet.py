@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from residrop.errors import ConfigError
 from residrop.models.blocks import TransformShortcut, basic_v1, bottleneck_v1, conv, init_weights, project
 from residrop.models.checks import check_choice, check_images, complete_rules
-from residrop.residual import Residual
+from residrop.residual import Chain, Residual
 from residrop.rules import Rule
 from residrop.survival import check_whole
 
@@ -82,7 +82,7 @@ class ImageNetResNet(nn.Module):
         scale = 1 / math.sqrt(num_blocks) if stable else None
 
         self.stem = _stem(channels)
-        self.blocks = nn.Sequential()
+        self.blocks = Chain()
         c_in, number = 64, 0
         for group, size in enumerate(groups):
             c_out = 64 * 2**group * expansion
@@ -94,7 +94,7 @@ class ImageNetResNet(nn.Module):
                     shortcut = project(c_in, c_out, stride, batch_norm=True)
                 elif transform:
                     shortcut = TransformShortcut(c_out)
-                residual = Residual(branch, shortcut, todo[number], nn.ReLU())
+                residual = Residual(branch, shortcut, todo[number], nn.ReLU(), settled=c_in == c_out)
                 number += 1
                 self.blocks.add_module(f"block{number}", residual)
                 c_in = c_out

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from residrop.errors import ConfigError
 from residrop.models.blocks import Scale
 from residrop.models.checks import complete_rules
-from residrop.residual import Residual
+from residrop.residual import Chain, Residual
 from residrop.rules import Rule
 from residrop.survival import check_whole
 
@@ -52,7 +52,7 @@ class Vanilla(nn.Module):
 
         self.in_features = in_features
         self.stem = _gaussian(in_features, width, variance=1 / in_features)
-        self.blocks = nn.Sequential()
+        self.blocks = Chain()
         for number, rule in enumerate(todo, start=1):
             parts: dict[str, nn.Module] = {"relu": nn.ReLU(), "linear": _gaussian(width, width, 2 / width)}
             if stable:

@@ -1,0 +1,154 @@
+"""Unit-level rules: every unit of the shortcut's and the branch's output is present or absent by itself."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from residrop import functional
+from residrop.errors import ConfigError
+from residrop.rules import Rule, check_choice
+from residrop.sampler import Draw, Scope
+from residrop.survival import check_rate
+
+__all__ = ["Mix", "SkipForward", "Swapout", "UnitDropout"]
+
+Map = Callable[..., Tensor]
+
+
+def _after(post: Map | None, y: Tensor) -> Tensor:
+    return y if post is None else post(y)
+
+
+class _UnitRule(Rule):
+    def __init__(self, rates: tuple[float, ...], scope: Scope | None = None) -> None:
+        super().__init__(tuple(check_rate(f"theta_{i}", rate) for i, rate in enumerate(rates, 1)), "unit", scope)
+
+    def forward(
+        self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
+    ) -> Tensor:
+        return _after(post, self._combined(shortcut(x), self._called(branch, x, along)))
+
+    def _combined(self, *tensors: Tensor) -> Tensor:
+        if self.deferred():
+            from residrop import tracing
+
+            return tracing.units(self, *tensors)
+        return self.combine(self.draw(), *tensors)
+
+    @abstractmethod
+    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+        """The sum of the shortcut's and the branch's output, under a draw."""
+
+
+class Swapout(_UnitRule):
+    """Theta_1 * X + Theta_2 * F(X) with independent masks per unit (Singh et al. 2016, eq. 3).
+
+    - Drawn: two coins per unit of every row. Training: as above, never rescaled. Test: theta_1 X + theta_2 F(X).
+    - X is the shortcut's output (in blocks that change shape: the projected input). Batch norm sees the whole batch.
+    - Sampled inference (`residrop.sampling`) is the better of the paper's two predictions.
+
+    Args:
+        theta_1: probability in [0, 1] that a unit of the shortcut is present.
+        theta_2: the same for the branch (default: theta_1).
+    """
+
+    def __init__(self, theta_1: float, theta_2: float | None = None, scope: Scope | None = None) -> None:
+        super().__init__((theta_1, theta_1 if theta_2 is None else theta_2), scope)
+
+    def branch_rate(self, rates: tuple[float, ...]) -> float:
+        return rates[1]
+
+    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+        return functional.swapout(skip, f, draw.rates[0], draw.rates[1], draw.key)
+
+
+class SkipForward(_UnitRule):
+    """Every unit is F(X) or X, never both and never neither (Singh et al. 2016, eq. 4, complementary masks).
+
+    Args:
+        theta: probability in [0, 1].
+        of: which of the two `theta` is the probability of. `branch` makes the first block of Linear(1, 0.5) a plain
+            feed-forward block; `shortcut` is eq. 4 to the letter, where that block would never be used.
+        scope: see `Rule`.
+    """
+
+    def __init__(self, theta: float, of: Literal["branch", "shortcut"] = "branch", scope: Scope | None = None) -> None:
+        check_choice("of", of, Literal["branch", "shortcut"])
+        super().__init__((theta,), scope)
+        self.of: Literal["branch", "shortcut"] = of
+
+    def branch_rate(self, rates: tuple[float, ...]) -> float:
+        return rates[0] if self.of == "branch" else 1.0 - rates[0]
+
+    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+        if self.of == "branch":
+            return functional.skip_forward(skip, f, draw.rates[0], draw.key)
+        return functional.skip_forward(f, skip, draw.rates[0], draw.key)
+
+    def extra_repr(self) -> str:
+        return f"{self.rates[0]!r}, of={self.of!r}"
+
+
+class UnitDropout(_UnitRule):
+    """Dropout of the block's output without rescaling (Singh et al. 2016, eq. 1); expectation theta times it.
+
+    Args:
+        theta: probability in [0, 1] that a unit is present.
+        on: the output meant: `branch`, Theta F(X) without a skip (eq. 1 to the letter); `residual`, X + Theta F(X);
+            `sum`, Theta (X + F(X)). The paper's table does not say which one it ran.
+        scope: see `Rule`.
+    """
+
+    def __init__(
+        self, theta: float, on: Literal["branch", "residual", "sum"] = "branch", scope: Scope | None = None
+    ) -> None:
+        check_choice("on", on, Literal["branch", "residual", "sum"])
+        super().__init__((theta,), scope)
+        self.on: Literal["branch", "residual", "sum"] = on
+
+    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+        if self.on == "sum":
+            return functional.unit_dropout(skip + f, draw.rates[0], draw.key)
+        dropped = functional.unit_dropout(f, draw.rates[0], draw.key)
+        return dropped if self.on == "branch" else skip + dropped
+
+    def extra_repr(self) -> str:
+        return f"{self.rates[0]!r}, on={self.on!r}"
+
+
+class Mix(_UnitRule):
+    """sum_i Theta_i * F_i over any tensors already computed, one theta each (Singh et al. 2016, eq. 2).
+
+    In a residual block F_1 is the shortcut and F_2 the branch, so `Mix((t1, t2))` is `Swapout(t1, t2)`; further thetas
+    belong to `earlier` tensors, given to `forward` in that order.
+
+    Args:
+        thetas: one probability in [0, 1] per tensor.
+        scope: see `Rule`.
+    """
+
+    def __init__(self, thetas: tuple[float, ...], scope: Scope | None = None) -> None:
+        if len(thetas) < 2:
+            raise ConfigError(
+                f"Mix has {len(thetas)} thetas; give one for the shortcut, one for the branch, one per earlier tensor"
+            )
+        super().__init__(tuple(thetas), scope)
+
+    def branch_rate(self, rates: tuple[float, ...]) -> float:
+        return rates[1]
+
+    def forward(
+        self,
+        x: Tensor,
+        shortcut: Map,
+        branch: Map,
+        *earlier: Tensor,
+        post: Map | None = None,
+        along: Sequence[Any] = (),
+    ) -> Tensor:
+        return _after(post, self._combined(shortcut(x), self._called(branch, x, along), *earlier))
+
+    def combine(self, draw: Draw, skip: Tensor, f: Tensor, *earlier: Tensor) -> Tensor:
+        return functional.mix((skip, f, *earlier), draw.rates, draw.key)
