@@ -1,0 +1,185 @@
+"""`apply` and `remove`."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from residrop.attach import connect, detach
+from residrop.catalogue import make_rule
+from residrop.errors import ConfigError, InactiveWarning
+from residrop.rules import Rule
+from residrop.surgery.blocks import AppliedBlock, check_unchanged, give_back, take_over, undo_later
+from residrop.surgery.drops import Own, own_survival, silenced
+from residrop.surgery.report import Entry, Report
+from residrop.surgery.settled import mark_settled
+from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
+from residrop.surgery.transformers.layerdrop import end_layer_drop, layer_drops
+from residrop.survival import parse
+from residrop.timing import Timing
+
+__all__ = ["apply", "remove"]
+
+Rates = str | float | Sequence[float]
+
+
+def apply(
+    model: nn.Module,
+    rule: str | Callable[[float], Rule] = "stochastic-depth",
+    survival: Rates = "from_model",
+    *,
+    blocks: Any = None,
+    branches: bool = True,
+    granularity: str | None = None,
+    rescale: str | None = None,
+    seed: int = 0,
+    timing: Timing | str = "constant",
+    whole: Sequence[str] = (),
+    cut: Sequence[str] = (),
+    **options: Any,
+) -> Report:
+    """Put the residual blocks of any model under a rule, in place; `remove` is the way back.
+
+    Parameters, buffers, their names and all hooks stay as they are, so checkpoints of the plain model load into the
+    changed one and back. Modules of the blocks that drop paths themselves (`DropPath`, `StochasticDepth`) are switched
+    off while the rule is in force: they compute what they drop, the rule does not. So is transformers' layer drop.
+
+    Args:
+        model: a model of torchvision, timm, transformers, or any model whose blocks are named by `blocks`. It becomes
+            the root: calling it in training mode draws the next step.
+        rule: a name in `residrop.RULES`, or a function from one survival rate to a new rule.
+        survival: "from_model" (the rates of the model's own drop modules, or of its layer drop, which is of whole
+            layers and never rescaled), or rates for the L blocks in any form that `residrop.survival.parse` reads. The
+            branches of a block (attention, MLP) have its rate, and coins of their own.
+        blocks: which blocks: None for all of known classes; a name pattern ("encoder.layers.*"), a class, a module
+            list (which stands for its elements), a module, or several of these. A block of unknown class needs input
+            and output of one shape, and gets the generic rule x + b (block(x) - x).
+        branches: False puts every block under one generic rule, even if its branches are known.
+        granularity: `block` or `row`; None is the rule's default, or that of the model's own drop modules.
+        rescale: None is "train" for stochastic depth, as in these models' own drop modules: a pretrained model's eval
+            mode stays as it is. "test" is eq. 5 of Huang et al. 2016.
+        seed: seed of all draws.
+        timing: as in `residrop.attach`.
+        whole: names of block arguments that all rows share, which row level must not cut.
+        cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
+        options: further options of the rule.
+
+    Returns:
+        What was done: every block with its rates, and what was left alone and why.
+
+    Raises:
+        ConfigError: no blocks, blocks inside each other, rates that do not fit, or a model that has rules already. The
+            model is then unchanged.
+    """
+    check_bare(model)
+    drops = layer_drops(model)
+    inherits = isinstance(survival, str) and survival == "from_model"
+    found, left = find(model, blocks, branches=branches, drops=drops if inherits else None)
+    options = {**options, "granularity": granularity, "rescale": rescale}
+    todo: list[tuple[Found, list[Rule]]] = []
+    for one, own in zip(found, _wanted(model, found, survival), strict=True):
+        if own is None:
+            left.append((one.name, "it has no drop module of its own"))
+        else:
+            todo.append((one, [_make(rule, each, options) for each in own]))
+    left += _stray(model, [one for one, _ in todo], left)
+    try:
+        _put(todo, (frozenset(whole), frozenset(cut)))
+        left += end_layer_drop(model, [one.block for one, _ in todo], drops)
+        mark_settled(model, [one for one, _ in todo])
+        connect(model, seed=seed, timing=timing)
+    except BaseException:
+        _take_away(model)
+        raise
+    entries = tuple(
+        Entry(one.name, one.kind, tuple(rate for each in made for rate in each.rates), made[0].granularity)
+        for one, made in todo
+    )
+    if all(rate == 1.0 for entry in entries for rate in entry.rates):
+        warnings.warn(
+            f"residrop.apply changed nothing: all {len(entries)} blocks have survival rate 1; give survival=...",
+            InactiveWarning,
+            stacklevel=2,
+        )
+    return Report(entries, tuple(left))
+
+
+def remove(model: nn.Module) -> None:
+    """Take the rules of `apply` away: the model behaves, bit for bit, as before.
+
+    Raises:
+        ConfigError: the model has none, or an engine changed its blocks since.
+    """
+    changed = [module for module in model.modules() if isinstance(module, AppliedBlock)]
+    if not changed:
+        raise ConfigError(f"{type(model).__name__} has no rules of residrop.apply")
+    for block in changed:
+        check_unchanged(block)
+    _take_away(model)
+
+
+def _take_away(model: nn.Module) -> None:
+    # drop modules that several blocks share were switched off by the first of them
+    for block in reversed([module for module in model.modules() if isinstance(module, AppliedBlock)]):
+        give_back(block)
+    for module in model.modules():
+        module.__dict__.pop("_passable", None)  # what `skippable.passed_by` remembers
+    detach(model)
+
+
+def _make(rule: str | Callable[[float], Rule], own: Own, options: dict[str, Any]) -> Rule:
+    if isinstance(rule, str):
+        if rule == "stochastic-depth":
+            own = own._replace(rescale=own.rescale or "train")
+            inherited = {"granularity": own.granularity, "rescale": own.rescale}
+            options = {**options, **{name: value for name, value in inherited.items() if options[name] is None}}
+        return make_rule(rule, own.survival, **options)
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(f"rule is a function, which leaves no use for {', '.join(given)}; give them inside of it")
+    made = rule(own.survival)
+    if not isinstance(made, Rule):
+        raise ConfigError(f"rule returned a {type(made).__name__}; it has to return a new residrop.Rule")
+    return made
+
+
+def _wanted(model: nn.Module, found: list[Found], survival: Rates) -> list[list[Own] | None]:
+    """What every branch of every block is to do; None for blocks from which nothing is inherited."""
+    if not (isinstance(survival, str) and survival == "from_model"):
+        rates = parse(survival, len(found))
+        return [[Own(rate)] * one.branches for one, rate in zip(found, rates, strict=True)]
+    owns = [own_drops(one) for one in found]
+    if not any(owns):
+        raise ConfigError(
+            f"{type(model).__name__} has no drop modules of its own to take rates from; give survival=..., such as "
+            "survival=0.8 or 'linear_decay(0.5)', or build the model with a drop rate (timm: drop_path_rate=...)"
+        )
+    # where the rate of drops is 0 models leave the drop module out: in blocks of these classes it is that
+    first = {type(one.block): own[0] for one, own in zip(found, owns, strict=True) if own}
+    always = {kind: own._replace(survival=1.0) for kind, own in first.items()}
+    return [
+        own or ([always[type(one.block)]] * one.branches if type(one.block) in always else None)
+        for one, own in zip(found, owns, strict=True)
+    ]
+
+
+def _stray(model: nn.Module, found: list[Found], left: list[LeftAlone]) -> list[LeftAlone]:
+    """The drop modules that no rule takes the place of, but for those of blocks that are named already."""
+    taken = {module for one in found for module in drops_of(one)}
+    stray: list[LeftAlone] = []
+    for name, module in model.named_modules():
+        own = own_survival(module)
+        if own is None or own.survival == 1.0 or module in taken or any(name.startswith(f"{one}.") for one, _ in left):
+            continue
+        stray.append(
+            (name, f"it is in no block under a rule, so it goes on masking (survival rate {own.survival:.3g})")
+        )
+    return stray
+
+
+def _put(todo: list[tuple[Found, list[Rule]]], cutting: tuple[frozenset[str], frozenset[str]]) -> None:
+    for one, made in todo:
+        take_over(one.block, one.mixin, made)
+        undo_later(one.block, silenced(drops_of(one)))
+        one.block.__dict__["residrop_cutting"] = cutting

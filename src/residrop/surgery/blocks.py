@@ -1,0 +1,224 @@
+"""Foreign blocks under rules: the class that `apply` puts in front of a block's own, and how it is taken away again.
+
+A block keeps its identity, parameters, hooks and names; only its class changes, to one made of a mixin (which knows the
+branches) and the block's own class. The rules become a child module without parameters, so `state_dict` is unchanged.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from residrop.errors import ConfigError
+from residrop.rules import Rule
+from residrop.skippable import Part, Skippable
+from residrop.surgery.arguments import Cutting, Signature, call, pack, settle_caches
+from residrop.surgery.containers import RULES, Container
+
+__all__ = [
+    "AppliedBlock",
+    "Branch",
+    "ForeignBlock",
+    "Undo",
+    "check_unchanged",
+    "give_back",
+    "no_grad_eval",
+    "take_over",
+    "undo_later",
+]
+
+_IDENTITY = nn.Identity()
+
+
+class Undo:
+    """An attribute of a module that was changed while rules are applied, and its value before."""
+
+    def __init__(self, module: Any, name: str, value: Any) -> None:
+        self.module, self.name, self.before = module, name, getattr(module, name)
+        setattr(module, name, value)
+
+    def undo(self) -> None:
+        setattr(self.module, self.name, self.before)
+
+
+class AppliedBlock(Skippable):
+    """Base of all that stands in front of a foreign class. Its names begin with `residrop`: a block of any class has
+    attributes of its own, which must not be hidden."""
+
+    residrop_rules: nn.ModuleList
+    residrop_signature: ClassVar[Signature]  # of the forward of the block's own class
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
+        for rule in self.residrop_rules:
+            if not rule.as_built():  # pyright: ignore[reportCallIssue]
+                return self.residrop_forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)  # to the last bit, and with whatever else the class does in eval
+
+    def residrop_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward, written anew around its rules."""
+        raise NotImplementedError
+
+    def residrop_along(self, rule: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """The arguments of a branch as `Rule.forward` takes them; PlanError if rows of them cannot be cut."""
+        if not args and not kwargs:
+            return ()
+        if rule.cuts_rows():
+            return (self.residrop_cut(x, args, kwargs),)
+        return ((args, kwargs),)
+
+    def residrop_cut(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`pack` with what is known of the arguments."""
+        return self._residrop_pack(x, args, kwargs, None)
+
+    def _residrop_pack(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Mapping[str, int] | None
+    ) -> Any:
+        whole, cut = self.__dict__.get("residrop_cutting", ((), ()))
+        where = f"{type(self).__name__} with row-level presence"
+        return pack(x, where, Cutting(whole, cut, batched), args, kwargs, self.residrop_signature.names[1:])
+
+
+class ForeignBlock(AppliedBlock):
+    """Base of the mixins of known classes: a rule for every branch.
+
+    Attributes:
+        parts: for every branch the names of the children and parameters that only it uses (absent names are skipped).
+        drops: for every branch the name of the block's own module that drops it; "" if it has none.
+        batched: meaning of the arguments of branches, see `Cutting`; None if they are to be told by their sizes.
+    """
+
+    parts: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    drops: ClassVar[tuple[str, ...]] = ()
+    batched: ClassVar[Mapping[str, int] | None] = None
+
+    def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[Part]]]:
+        found: list[tuple[Rule, Sequence[Part]]] = []
+        for rule, names in zip(self.residrop_rules, self.parts, strict=True):
+            parts = [getattr(self, name, None) for name in names]
+            assert isinstance(rule, Rule)
+            found.append((rule, [part for part in parts if isinstance(part, (nn.Module, nn.Parameter))]))
+        return found
+
+    def through(
+        self,
+        number: int,
+        x: Tensor,
+        branch: Callable[..., Tensor],
+        *args: Any,
+        shortcut: nn.Module | None = None,
+        post: nn.Module | None = None,
+        settled: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Rule `number` of the block, applied to branch(x, *args, **kwargs) and a shortcut (None: the identity).
+
+        Args:
+            number: of the rule, from 0.
+            x: the hidden state.
+            branch: the costly function.
+            args: its further arguments, see `residrop_along`.
+            shortcut: the always-present path.
+            post: applied to the result.
+            settled: whether what the shortcut gives is a fixed point of `post`, which then may be left out where the
+                branch is absent.
+            kwargs: further arguments of the branch by name.
+        """
+        rule = self.residrop_rules[number]
+        options: dict[str, Any] = {"along": self.along(rule, x, args, kwargs)}
+        if settled:
+            options["post"] = post
+        y = rule(x, _IDENTITY if shortcut is None else shortcut, Branch(self, branch), **options)
+        if settled or post is None:
+            return y
+        # an absent branch gives the block's input back, which is not ours to overwrite (compilers drop needless copies)
+        if _in_place(post) and (torch.compiler.is_compiling() or y is x or y._base is not None):
+            y = y.clone()
+        return post(y)
+
+    def along(self, rule: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
+        """`residrop_along`, for mixins that call rules themselves."""
+        return self.residrop_along(rule, x, args, kwargs)
+
+    def residrop_cut(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._residrop_pack(x, args, kwargs, self.batched)
+
+
+def _in_place(module: nn.Module) -> bool:
+    return any(getattr(one, "inplace", False) for one in module.modules())
+
+
+class Branch:
+    """A function of a block as a branch; knows the block, whose batch norms it runs."""
+
+    def __init__(self, block: nn.Module, function: Callable[..., Tensor]) -> None:
+        self.__self__ = block
+        self.function = function
+
+    def __call__(self, x: Tensor, packed: Any = None) -> Tensor:
+        return self.function(x) if packed is None else call(self.function, x, packed)
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def take_over(block: nn.Module, mixin: type[AppliedBlock], rules: Sequence[Rule]) -> None:
+    """Put `mixin` in front of the class of `block`, with these rules for its branches.
+
+    Raises:
+        ConfigError: the block has attributes that the mixin would hide.
+    """
+    own = type(block)
+    names = {name for one in mixin.__mro__ if issubclass(one, AppliedBlock) for name in vars(one)} - {"forward"}
+    hidden = [name for name in sorted(names) if "residrop" not in name and name[0] != "_" and hasattr(block, name)]
+    if hidden or RULES in block._modules:
+        raise ConfigError(
+            f"{own.__name__} has an attribute {(hidden or [RULES])[0]!r}, which residrop.apply would hide"
+        )
+    key = (mixin, own)
+    if key not in _CLASSES:
+        bases = (mixin, Container, own) if issubclass(own, (nn.Sequential, nn.ModuleList)) else (mixin, own)
+        # the same name: wrapping policies of engines name classes of blocks
+        attributes = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+        _CLASSES[key] = type(own.__name__, bases, {**attributes, "residrop_signature": Signature.of(own.forward)})
+    block.add_module(RULES, nn.ModuleList(rules).train(block.training))
+    block.__dict__["_residrop_undo"] = []
+    block.__dict__["_residrop_class"] = own
+    block.__class__ = _CLASSES[key]
+
+
+def undo_later(block: nn.Module, changes: Sequence[Undo]) -> None:
+    """Changes that `give_back` is to undo."""
+    block.__dict__["_residrop_undo"].extend(changes)
+
+
+def check_unchanged(block: nn.Module) -> None:
+    """ConfigError if an engine has changed a block since `take_over`."""
+    if type(block) not in _CLASSES.values() or "forward" in block.__dict__:
+        raise ConfigError(
+            f"{type(block).__name__} was changed since residrop.apply (by fully_shard?); remove the rules before that"
+        )
+
+
+def give_back(block: nn.Module) -> None:
+    """Undo `take_over`."""
+    check_unchanged(block)
+    block.__class__ = block.__dict__["_residrop_class"]
+    del block._modules[RULES]
+    for change in reversed(block.__dict__["_residrop_undo"]):
+        change.undo()
+    for name in [name for name in block.__dict__ if name.startswith(("residrop_", "_residrop_"))]:
+        del block.__dict__[name]
+
+
+def no_grad_eval(block: nn.Module, forward: Callable[[], Any]) -> Any:
+    """Run `forward` in eval mode without gradients, then put every training flag back."""
+    flags = {module: module.training for module in block.modules()}
+    try:
+        block.eval()
+        with torch.no_grad():
+            return forward()
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

@@ -1,0 +1,214 @@
+"""Finding the residual blocks of a model that nobody here wrote."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from residrop.errors import ConfigError
+from residrop.residual import Residual
+from residrop.rules import Rule
+from residrop.surgery import timm, torchvision, transformers
+from residrop.surgery.adapters import Adapter
+from residrop.surgery.blocks import AppliedBlock, ForeignBlock
+from residrop.surgery.drops import Own, own_survival
+from residrop.surgery.generic import GenericBlock
+from residrop.surgery.transformers.layerdrop import LayerDrop
+
+__all__ = ["Found", "LeftAlone", "adapter_of", "check_bare", "drops_of", "find", "own_drops"]
+
+ADAPTERS: tuple[Adapter, ...] = (*torchvision.ADAPTERS, *timm.ADAPTERS, *transformers.ADAPTERS)
+
+_UNKNOWN = (
+    "its forward is none of those that are known (of another version, or of a class of its own); name it in `blocks` "
+    "for the generic rule"
+)
+
+LeftAlone = tuple[str, str]  # name of a module, and why it stays as it is
+
+
+@dataclass(frozen=True)
+class Found:
+    """A block to be put under rules.
+
+    Attributes:
+        name: dotted name in the model.
+        block: the module.
+        adapter: the adapter of its class, or None for the generic rule.
+        drop: the model's own layer drop, where a rule for the whole block takes its place.
+    """
+
+    name: str
+    block: nn.Module
+    adapter: Adapter | None
+    drop: LayerDrop | None = None
+
+    @property
+    def mixin(self) -> type[AppliedBlock]:
+        """What takes the place of the block's forward."""
+        if self.drop is not None and self.drop.mixin is not None:
+            return self.drop.mixin
+        mixin = None if self.adapter is None else self.adapter.mixin
+        return GenericBlock if mixin is None else mixin
+
+    @property
+    def kind(self) -> str:
+        """How the block is known, for reports."""
+        name = type(self.block).__name__
+        if self.adapter is None:
+            return f"{name}, generic"
+        library = self.adapter.library
+        at_home = any(one.__module__.partition(".")[0] == library for one in type(self.block).__mro__)
+        return (f"{library} {name}" if at_home else f"{name}, as in {library}") + (
+            ", generic" if issubclass(self.mixin, GenericBlock) else ""
+        )
+
+    @property
+    def branches(self) -> int:
+        """Number of branches, each with a rule of its own."""
+        return len(self.mixin.parts) if issubclass(self.mixin, ForeignBlock) else 1
+
+
+def adapter_of(block: nn.Module) -> Adapter | None:
+    """The adapter for a block; None if its class is not known."""
+    return next((adapter for adapter in ADAPTERS if adapter.fits(block)), None)
+
+
+def check_bare(model: nn.Module) -> None:
+    """ConfigError if a model has rules already."""
+    what = type(model).__name__
+    if any(isinstance(module, AppliedBlock) for module in model.modules()):
+        raise ConfigError(f"{what} has rules already; call residrop.remove(model) first")
+    if any(isinstance(module, (Residual, Rule)) for module in model.modules()):
+        raise ConfigError(
+            f"{what} has residual blocks of residrop already; give their rules when you build it, as in "
+            "residrop.create(..., rule=...), and call residrop.attach(model)"
+        )
+
+
+def find(
+    model: nn.Module, blocks: Any, *, branches: bool = True, drops: Mapping[nn.Module, LayerDrop] | None = None
+) -> tuple[list[Found], list[LeftAlone]]:
+    """The blocks of a model in the order of its modules, and those that have to stay as they are.
+
+    Args:
+        model: any model.
+        blocks: None for all blocks of known classes; or a name pattern ("encoder.layers.*"; `*` does not cross a dot),
+            a class, a module list (its elements), a module, or several of these.
+        branches: False takes known classes as whole blocks, too.
+        drops: the layers whose layer drop is taken over; they are found as whole blocks.
+
+    Raises:
+        ConfigError: nothing matches, a named module is no part of the model, or a block lies inside another.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    drops = {layer: drop for layer, drop in (drops or {}).items() if drop.mixin is not None}
+    if blocks is None:
+        chosen = {block: adapter_of(block) for block in names}
+    else:
+        wanted = {block for one in _several(blocks) for block in _matches(model, names, one)}
+        chosen = {block: adapter_of(block) for block in names if block in wanted}
+    found: list[Found] = []
+    left: list[LeftAlone] = []
+    for block, adapter in chosen.items():
+        if adapter is None and blocks is None and block not in drops:
+            if any(one.of_class(block) for one in ADAPTERS):
+                left.append((names[block], _UNKNOWN))
+        elif adapter is not None and adapter.mixin is None:
+            left.append((names[block], adapter.why_not))
+        elif "forward" in block.__dict__:
+            left.append((names[block], "its forward was replaced on the object, by an engine or by hand"))
+        else:
+            found.append(Found(names[block], block, adapter if branches else None, drops.get(block)))
+    if not found:
+        raise ConfigError(_nothing(model, blocks, left))
+    _check_apart(found)
+    return found, left
+
+
+def _check_apart(found: list[Found]) -> None:
+    owner: dict[nn.Module, Found] = {}
+    for one in found:
+        for part in one.block.modules():
+            owner.setdefault(part, one)
+    for one in found:  # blocks come in the order of modules, so an outer one was first
+        outer = owner[one.block]
+        if outer is not one:
+            raise ConfigError(f"block {one.name!r} lies inside block {outer.name!r}; choose one of the two in `blocks`")
+
+
+def _several(blocks: Any) -> Iterable[Any]:
+    return blocks if isinstance(blocks, (tuple, list, set, frozenset)) else (blocks,)
+
+
+def _matches(model: nn.Module, names: dict[nn.Module, str], wanted: Any) -> Iterator[nn.Module]:
+    if isinstance(wanted, str):
+        parts = wanted.split(".")
+        for module, name in names.items():
+            if name and len(name.split(".")) == len(parts) and all(map(fnmatchcase, name.split("."), parts)):
+                yield module
+    elif isinstance(wanted, type):
+        yield from (module for module in names if isinstance(module, wanted) and module is not model)
+    elif isinstance(wanted, nn.Module):
+        elements = list(wanted) if isinstance(wanted, (nn.ModuleList, nn.Sequential)) else [wanted]
+        for module in elements:
+            if module not in names:
+                raise ConfigError(
+                    f"a {type(module).__name__} in `blocks` is no part of this {type(model).__name__}; take it from "
+                    "the model that you give"
+                )
+            yield module
+    else:
+        raise ConfigError(f"blocks contains {wanted!r}; give name patterns, classes, modules or lists of modules")
+
+
+def _nothing(model: nn.Module, blocks: Any, left: list[LeftAlone]) -> str:
+    what = type(model).__name__
+    if left:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left[:3])
+        return f"none of the {len(left)} blocks found in {what} can be put under a rule: {reasons}"
+    if blocks is not None:
+        given = repr(blocks) if isinstance(blocks, (str, type)) else f"these {type(blocks).__name__}"
+        return f"nothing in {what} matches blocks={given}; names look like {_examples(model)}"
+    return (
+        f"{what} has no block of a known class; name its residual blocks (input and output of one shape), for example "
+        f"residrop.apply(model, blocks={_examples(model)}, ...), by a pattern, a class or a module list"
+    )
+
+
+def _examples(model: nn.Module) -> str:
+    """Patterns for the module lists of a model, the likeliest places of blocks: those with the most parameters."""
+    lists = {
+        name: sum(parameter.numel() for parameter in one.parameters())
+        for name, one in model.named_modules()
+        if name and isinstance(one, (nn.ModuleList, nn.Sequential)) and len({type(each) for each in one}) < len(one)
+    }
+    likely = sorted(lists, key=lambda name: -lists[name])[:3]
+    return " or ".join(repr(f"{name}.*") for name in likely) or repr("layers.*")
+
+
+def drops_of(found: Found) -> list[nn.Module]:
+    """The block's own drop modules whose place its rules take."""
+    mixin = found.mixin
+    if issubclass(mixin, ForeignBlock):
+        named = [getattr(found.block, name, None) for name in mixin.drops]
+        inside = [module for module in named if isinstance(module, nn.Module)]
+    else:
+        inside = list(found.block.modules())
+    return [module for module in dict.fromkeys(inside) if own_survival(module) is not None]
+
+
+def own_drops(found: Found) -> list[Own] | None:
+    """What a block's own drop modules do, one entry per branch; None if it has none."""
+    if found.drop is not None:
+        return [Own(found.drop.survival, "block", "none")]
+    mixin = found.mixin
+    if not issubclass(mixin, ForeignBlock):
+        inside = [own for module in drops_of(found) if (own := own_survival(module)) is not None]
+        return [min(inside, key=lambda own: own.survival)] if inside else None
+    drops = [own_survival(getattr(found.block, name, None)) for name in mixin.drops]
+    known = next((drop for drop in drops if drop is not None), None)
+    # a branch without one is always present: models leave the module out where the rate of drops is 0
+    return None if known is None else [known._replace(survival=1.0) if drop is None else drop for drop in drops]
