@@ -29,6 +29,11 @@ class Draw:
     left: Tensor | None
     flip: Tensor | None
 
+    def of(self, images: slice) -> "Draw":
+        """The draws of some images of the batch."""
+        parts = (self.top, self.left, self.flip)
+        return Draw(*(one if one is None or len(one) == 1 else one[images] for one in parts))
+
 
 @dataclass(frozen=True)
 class Augmentation:

@@ -29,6 +29,8 @@ class Loader:
     The last batch of an epoch may be smaller. If it were a single image (and `batch_size` is not 1) it is left
     out of training, since batch normalisation has no variance of one image; evaluation always covers all images.
 
+    On several ranks each gets its share of every batch: the shares of all ranks together are the batch of one process.
+
     Attributes:
         num_images: N, the number of images.
         steps_per_epoch: number of batches that `train_batches` gives from the start of an epoch.
@@ -46,6 +48,7 @@ class Loader:
         channels_last: bool = True,
         drop_last: bool = False,
         workers: int = 2,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Move the images to the device, if they are in memory.
 
@@ -59,6 +62,8 @@ class Loader:
             channels_last: whether batches have the memory format `torch.channels_last`.
             drop_last: leave out every incomplete last batch in training.
             workers: processes that decode `Files`; 0 decodes in this process. Unused for `Images`.
+            share: (rank, number of ranks). Training batches are cut into shares that are equal up to one image, and
+                empty where images are fewer than ranks.
 
         Raises:
             ConfigError: if an argument is out of range or does not fit the images.
@@ -66,6 +71,7 @@ class Loader:
         _check(images, batch_size, workers, normalization)
         self.num_images = len(images)
         self._batch_size, self._seed, self._workers = batch_size, seed, workers
+        self._rank, self._ranks = share
         self._device = torch.device(device)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalization = normalization.to(self._device)
@@ -90,7 +96,8 @@ class Loader:
                 `start`, bit for bit.
 
         Returns:
-            An iterator over (x, labels): float32 `Tensor[n, C, H, W]` and int64 `Tensor[n]` on the device.
+            An iterator over (x, labels): float32 `Tensor[n, C, H, W]` and int64 `Tensor[n]` on the device; n is the
+            number of images of this rank.
 
         Raises:
             ConfigError: if `start` is out of range or an epoch would have no batch at all.
@@ -104,18 +111,33 @@ class Loader:
         order = torch.randperm(self.num_images, generator=generator_for(_ORDER, self._seed, epoch))
         numbers = range(start, self.steps_per_epoch)
         if isinstance(self._images, Files):
-            return self._streamed(self._images, order, numbers, self._augmentation, epoch)
+            batches = (order[self._slice(number)] for number in numbers)
+            parts = [batch[self._share(len(batch))].tolist() for batch in batches]
+            return self._streamed(self._images, parts, self._augmentation, epoch)
         return self._resident(self._images, order, numbers, epoch)
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give all images once, in their own order, without augmentation; batches as of `train_batches`."""
-        numbers = range(-(-self.num_images // self._batch_size))
+        """Give all images once, in their own order, without augmentation; batches as of `train_batches`.
+
+        On several ranks, rank r of k gives batches r, r + k, ... of them.
+        """
+        numbers = range(self._rank, -(-self.num_images // self._batch_size), self._ranks)
         if isinstance(self._images, Files):
-            return self._streamed(self._images, torch.arange(self.num_images), numbers, None, 0)
+            parts = [list(range(self.num_images)[self._slice(number)]) for number in numbers]
+            return self._streamed(self._images, parts, None, 0)
         return self._in_order(self._images, numbers)
 
+    def images_in(self, number: int) -> int:
+        """Number of images in training batch `number`, of all ranks together."""
+        part = self._slice(number)
+        return part.stop - part.start
+
     def _slice(self, number: int) -> slice:
-        return slice(number * self._batch_size, (number + 1) * self._batch_size)
+        return slice(number * self._batch_size, min((number + 1) * self._batch_size, self.num_images))
+
+    def _share(self, images: int) -> slice:
+        """The images of this rank in a training batch."""
+        return slice(images * self._rank // self._ranks, images * (self._rank + 1) // self._ranks)
 
     def _finish(self, pixels: Tensor) -> Tensor:
         # The format is set on the bytes, where the copy is cheapest; everything after keeps it.
@@ -125,10 +147,12 @@ class Loader:
         order = order.to(self._device)
         for number in numbers:
             index = order[self._slice(number)]
-            x = self._finish(images.pixels.index_select(0, index))
-            if self._augmentation is not None:
-                x = self._augmentation(x, generator_for(_AUGMENT, self._seed, epoch, number))
-            yield x, images.labels.index_select(0, index)
+            mine = self._share(len(index))
+            x = self._finish(images.pixels.index_select(0, index[mine]))
+            if self._augmentation is not None and len(x):
+                draw = self._augmentation.draw(len(index), generator_for(_AUGMENT, self._seed, epoch, number))
+                x = self._augmentation.apply(x, draw.of(mine))
+            yield x, images.labels.index_select(0, index[mine])
 
     def _in_order(self, images: Images, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
         for number in numbers:
@@ -136,18 +160,20 @@ class Loader:
             yield self._finish(images.pixels[part]), images.labels[part]
 
     def _streamed(
-        self, files: Files, order: Tensor, numbers: range, augmentation: Augmentation | None, epoch: int
+        self, files: Files, parts: list[list[int]], augmentation: Augmentation | None, epoch: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         batches = stream(
             files,
-            [order[self._slice(number)].tolist() for number in numbers],
+            [part for part in parts if part],
             augmentation=augmentation,
             seed=derive_key(_STREAM, self._seed),
             epoch=epoch,
             workers=self._workers,
             pin_memory=self._device.type == "cuda",
         )
-        for pixels, labels in batches:
+        nothing = torch.empty(0, 3, files.size, files.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+        for part in parts:
+            pixels, labels = next(batches) if part else nothing
             pixels = pixels.to(self._device, non_blocking=True)
             yield self._finish(pixels), labels.to(self._device, non_blocking=True)
 

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from residrop.inference.predict import predict
@@ -82,6 +84,7 @@ def evaluate(
     samples: int = 30,
     *,
     on_batch: Callable[[int], None] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Evaluate deterministic and sampled inference on labelled batches.
 
@@ -90,36 +93,68 @@ def evaluate(
         batches: pairs (x Tensor[n, ...], labels Tensor[n] int64), at least one image in all.
         samples: sampled passes per batch; 0 skips sampled inference.
         on_batch: called with the number of images done after every batch (for progress bars).
+        share: (r, k) if k ranks (of the default process group) call this together and the batches of rank r are numbers
+            r, r + k, ... of all; every rank returns the evaluation of all.
     """
     check_whole("samples", samples, least=0)
-    expected: list[Tensor] = []
-    averaged: list[Tensor] = []
-    labels: list[Tensor] = []
-    spread: list[Tensor] = []
-    wrong = torch.zeros(samples, dtype=torch.float64)
+    rank, ranks = share
+    found: list[_Batch] = []
     done = 0
     for number, (x, y) in enumerate(batches):
-        expected.append(predict(model, x, samples=0).probabilities.cpu())
-        labels.append(y.cpu())
-        if samples:
-            result = predict(model, x, samples, first=number * samples)
-            averaged.append(result.probabilities.cpu())
-            spread.append(result.standard_error.gather(1, result.classes[:, None]).squeeze(1).cpu())
-            wrong += (result.sample_classes != y.to(result.sample_classes.device)).sum(dim=1).cpu()
+        found.append(_one_batch(model, x, y, samples, first=(rank + number * ranks) * samples))
         done += len(y)
         if on_batch:
             on_batch(done)
-    truth = torch.cat(labels)
-    deterministic = score(torch.cat(expected), truth)
+    if ranks == 1:
+        return _summary(found, samples)
+    every: list[list[_Batch]] | None = [[]] * ranks if rank == 0 else None
+    dist.gather_object(found, every, dst=0)
+    result = [None if every is None else _summary(_interleaved(every), samples)]
+    dist.broadcast_object_list(result, src=0)
+    (summary,) = result
+    assert summary is not None
+    return summary
+
+
+class _Batch(NamedTuple):
+    """What is found about a batch of n images, on the CPU."""
+
+    labels: Tensor  # [n]
+    expected: Tensor  # probabilities [n, classes]
+    averaged: Tensor | None  # the same over the samples
+    spread: Tensor | None  # standard errors of the winning class's [n]
+    wrong: Tensor | None  # wrong decisions of each sample [samples]
+
+
+def _one_batch(model: nn.Module, x: Tensor, y: Tensor, samples: int, first: int) -> _Batch:
+    expected = predict(model, x, samples=0).probabilities.cpu()
     if not samples:
-        return Evaluation(deterministic, None, 0, None, None, None, done)
-    single = 100.0 * wrong / done
+        return _Batch(y.cpu(), expected, None, None, None)
+    result = predict(model, x, samples, first=first)
+    spread = result.standard_error.gather(1, result.classes[:, None]).squeeze(1).cpu()
+    wrong = (result.sample_classes != y.to(result.sample_classes.device)).sum(dim=1).cpu()
+    return _Batch(y.cpu(), expected, result.probabilities.cpu(), spread, wrong)
+
+
+def _interleaved(every: list[list[_Batch]]) -> list[_Batch]:
+    """The batches of all ranks in the order of one process."""
+    return [batch for turn in zip_longest(*every) for batch in turn if batch is not None]
+
+
+def _summary(found: list[_Batch], samples: int) -> Evaluation:
+    truth = torch.cat([batch.labels for batch in found])
+    deterministic = score(torch.cat([batch.expected for batch in found]), truth)
+    if not samples:
+        return Evaluation(deterministic, None, 0, None, None, None, len(truth))
+    wrong = torch.stack([batch.wrong for batch in found if batch.wrong is not None]).double().sum(dim=0)
+    single = 100.0 * wrong / len(truth)
+    spread = torch.cat([batch.spread for batch in found if batch.spread is not None])
     return Evaluation(
         deterministic=deterministic,
-        sampled=score(torch.cat(averaged), truth),
+        sampled=score(torch.cat([batch.averaged for batch in found if batch.averaged is not None]), truth),
         samples=samples,
         single_pass_error=float(single.mean()),
         single_pass_error_se=float(single.std() / math.sqrt(samples)) if samples > 1 else None,
-        probability_se=float(torch.cat(spread).mean()) if samples > 1 else None,
-        images=done,
+        probability_se=float(spread.mean()) if samples > 1 else None,
+        images=len(truth),
     )

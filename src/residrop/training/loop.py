@@ -1,7 +1,8 @@
 """One training loop for every rule: it gives the model a plan per update and knows nothing of what rules do with it.
 
 Order of images, augmentation and draws are pure functions of (seed, epoch, batch) and (seed, update), so a resumed run
-needs no state but weights, optimizer and counters, and on the CPU repeats the uninterrupted run bit for bit.
+needs no state but weights, optimizer and counters, and on the CPU repeats the uninterrupted run bit for bit. On several
+ranks all of them hold the same state, and all save or stop after the same update.
 """
 
 import math
@@ -9,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -21,9 +22,11 @@ from torch.nn import functional as F
 
 from residrop.attach import depth_of, expected_depth_of, sampler_of, using
 from residrop.data import Loader
+from residrop.distributed import GradientSync
 from residrop.errors import RunError
 from residrop.inference import evaluate
 from residrop.training.checkpoint import Run
+from residrop.training.distributed import ALONE, Ranks, Votes
 from residrop.training.logbook import Logbook, Meter
 from residrop.training.recipe import Recipe
 from residrop.training.setup import precision_context
@@ -37,10 +40,15 @@ class Interrupted(Exception):
 
 @dataclass
 class State:
-    """Everything that changes along a training. `sums` collects loss and errors of the epoch on the device."""
+    """Everything that changes along a training. `sums` collects loss and errors of the epoch on the device.
+
+    With several `ranks`, `sync` is the handle of `data_parallel`, and `sums` are those of this rank.
+    """
 
     model: nn.Module
     optimizer: torch.optim.SGD
+    ranks: Ranks = ALONE
+    sync: GradientSync | None = None
     update: int = 0
     seconds: float = 0.0  # training time of all epochs, evaluation excluded
     epoch_seconds: float = 0.0
@@ -50,16 +58,18 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, run: Run) -> None:
-        """Write everything needed to resume."""
-        run.save_state(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "sampler": sampler_of(self.model).state_dict(),
-                **{name: getattr(self, name) for name in _COUNTERS},
-                "sums": self.sums.cpu(),
-            }
-        )
+        """Write everything needed to resume, on any number of ranks; called by all."""
+        sums = self.ranks.total(self.sums)
+        if self.ranks.main:
+            run.save_state(
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "sampler": sampler_of(self.model).state_dict(),
+                    **{name: getattr(self, name) for name in _COUNTERS},
+                    "sums": sums.cpu(),
+                }
+            )
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
         """Continue from what `save` wrote to `path`; RunError if it is something else."""
@@ -69,24 +79,29 @@ class State:
             sampler_of(self.model).load_state_dict(saved["sampler"])
             for name in _COUNTERS:
                 setattr(self, name, saved[name])
-            self.sums = saved["sums"].to(self.sums.device)
+            self.sums = saved["sums"].to(self.sums.device) if self.ranks.main else torch.zeros_like(self.sums)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise RunError(f"{path} is not the state of this run ({error}); delete it to start this run anew") from None
 
 
+_SAVE, _STOP = 1, 2  # what a rank may ask for after an update
 _COUNTERS = ("update", "seconds", "epoch_seconds", "depth", "best", "history")
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into an event that the loop looks at between updates."""
+def stop_signals(patient: bool = False) -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event that the loop looks at between updates.
+
+    Unless `patient`, a second one ends the program at once. (torchrun sends one more to all others as soon as a first
+    process has stopped.)
+    """
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if stopped.is_set():  # a second Ctrl-C does not wait for the update to end
+        if stopped.is_set() and not patient:
             raise KeyboardInterrupt
         stopped.set()
 
@@ -117,13 +132,15 @@ def run_epochs(
     steps = loader.steps_per_epoch
     expected = expected_depth_of(state.model)
     autocast = precision_context(recipe, next(state.model.parameters()).device)
+    votes = Votes(state.ranks)
     saved_at = shown_at = time.perf_counter()
     while state.update < recipe.epochs * steps:
         epoch = state.update // steps
         state.model.train()
         started = time.perf_counter()
         for x, y in loader.train_batches(epoch, start=state.update % steps):
-            _update(recipe, state, x, y, recipe.lr_at(state.update / (recipe.epochs * steps)), autocast)
+            lr = recipe.lr_at(state.update / (recipe.epochs * steps))
+            _update(recipe, state, x, y, lr, autocast, loader.images_in(state.update % steps))
             now = time.perf_counter()
             state.epoch_seconds += now - started
             started = now
@@ -132,31 +149,43 @@ def run_epochs(
                 meter.step(state.update, *_status(recipe, state, epoch, steps, expected))
             if state.update % steps == 0:
                 break  # the epoch's own evaluation and save follow; a state between the two could not be resumed
-            if stopped.is_set() or now - saved_at > 60.0 * recipe.checkpoint_minutes:
+            late = now - saved_at > 60.0 * recipe.checkpoint_minutes
+            if request := votes.cast(_STOP if stopped.is_set() else _SAVE if late else 0):
+                request = votes.settle(request)
                 _check_finite(state, epoch)  # a good state is not overwritten by a lost one
                 state.save(run)
                 saved_at = started = time.perf_counter()
-                _check_stopped(stopped, state, run)
+                _check_stopped(request, state, run)
         _end_epoch(recipe, run, state, epoch, steps, others, book, meter, autocast)
         saved_at = time.perf_counter()
-        _check_stopped(stopped, state, run)
+        _check_stopped(votes.settle(_STOP if stopped.is_set() else 0), state, run)
 
 
 def _check_finite(state: State, epoch: int) -> None:
-    loss = float(state.sums[0])
-    if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss} in epoch {epoch + 1}; try a smaller lr, a warmup, or --precision fp32")
+    loss = float(state.ranks.total(state.sums)[0])
+
+    def check() -> None:
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} in epoch {epoch + 1}; try a smaller lr, a warmup, or --precision fp32")
+
+    state.ranks.agree(check)
 
 
-def _check_stopped(stopped: threading.Event, state: State, run: Run) -> None:
-    if stopped.is_set():
+def _check_stopped(request: int, state: State, run: Run) -> None:
+    if request == _STOP:
         raise Interrupted(f"stopped after update {state.update}; continue with --resume --out {run.path}")
 
 
 def _update(
-    recipe: Recipe, state: State, x: Tensor, y: Tensor, lr: float, autocast: Callable[[], AbstractContextManager[Any]]
+    recipe: Recipe,
+    state: State,
+    x: Tensor,
+    y: Tensor,
+    lr: float,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    total: int,
 ) -> None:
-    """One optimizer update: one plan, shared by its micro-batches."""
+    """One optimizer update: one plan, shared by its micro-batches. `total` counts the images of all ranks."""
     sampler = sampler_of(state.model)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
@@ -165,17 +194,22 @@ def _update(
         for parameter in state.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-    parts = zip(x.chunk(recipe.micro_batches), y.chunk(recipe.micro_batches), strict=True)
+    parts = list(zip(x.chunk(recipe.micro_batches), y.chunk(recipe.micro_batches), strict=True)) if len(x) else []
     for part, (images, labels) in enumerate(parts):
         with using(state.model, sampler.plan(state.update, part=part)), autocast():
             logits = state.model(images)
             loss = F.cross_entropy(logits.float(), labels)
-        (loss * (len(images) / len(x))).backward()
+        with state.sync.no_sync() if state.sync and part + 1 < len(parts) else nullcontext():
+            # the mean over ranks is the gradient of the mean over all images
+            (loss * (len(images) * state.ranks.size / total)).backward()
         with torch.no_grad():
             wrong = (logits.argmax(dim=1) != labels).sum()
             state.sums += torch.stack(
                 (loss.double() * len(images), wrong.double(), torch.ones_like(wrong) * len(images))
             )
+    if state.sync and not parts:  # fewer images than ranks were left
+        with using(state.model, sampler.plan(state.update)):
+            state.sync.join()
     state.optimizer.step()
     state.depth += depth_of(state.model, sampler.plan(state.update))
     state.update += 1
@@ -183,13 +217,13 @@ def _update(
 
 
 def _status(recipe: Recipe, state: State, epoch: int, steps: int, expected: float) -> tuple[str, float]:
-    loss, wrong, seen = state.sums.tolist()
+    loss, wrong, seen = state.sums.tolist()  # of this rank
     in_epoch = state.update - epoch * steps
     text = (
         f"epoch {epoch + 1}/{recipe.epochs}  loss {loss / seen:.3f}  error {100 * wrong / seen:.2f}%  "
         f"depth {state.depth / in_epoch:.2f} of {expected:.2f} expected"
     )
-    return text, seen / max(state.epoch_seconds, 1e-9)
+    return text, seen * state.ranks.size / max(state.epoch_seconds, 1e-9)
 
 
 def _end_epoch(
@@ -203,8 +237,10 @@ def _end_epoch(
     meter: Meter,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    loss, wrong, seen = state.sums.tolist()
     _check_finite(state, epoch)
+    loss, wrong, seen = state.ranks.total(state.sums).tolist()
+    if state.sync:
+        state.sync.sync_buffers()
     sampler = sampler_of(state.model)
     line: dict[str, Any] = {
         "epoch": epoch + 1,
@@ -218,7 +254,9 @@ def _end_epoch(
         # rates still on their way from 1 to their value count as they stand
         with using(state.model, sampler.expectation(state.update)), autocast():
             for name, loader in others.items():
-                result = evaluate(state.model, loader.eval_batches(), samples=0)
+                result = evaluate(
+                    state.model, loader.eval_batches(), samples=0, share=(state.ranks.rank, state.ranks.size)
+                )
                 line[f"{name}_error"] = result.deterministic.error
                 line[f"{name}_nll"] = result.deterministic.nll
     line["seconds"] = state.epoch_seconds
@@ -230,7 +268,8 @@ def _end_epoch(
     state.history = book.history
     if line.get("validation_error", math.inf) < state.best:
         state.best = line["validation_error"]
-        run.save_weights("best", state.model)
+        if state.ranks.main:
+            run.save_weights("best", state.model)
     state.save(run)
     errors = "  ".join(
         f"{name} error {line[f'{name}_error']:5.2f}%" for name in ("train", *others) if f"{name}_error" in line

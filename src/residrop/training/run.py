@@ -9,11 +9,14 @@ from rich.console import Console
 
 from residrop.attach import expected_depth_of
 from residrop.data import Loader
-from residrop.errors import RunError
+from residrop.distributed import data_parallel
+from residrop.distributed.ranks import broadcast
+from residrop.errors import RankError, RunError
 from residrop.inference import Evaluation, evaluate
 from residrop.training.checkpoint import Run, build_network, write_json
+from residrop.training.distributed import Ranks, process_group
 from residrop.training.logbook import Logbook, Meter, draw_curves
-from residrop.training.loop import State, run_epochs, stop_signals
+from residrop.training.loop import Interrupted, State, run_epochs, stop_signals
 from residrop.training.recipe import Recipe
 from residrop.training.setup import Prepared, make_optimizer, precision_context, prepare, resolve
 
@@ -62,6 +65,9 @@ def train(
 ) -> Outcome:
     """Train a recipe into a run directory and evaluate it both ways.
 
+    Under torchrun, or in a process group that exists, all ranks call this. Each trains on its share of every batch;
+    rank 0 alone writes and prints, and all return the same evaluation.
+
     Args:
         recipe: what to do.
         out: new run directory, or with `resume` an existing one of the same recipe.
@@ -74,30 +80,64 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     console = console or Console(stderr=True, markup=False)
-    recipe = resolve(recipe)
-    check_same(recipe, out, resume)  # said before minutes of decoding, not after
-    ready = prepare(recipe)
-    loaders = dict(ready.loaders)
-    loader = loaders.pop("train")
-    run = _directory(out, recipe, ready, resume)
+    with process_group(recipe.device) as ranks:
+        recipe = ranks.from_main(lambda: resolve(recipe))
+        ranks.from_main(lambda: check_same(recipe, out, resume))  # said before minutes of decoding, not after
+        ready = _same_data(ranks, ranks.in_turn(lambda: prepare(recipe, ranks)))
+        run = ranks.from_main(lambda: _directory(out, recipe, ready, resume))
+        state = _state(recipe, ready, ranks, run, resume)
+        quiet = quiet or not ranks.main
+        try:
+            _train(recipe, run, state, ready, console, quiet)
+        except Interrupted:
+            ranks.wait_for_all()  # torchrun ends the others as soon as one has left
+            raise
+        outcome = _finish(recipe, run, state, ready.loaders["test"], console, quiet)
+        ranks.wait_for_all()
+    return outcome
+
+
+def _same_data(ranks: Ranks, ready: Prepared) -> Prepared:
+    first = ranks.from_main(lambda: ready.dataset["digest"])
+
+    def check() -> None:
+        if ready.dataset["digest"] != first:
+            raise RankError(f"rank {ranks.rank} has other training images than rank 0; give all the same --data")
+
+    ranks.agree(check)
+    return ready
+
+
+def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool) -> State:
+    """The network, its optimizer and, with `resume`, what was saved of them; the same on all ranks."""
     model = build_network(recipe, ready.dataset)
     if recipe.channels_last and any(parameter.ndim == 4 for parameter in model.parameters()):
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(ready.device)
-    state = State(model, make_optimizer(recipe, model))
+    state = State(model, make_optimizer(recipe, model), ranks)
     state.sums = state.sums.to(ready.device)
-    if resume and (saved := run.load_state()) is not None:
-        state.restore(saved, run.path / "last.pt")
-    book = Logbook(out, state.history)
-    total = ready.dataset["steps"]
+    saved = ranks.from_main(run.load_state) if resume else None
+    if saved is not None:
+        ranks.agree(lambda: state.restore(saved, run.path / "last.pt"))
+    state.sync = data_parallel(model)
+    return state
+
+
+def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Console, quiet: bool) -> None:
+    others = dict(ready.loaders)
+    loader = others.pop("train")
+    ranks, total = state.ranks, ready.dataset["steps"]
+    book = Logbook(run.path if ranks.main else None, state.history)
     try:
-        with Meter(total, state.update, recipe.rule, console=console, quiet=quiet) as meter, stop_signals() as stopped:
-            run_epochs(recipe, run, state, loader, loaders, book, meter, stopped)
+        with (
+            Meter(total, state.update, recipe.rule, console=console, quiet=quiet) as meter,
+            stop_signals(patient=ranks.size > 1) as stopped,
+        ):
+            run_epochs(recipe, run, state, loader, others, book, meter, stopped)
     finally:
         book.close()
-        if state.history:
+        if state.history and ranks.main:
             draw_curves(run.path / "curves.png", {recipe.rule: state.history}, f"{recipe.network}, {recipe.rule}")
-    return _finish(recipe, run, state, loaders["test"], console, quiet)
 
 
 def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -125,14 +165,24 @@ def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
 
 
 def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Console, quiet: bool) -> Outcome:
-    model = state.model
-    if recipe.select == "best" and (run.path / "best.safetensors").exists():
-        run.load_weights("best", model)
-    run.save_weights("model", model)
+    model, ranks = state.model, state.ranks
+
+    def weights() -> None:
+        if recipe.select == "best" and (run.path / "best.safetensors").exists():
+            run.load_weights("best", model)
+        run.save_weights("model", model)
+
+    ranks.from_main(weights)
+    if ranks.size > 1:
+        broadcast((*model.parameters(), *model.buffers()))
     autocast = precision_context(recipe, next(model.parameters()).device)
     with autocast(), Meter(test.num_images, 0, "evaluating", console=console, quiet=quiet) as meter:
         evaluation = evaluate(
-            model, test.eval_batches(), recipe.samples, on_batch=lambda done: meter.step(done, "", 0.0)
+            model,
+            test.eval_batches(),
+            recipe.samples,
+            on_batch=lambda done: meter.step(done * ranks.size, "", 0.0),
+            share=(ranks.rank, ranks.size),
         )
     outcome = Outcome(
         run=run,
@@ -142,5 +192,5 @@ def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Conso
         expected_depth=expected_depth_of(model),
         history=state.history,
     )
-    write_json(run.path / "evaluation.json", outcome.to_dict())
+    ranks.from_main(lambda: write_json(run.path / "evaluation.json", outcome.to_dict()))
     return outcome

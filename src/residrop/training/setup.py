@@ -14,6 +14,7 @@ from residrop.catalogue import entry_of
 from residrop.data import Files, Loader, Normalization, Splits, augmentation, fit, load
 from residrop.errors import ConfigError, RunError
 from residrop.training.checkpoint import Run, build_network
+from residrop.training.distributed import ALONE, Ranks
 from residrop.training.recipe import Recipe
 
 __all__ = [
@@ -72,8 +73,15 @@ def precision_context(recipe: Recipe, device: torch.device) -> Callable[[], Abst
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def loader_for(recipe: Recipe, splits: Splits, part: str, normalization: Normalization, device: torch.device) -> Loader:
-    """The batches of one part (train, validation, test) of the data; only those of train are augmented."""
+def loader_for(
+    recipe: Recipe,
+    splits: Splits,
+    part: str,
+    normalization: Normalization,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+) -> Loader:
+    """A rank's batches of one part (train, validation, test) of the data; only those of train are augmented."""
     return Loader(
         getattr(splits, part),
         batch_size=recipe.batch_size if part == "train" else max(recipe.batch_size, 250),
@@ -83,6 +91,7 @@ def loader_for(recipe: Recipe, splits: Splits, part: str, normalization: Normali
         device=device,
         channels_last=recipe.channels_last,
         workers=recipe.workers,
+        share=(ranks.rank, ranks.size),
     )
 
 
@@ -138,17 +147,24 @@ class Prepared:
     dataset: dict[str, Any]
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, ranks: Ranks = ALONE) -> Prepared:
     """Load a recipe's data and check that its network can be built for them; nothing is written.
+
+    Every rank gets all images and reads its share of each batch.
 
     Raises:
         UsageError: anything about the recipe or its data that would stop a training.
     """
     device = choose_device(recipe.device)
+    if recipe.batch_size < ranks.size:
+        raise ConfigError(
+            f"batch_size is {recipe.batch_size}, the images of an update on all {ranks.size} processes; "
+            "give each at least one"
+        )
     splits = load(recipe.data, validation=recipe.validation, seed=recipe.seed + 1, limit=recipe.limit)
     normalization = fit(splits.train, recipe.normalization)
     parts = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
-    loaders = {name: loader_for(recipe, splits, name, normalization, device) for name in parts}
+    loaders = {name: loader_for(recipe, splits, name, normalization, device, ranks) for name in parts}
     steps = loaders["train"].steps_per_epoch
     if steps == 0:
         raise ConfigError(f"{len(splits.train)} training image(s) make no batch of at least two; give more images")
