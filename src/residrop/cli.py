@@ -1,9 +1,11 @@
-"""The command line: `residrop train | compare | evaluate | predict | recipes`."""
+"""The command line: `residrop train | compare | evaluate | predict | recipes | bench`."""
 
 import contextlib
 import io
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from residrop import commands
+from residrop.bench.command import BENCHMARKS, QUICK, BenchSkip, bench_skip_command
 from residrop.errors import ConfigError, RunError, UsageError
 from residrop.training import Interrupted, Recipe, preset
+from residrop.training.distributed import SaidElsewhere, launched_ranks
 
 __all__ = ["main"]
 
@@ -27,6 +31,7 @@ commands:
   evaluate   errors of a trained run, in expectation, sampled  residrop evaluate runs/digits-001
   predict    class, probability, uncertainty of image files    residrop predict runs/digits-001 photo.png
   recipes    list the papers' protocols, networks and rules    residrop recipes
+  bench      time against peers and limits, side by side       residrop bench skip --quick
 
 residrop COMMAND --help explains every option. Without options, train and compare use the digits that come with
 scikit-learn and take about a minute or a few on two cores.
@@ -44,6 +49,8 @@ class Train:
     Start from a recipe and override any field: residrop train --recipe swapout/v2-20-w1 --data PATH --epochs 10.
     Learning-rate drops are shares of the training, so fewer epochs keep the schedule's shape. Ctrl-C saves;
     residrop train --resume --out RUN continues, and on the CPU gives the weights of an uninterrupted run.
+
+    On several GPUs or processes: torchrun --nproc-per-node 2 -m residrop train ... Each takes its share of every batch.
     """
 
     settings: Flat[Recipe] = field(default_factory=Recipe)
@@ -198,8 +205,7 @@ def _settings(arguments: Sequence[str], saved: str) -> tuple[str, dict[str, Any]
 def _train(arguments: Sequence[str], prog: str) -> int:
     name, start = _settings(arguments, "recipe.json")
     args = _parse(Train, arguments, prog, Train(recipe=name, **start))
-    out = args.out or commands.free_directory(args.recipe)
-    return commands.train_command(args.settings, out, args.resume, args.json, args.quiet)
+    return commands.train_command(args.settings, args.out, args.recipe, args.resume, target=args.json, quiet=args.quiet)
 
 
 def _compare(arguments: Sequence[str], prog: str) -> int:
@@ -229,17 +235,31 @@ def _recipes(arguments: Sequence[str], prog: str) -> int:
     return commands.recipes_command(args.name, what, args.json)
 
 
+def _bench(arguments: Sequence[str], prog: str) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(BENCHMARKS, end="")
+        return 0
+    if arguments[0] != "skip":
+        raise ConfigError(f"benchmark {arguments[0]!r} is unknown; choose skip")
+    start = QUICK if "--quick" in arguments else BenchSkip()
+    return bench_skip_command(_parse(BenchSkip, arguments[1:], f"{prog} skip", start))
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": _train,
     "compare": _compare,
     "evaluate": _evaluate,
     "predict": _predict,
     "recipes": _recipes,
+    "bench": _bench,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0, 2 for bad input, 130 for Ctrl-C)."""
+    """Run the command line; returns the exit code (0, 2 for bad input, 130 for Ctrl-C).
+
+    Of several processes that torchrun started, one prints, and one ends with the code of what happened to all.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP, end="")
@@ -248,11 +268,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in _COMMANDS:
             raise ConfigError(f"command {command!r} is unknown; choose one of {', '.join(_COMMANDS)}")
+        if command != "train" and (size := launched_ranks()) > 1:
+            raise ConfigError(f"{command} runs in one process, but torchrun started {size}; leave torchrun out")
         return _COMMANDS[command](rest, f"residrop {command}")
+    except SaidElsewhere:
+        return 0
     except UsageError as error:
-        print(f"residrop: error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(3.0)  # if rank 0 says the same, torchrun ends this process before it repeats it
+        who = "" if rank == "0" else f"rank {rank}: "
+        print(f"residrop: {who}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except Interrupted as error:
+        if os.environ.get("RANK", "0") != "0":
+            return 0
         print(f"residrop: {error}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:

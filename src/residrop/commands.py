@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -20,8 +19,12 @@ from residrop.data.read import read_images
 from residrop.errors import ConfigError, DataError, RunError
 from residrop.inference import Evaluation, evaluate, predict
 from residrop.models import list_models
+from residrop.output import check_target as _check_target
+from residrop.output import console_for as _console
+from residrop.output import write as _write
 from residrop.training import PRESETS, Interrupted, Outcome, Recipe, Run, load_run, preset, train
 from residrop.training.checkpoint import write_json
+from residrop.training.distributed import process_group
 from residrop.training.logbook import Meter, draw_curves
 from residrop.training.run import check_same
 from residrop.training.setup import choose_device, loader_of_run, precision_context, prepare
@@ -45,37 +48,6 @@ def free_directory(name: str) -> Path:
     while f"{stem}-{number:03d}" in taken:
         number += 1
     return Path("runs") / f"{stem}-{number:03d}"
-
-
-def _write(target: str | None, value: object) -> None:
-    if target == "-":
-        print(json.dumps(value, indent=2))
-    elif target is not None:
-        path = Path(target)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not path.is_file():  # a pipe or device is written to, never replaced
-                path.write_text(json.dumps(value, indent=2) + "\n")
-            else:
-                write_json(path.resolve(), value)
-        except OSError as error:
-            raise ConfigError(f"--json {target} cannot be written ({error.strerror}); give another file") from None
-
-
-def _check_target(target: str | None) -> None:
-    """Refuse a file for --json that cannot be written, before hours of work whose result it should hold."""
-    if target in (None, "-"):
-        return
-    path = Path(target)
-    place = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"--json {target} cannot be written; give another file")
-
-
-def _console(target: str | None) -> Console:
-    """Tables go to standard output, unless that is where the JSON goes; file names are no markup and never cut."""
-    console = Console(stderr=target == "-", highlight=False, markup=False)
-    return console if console.is_terminal else Console(stderr=target == "-", highlight=False, markup=False, width=400)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -114,15 +86,19 @@ def _show(console: Console, title: str, found: Evaluation, facts: dict[str, str]
         console.print(f"{name}: {value}")
 
 
-def train_command(recipe: Recipe, out: Path, resume: bool, target: str | None, quiet: bool) -> int:
-    """Train, show the evaluation table, write JSON."""
-    _check_target(target)
-    outcome = train(recipe, out, resume=resume, quiet=quiet)
+def train_command(recipe: Recipe, out: Path | None, name: str, resume: bool, *, target: str | None, quiet: bool) -> int:
+    """Train (into a free directory of this `name` if `out` is None), show the evaluation table, write JSON."""
+    with process_group(recipe.device) as ranks:
+        ranks.from_main(lambda: _check_target(target))
+        place = ranks.from_main(lambda: out or free_directory(name))
+        outcome = train(recipe, place, resume=resume, quiet=quiet)
+    if not ranks.main:
+        return 0
     facts = {
         "parameters": f"{outcome.parameters:,}",
         "expected depth": f"{outcome.expected_depth:.2f} blocks",
         "training time": f"{outcome.train_seconds:.1f} s",
-        "run": str(out),
+        "run": str(place),
     }
     _show(_console(target), f"{recipe.network}, {recipe.rule}, {recipe.data}", outcome.evaluation, facts)
     _write(target, outcome.to_dict())

@@ -1,0 +1,87 @@
+"""Time and memory of training steps."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["median_ratio", "quiet_collector", "saved_bytes", "seconds_of"]
+
+
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """Seconds of wall clock that a call takes, on a GPU until all of its work is done."""
+    _finish(device)
+    started = time.perf_counter()
+    step()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = (), casts: bool = False) -> int:
+    """Bytes of memory that a forward keeps for its backward, those of `parameters` excluded.
+
+    Every storage counts once and in full: a view of ten rows keeps the whole batch that it was cut from.
+
+    Args:
+        forward: what is measured.
+        parameters: these and their views do not count.
+        casts: whether autocast is in force; then its copies of parameters in another precision do not count, either.
+    """
+    own = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in parameters}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no other can have its address
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), _Casts(own) if casts else nullcontext():
+        out = forward()
+    total = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    del out
+    return total
+
+
+class _Casts(TorchDispatchMode):
+    """Adds to a set of storages the copies that are made of them in another precision."""
+
+    def __init__(self, own: dict[int, torch.UntypedStorage]) -> None:
+        super().__init__()
+        self.own = own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage().data_ptr() in self.own:
+            storage = out.untyped_storage()
+            self.own[storage.data_ptr()] = storage
+        return out
+
+
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """The median over steps of the ratio of two times of the same step."""
+    return median(a / b for a, b in zip(times, others, strict=True))
+
+
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Inside, Python collects garbage only where it is told to: not in the middle of a step."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
