@@ -28,6 +28,8 @@ if "RANK" in os.environ:
     dist.init_process_group("nccl" if on_gpu else "gloo")
 rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+if on_gpu:
+    torch.cuda.set_device(device)
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32, device=device).unsqueeze(1) / 8.0 - 1.0

@@ -30,6 +30,7 @@ FLOORS = [
     ("distributed",),
     ("models",),
     ("surgery",),
+    ("integrations",),
     ("observe",),
     ("inference",),
     ("theory",),

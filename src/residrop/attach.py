@@ -1,12 +1,15 @@
 """Connecting a model to its draws: `attach` once, then `using` and `sampling` as contexts."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
 
 from residrop.errors import ConfigError, PlanError
 from residrop.inactive import EvalWatch, warn_if_certain
@@ -112,18 +115,56 @@ class _BeforeRoot(_AtRoot):
             self.begin(module, (args, kwargs), self.boards)
 
     def begin(self, module: nn.Module, args: object, boards: bool) -> None:
-        if not _in_backward():  # a checkpointed root is run again there, and is no new step
+        backward = _in_backward()  # a checkpointed root is run again there, and is no new step
+        if not backward:
             self.sampler.before_forward(module.training)
             plan = self.sampler.in_force.plan
             if self.sampler.observers and module.training and plan is not None:
                 rows = _batch_size(args)
                 for tell in self.sampler.observers:
                     tell(plan, rows)
+        if backward or not torch.is_grad_enabled():
+            self.remember()
         self.sampler.board = None
         if boards:
             from residrop import tracing
 
             self.sampler.board = tracing.board(self.rules, args)
+
+    def remember(self) -> None:
+        """Tie the plan to the reentrant checkpoints around this call, and in their backward passes find it again.
+
+        They run the root without gradients, so its outputs know nothing of the backward pass that will recompute them.
+        """
+        inside, again = _reentrant_checkpoints()
+        force = self.sampler.in_force
+        if again is not None and (forces := _forces_of(again, self.sampler)):
+            force = forces.pop(0)
+            forces.append(force)  # for another backward pass through the same graph
+            self.sampler.recall(force)
+        for node in inside:
+            _forces_of(node, self.sampler).append(force)
+
+
+def _reentrant_checkpoints() -> tuple[list[Any], Any]:
+    """The autograd nodes of the reentrant checkpoints that run this call, up to one that recomputes it; and that one.
+
+    The node of a `torch.utils.checkpoint.CheckpointFunction` is known nowhere but in its own two methods.
+    """
+    found: list[Any] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            found.append(frame.f_locals["ctx"])
+        elif frame.f_code is CheckpointFunction.backward.__code__:
+            return found, frame.f_locals["ctx"]
+        frame = frame.f_back
+    return found, None
+
+
+def _forces_of(node: Any, sampler: DepthSampler) -> list[Any]:
+    """What calls of a root obeyed inside a reentrant checkpoint, in their order."""
+    return node.__dict__.setdefault("residrop_forces", {}).setdefault(sampler, [])
 
 
 def before_root(model: nn.Module) -> _BeforeRoot | None:

@@ -238,9 +238,7 @@ def keep_rows(
 def combined(skip: Tensor, out: Tensor, scale: float | Tensor, includes_input: bool = False) -> Tensor:
     """skip + scale * F, where `out` is F or, with `includes_input`, skip + F; a `scale` that is data is Tensor[]."""
     if not includes_input:
-        if isinstance(scale, Tensor) or scale == 1.0:
-            return skip + _scaled(out, scale)
-        return torch.add(skip, out, alpha=scale)  # in one pass over both
+        return skip + _scaled(out, scale)
     return out if isinstance(scale, float) and scale == 1.0 else skip + _scaled(out - skip, scale)
 
 

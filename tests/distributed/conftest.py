@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ def torchrun():
     def run(processes, *command, timeout=240, **environment):
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **environment}
         arguments = [*TORCHRUN, str(processes), *map(str, command)]
+        if processes == 1:  # without the agent, which takes seconds to start
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            variables.update(place, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            arguments = [sys.executable, *map(str, command)]
         return subprocess.run(arguments, env=variables, timeout=timeout, capture_output=True, text=True, check=False)
 
     return run

@@ -1,5 +1,7 @@
 """Data-parallel gradients on two processes: those of live blocks, equal to one process, and nothing else sent."""
 
+import importlib.util
+
 import pytest
 
 QUICK = [
@@ -31,9 +33,12 @@ QUICK = [
 ]
 
 
+HAS_TIMM = importlib.util.find_spec("timm") is not None
+
+
 @pytest.fixture(scope="module")
 def found(checked):
-    return checked("gradients.py", 2, *QUICK)[0]
+    return checked("gradients.py", 2, *QUICK, *(["foreign"] if HAS_TIMM else []))[0]
 
 
 def test_gradients_equal_one_process_and_dead_blocks_have_none(found, assert_follows):
@@ -160,6 +165,15 @@ def test_the_model_stays_what_it_is(found):
     assert stays["counted"] == [1, True, True]
 
 
+@pytest.mark.skipif(not HAS_TIMM, reason="needs timm")
+def test_foreign_blocks_with_two_branches(found):
+    foreign = found["foreign"]
+    assert foreign["error"] <= 1e-6
+    assert foreign["one_sided"] == 0
+    assert foreign["dead"] > 0
+    assert foreign["live_bytes"] < foreign["bytes"] < 1.05 * foreign["live_bytes"]
+
+
 def test_refusals_say_what_to_do(found):
     assert "set sparse=False" in found["refusals"]["sparse"]
     assert "positive number" in found["refusals"]["bucket"]
@@ -210,6 +224,14 @@ def test_four_processes(checked, assert_follows):
     assert found["ours"]["bytes"] < 0.6 * found["stock"]["bytes"]
     assert found["mismatches"]["seed"] == [found["mismatches"]["seed"][0]] * 4
     assert "seed (rank 3 has 4, the others 3)" in found["mismatches"]["seed"][0]
+
+
+@pytest.mark.slow
+def test_compiled_as_a_whole(checked, assert_follows):
+    found, _ = checked("gradients.py", 2, "compiled")
+    assert_follows(found["compiled"])
+    assert found["compiled"]["collectives"] == 10
+    assert found["compiled"]["bytes"] < 1.02 * found["compiled"]["live_bytes"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from residrop import commands
+from residrop.cli import main
 from residrop.training import Recipe, train
+from residrop.training.distributed import SaidElsewhere
 
 RECIPE = {
     "network": "vanilla-6",
@@ -94,8 +97,9 @@ def test_a_signal_on_any_rank_stops_all_after_the_same_update(found):
     assert found["stopped"]["seen"] == 2 * 63  # of epoch 2, on both ranks
 
 
-def test_a_signal_at_the_end_of_an_epoch(found):
+def test_a_signal_at_the_end_of_an_epoch_and_resume_on_two(one, found, run):
     assert found["epoch"] == ["stopped after update 4; continue with --resume --out /epoch"] * 2
+    assert_same_training(one[0], run[1] / "epoch")
 
 
 def test_resume_on_one_process_what_two_saved(one, run):
@@ -179,10 +183,26 @@ def test_command_line_under_torchrun(one, torchrun, tmp_path):
     assert_same_training(one[0], tmp_path / "run")
 
 
-def test_command_line_errors_are_said_once(torchrun):
-    done = torchrun(2, "-m", "residrop", "evaluate", "nowhere")
-    assert done.returncode != 0
-    assert "evaluate runs in one process, but torchrun started 2" in done.stderr
+def test_other_commands_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", "nowhere"]) == 2
+    assert "evaluate runs in one process, but torchrun started 2; leave torchrun out" in capsys.readouterr().err
+
+
+def test_what_another_rank_says_is_not_said_twice(monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise SaidElsewhere("rank 1 cannot")
+
+    monkeypatch.setattr(commands, "train_command", fail)
+    assert main(["train"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_of_one_rank_alone_is_said_with_its_number(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert main(["train", "--epochs", "none"]) == 2
+    assert capsys.readouterr().err.startswith("residrop: rank 3: error: ")
 
 
 @pytest.mark.slow

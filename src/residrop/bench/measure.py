@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -40,18 +41,25 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()
         casts: whether autocast is in force; then its copies of parameters in another precision do not count, either.
     """
     own = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept = WeakSet[_Kept]()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # held, so that no other can have its address
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        one = _Kept(tensor)
+        kept.add(one)
+        return one
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor), _Casts(own) if casts else nullcontext():
-        out = forward()
-    total = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    with saved_tensors_hooks(pack, lambda one: one.tensor), _Casts(own) if casts else nullcontext():
+        out = forward()  # held, and with it the graph that keeps the tensors
+    storages = {one.tensor.untyped_storage().data_ptr(): one.tensor.untyped_storage() for one in kept}
     del out
-    return total
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+class _Kept:
+    """A tensor in a graph; gone when that part of the graph is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output that its own graph keeps would keep that graph
 
 
 class _Casts(TorchDispatchMode):
@@ -76,12 +84,14 @@ def median_ratio(times: list[float], others: list[float]) -> float:
 
 @contextmanager
 def quiet_collector() -> Iterator[None]:
-    """Inside, Python collects garbage only where it is told to: not in the middle of a step."""
+    """Inside, Python collects garbage only where it is told to, not in the middle of a step, and only what is new."""
     was = gc.isenabled()
     gc.collect()
+    gc.freeze()  # or every collection would look through all that torch has loaded
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was:
             gc.enable()

@@ -165,12 +165,13 @@ class _ResNet(Network):
     def __init__(self, name: str) -> None:
         short = name.removeprefix("torchvision/")
         try:
-            model = torchvision.models.get_model(short, num_classes=CLASSES)
+            with torch.device("meta"):
+                kind = type(torchvision.models.get_model(short))
         except ValueError:
             raise ConfigError(f"torchvision knows no model {short!r}; {_KNOWN}") from None
-        if not isinstance(model, torchvision.models.ResNet):
+        if kind is not torchvision.models.ResNet:
             raise ConfigError(f"{name!r} is no ResNet; {_KNOWN}")
-        super().__init__(name, model)
+        super().__init__(name, torchvision.models.get_model(short, num_classes=CLASSES))
 
     def blocks_of(self, model: Any) -> list[Any]:
         return [*model.layer1, *model.layer2, *model.layer3, *model.layer4]

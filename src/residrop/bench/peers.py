@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from residrop.attach import depth_of, sampler_of
 from residrop.bench.networks import Chain
 from residrop.rules import Rule
+from residrop.sampler import Plan
 from residrop.survival import check_rate
 
-__all__ = ["IndexGather", "Spares", "live_network", "narrow_network", "spares_of"]
+__all__ = ["IndexGather", "Spares", "draws", "live_network", "narrow_network", "spares_of"]
 
 Map = Callable[..., Tensor]
 
@@ -41,6 +43,15 @@ class IndexGather(Rule):
             scale = 1.0 / draw.rates[0] if self.scaled else 1.0
             skip = torch.index_add(skip, 0, index, out.to(skip.dtype), alpha=scale)
         return skip if post is None else post(skip)
+
+
+def draws(model: nn.Module, steps: int, among: int = 4) -> list[Plan]:
+    """`steps` draws of an attached model: of its first `among * steps` those whose depth is nearest to its mean."""
+    sampler = sampler_of(model)
+    expected = depth_of(model, sampler.expectation())
+    plans = [sampler.plan(step) for step in range(among * steps)]
+    nearest = sorted(plans, key=lambda plan: abs(depth_of(model, plan) - expected))  # of equals, the earlier first
+    return sorted(nearest[:steps], key=lambda plan: plan.step)
 
 
 def live_network(chain: Chain, alive: Sequence[bool]) -> Map:

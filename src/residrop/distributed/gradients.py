@@ -147,16 +147,19 @@ class GradientSync:
 
     def _after_forward(self, output: object) -> None:
         """Add what this forward used to what the next backward waits for."""
-        if self._fresh:
-            self._expected.clear()
-            self._fresh = False
-        dead = {number for number, rule in enumerate(self._rules) if self._is_dead(number, rule.training)}
-        self._expected.update(unit for unit in self._units if not unit.rules or not dead.issuperset(unit.rules))
+        self._expect()
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                 # Here rather than in the first parameter's hook: that one may run in the backward of a reentrant
                 # checkpoint, which ends long before the whole does.
                 leaf.grad_fn.register_prehook(lambda grads: self._begin())
+
+    def _expect(self) -> None:
+        if self._fresh:
+            self._expected.clear()
+            self._fresh = False
+        dead = {number for number, rule in enumerate(self._rules) if self._is_dead(number, rule.training)}
+        self._expected.update(unit for unit in self._units if not unit.rules or not dead.issuperset(unit.rules))
 
     def _is_dead(self, number: int, training: bool) -> bool:
         draw = self._sampler.draw(number, training)
@@ -169,6 +172,10 @@ class GradientSync:
             Variable._execution_engine.queue_callback(self._finish)
 
     def _make_buckets(self) -> None:
+        if (
+            self._fresh
+        ):  # the forward was compiled as a whole, or has had its backward; the plan in force is likely its own
+            self._expect()
         self._buckets, self._next = [], 0
         self._seen.clear()
         self._surprises.clear()
@@ -203,7 +210,7 @@ class GradientSync:
             return
         self._begin()
         bucket = unit.bucket
-        if bucket is None or self._buckets is None:  # of a forward before the last backward
+        if bucket is None or self._buckets is None:  # not expected: of a forward before the last backward, say
             self._surprises.append(unit)
             return
         if parameter in self._seen:  # shared weights under reentrant checkpointing arrive in parts
@@ -255,7 +262,9 @@ class _AfterForward:
         self.sync = sync
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if self.sync is not None and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        if self.sync is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if torch._C._current_graph_task_id() == -1:  # not a recomputation
             self.sync._after_forward(output)
 
     def __reduce__(self) -> tuple[type, tuple[None]]:

@@ -60,7 +60,8 @@ def check_ranks(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> 
         sampler.step,
         sampler.rank,
     ]
-    *compared, ranks = zip(*_gathered(mine, group), strict=True)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    *compared, ranks = zip(*_gathered(mine, device, group), strict=True)
     odd = [_differences(part, values) for part, values in zip(_PARTS, compared, strict=True)]
     if found := [text for text in odd if text]:
         raise RankError(
@@ -89,9 +90,10 @@ def _digest(values: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def _gathered(numbers: Sequence[int], group: dist.ProcessGroup | None) -> list[list[int]]:
+def _gathered(numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None) -> list[list[int]]:
     """Every rank's numbers, by rank."""
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    # nccl alone knows no tensors on the CPU
+    device = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)

@@ -72,11 +72,25 @@ def apply(
         ConfigError: no blocks, blocks inside each other, rates that do not fit, or a model that has rules already. The
             model is then unchanged.
     """
+    options = {**options, "granularity": granularity, "rescale": rescale}
+    todo, left, drops = _chosen(model, rule, survival, blocks, branches, options)
+    left += _carried_out(model, todo, drops, (frozenset(whole), frozenset(cut)), seed, timing)
+    return _reported(todo, left)
+
+
+def _chosen(
+    model: nn.Module,
+    rule: str | Callable[[float], Rule],
+    survival: Rates,
+    blocks: Any,
+    branches: bool,
+    options: dict[str, Any],
+) -> tuple[list[tuple[Found, list[Rule]]], list[LeftAlone], Any]:
+    """The blocks and their rules, what is left alone, and the model's layer drops; nothing is changed yet."""
     check_bare(model)
     drops = layer_drops(model)
     inherits = isinstance(survival, str) and survival == "from_model"
     found, left = find(model, blocks, branches=branches, drops=drops if inherits else None)
-    options = {**options, "granularity": granularity, "rescale": rescale}
     todo: list[tuple[Found, list[Rule]]] = []
     for one, own in zip(found, _wanted(model, found, survival), strict=True):
         if own is None:
@@ -84,14 +98,31 @@ def apply(
         else:
             todo.append((one, [_make(rule, each, options) for each in own]))
     left += _stray(model, [one for one, _ in todo], left)
+    return todo, left, drops
+
+
+def _carried_out(
+    model: nn.Module,
+    todo: list[tuple[Found, list[Rule]]],
+    drops: Any,
+    arguments: tuple[frozenset[str], frozenset[str]],
+    seed: int,
+    timing: Timing | str,
+) -> list[LeftAlone]:
+    """Change the model, wholly or not at all; returns what turned out to be left alone."""
+    blocks = [one.block for one, _ in todo]
     try:
-        _put(todo, (frozenset(whole), frozenset(cut)))
-        left += end_layer_drop(model, [one.block for one, _ in todo], drops)
+        _put(todo, arguments)
+        left = end_layer_drop(model, blocks, drops)
         mark_settled(model, [one for one, _ in todo])
         connect(model, seed=seed, timing=timing)
     except BaseException:
         _take_away(model)
         raise
+    return left
+
+
+def _reported(todo: list[tuple[Found, list[Rule]]], left: list[LeftAlone]) -> Report:
     entries = tuple(
         Entry(one.name, one.kind, tuple(rate for each in made for rate in each.rates), made[0].granularity)
         for one, made in todo
@@ -100,7 +131,7 @@ def apply(
         warnings.warn(
             f"residrop.apply changed nothing: all {len(entries)} blocks have survival rate 1; give survival=...",
             InactiveWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return Report(entries, tuple(left))
 

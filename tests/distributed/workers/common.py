@@ -80,7 +80,9 @@ def plain_names(model):
     """Parameters by the names of the unwrapped model."""
     found = {}
     for name, parameter in model.named_parameters():
-        found[name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")] = parameter
+        found[name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "").removeprefix("_orig_mod.")] = (
+            parameter
+        )
     return found
 
 

@@ -39,6 +39,12 @@ def several_buckets(model):
     return ours(model, bucket_mb=0.004)
 
 
+def compiled(model):
+    """Compiled as a whole, with the hooks inside."""
+    handle = data_parallel(model)
+    return torch.compile(model, backend="eager"), handle
+
+
 def two_forwards(model, x, y):
     """Two draws in one backward: what either used is sent."""
     (0.5 * F.cross_entropy(model(x), y) + 0.5 * F.cross_entropy(model(x), y)).backward()
@@ -224,6 +230,38 @@ def refusals():
     return found
 
 
+def foreign():
+    """timm's ViT under `residrop.apply`: each block has two branches, with coins of their own."""
+    import timm
+
+    def make():
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, num_classes=CLASSES, embed_dim=24, depth=4, num_heads=2
+        )
+        residrop.apply(model, survival=0.5, seed=1)
+        return model
+
+    plain, model = make(), make()
+    data_parallel(model)
+    found = {"error": 0.0, "one_sided": 0, "live_bytes": 0, "bytes": 0, "dead": 0}
+    for step in range(10):
+        x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+        for one in (plain, model):
+            one.zero_grad()
+        plain(x).square().mean().backward()
+        with Traffic() as traffic:
+            model(share(x)).square().mean().backward()
+        found["bytes"] += traffic.bytes
+        for expected, mine in zip(plain.parameters(), model.parameters(), strict=True):
+            found["one_sided"] += (expected.grad is None) != (mine.grad is None)
+            found["dead"] += expected.grad is None
+            if expected.grad is not None and mine.grad is not None:
+                found["live_bytes"] += 4 * expected.numel()
+                found["error"] = max(found["error"], float((expected.grad - mine.grad).abs().max()))
+    return found
+
+
 def ours_untouched(model):
     return ours(untouched(model))
 
@@ -276,6 +314,7 @@ CHECKS = {
     "accumulated": lambda: follow(ours, 25, micro=3),
     "stock_accumulated": lambda: follow(stock, 10, micro=3),
     "two_forwards": lambda: follow(ours, 5, backward=two_forwards),
+    "compiled": lambda: follow(compiled, 10, depth=3),
     "checkpointed": lambda: follow(ours, checkpointing="plain"),
     "checkpointed_reentrant": lambda: follow(ours, checkpointing="reentrant"),
     "stock_checkpointed": lambda: follow(stock, checkpointing="plain"),
@@ -292,6 +331,7 @@ CHECKS = {
     "buffers": buffers,
     "stays": the_model_stays,
     "stock_dead": stock_dead_parameters,
+    "foreign": foreign,
     "refusals": refusals,
     "mismatches": mismatches,
     "soak": lambda: follow(ours, 500, survival=0.3),

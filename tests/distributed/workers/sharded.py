@@ -72,7 +72,7 @@ def traffic_of_plans(**options):
 def mixed_precision(steps):
     """bf16 parameters and activations, fp32 reduction: near the fp32 reference."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return follow(sharded(mp_policy=policy), steps)
+    return follow(sharded(mp_policy=policy), steps, depth=DEPTH)
 
 
 def dtypes():
@@ -111,7 +111,7 @@ def accumulation(steps):
         halves = [rows[: len(rows) // 2] for rows in shares] + [rows[len(rows) // 2 :] for rows in shares]
         accumulated(model, x[torch.cat(halves)], y[torch.cat(halves)])
 
-    return follow(sharded(), steps, backward=both)
+    return follow(sharded(), steps, depth=DEPTH, backward=both)
 
 
 def train_some(model, optimizer, steps, shared=True):
@@ -207,20 +207,21 @@ def sharded_network_with_seed(seed):
     return ""
 
 
+DEPTH = 5
 GRID = {
-    "block": lambda steps: follow(sharded(), steps),
-    "branch": lambda steps: follow(sharded(target="branch"), steps),
-    "kept": lambda steps: follow(sharded(reshard_after_forward=False), steps),
-    "fixed": lambda steps: follow(sharded(lists="fixed"), steps),
-    "live": lambda steps: follow(sharded(lists="live"), steps),
-    "live_kept": lambda steps: follow(sharded(lists="two", reshard_after_forward=False), steps),
-    "wrapped": lambda steps: follow(sharded(lists="live", wrapper=True), steps),
-    "checkpointed": lambda steps: follow(sharded(lists="live"), steps, checkpointing="plain"),
-    "rows": lambda steps: follow(sharded(), steps, granularity="row", scope="shared"),
+    "block": lambda steps: follow(sharded(), steps, depth=DEPTH),
+    "branch": lambda steps: follow(sharded(target="branch"), steps, depth=DEPTH),
+    "kept": lambda steps: follow(sharded(reshard_after_forward=False), steps, depth=DEPTH),
+    "fixed": lambda steps: follow(sharded(lists="fixed"), steps, depth=DEPTH),
+    "live": lambda steps: follow(sharded(lists="live"), steps, depth=DEPTH),
+    "live_kept": lambda steps: follow(sharded(lists="two", reshard_after_forward=False), steps, depth=DEPTH),
+    "wrapped": lambda steps: follow(sharded(lists="live", wrapper=True), steps, depth=DEPTH),
+    "checkpointed": lambda steps: follow(sharded(lists="live"), steps, depth=DEPTH, checkpointing="plain"),
+    "rows": lambda steps: follow(sharded(), steps, depth=DEPTH, granularity="row", scope="shared"),
     "own_rows": lambda steps: follow(
-        sharded(), steps, rows=dist.get_world_size(), fill=True, granularity="row", survival=0.4
+        sharded(), steps, depth=DEPTH, rows=dist.get_world_size(), fill=True, granularity="row", survival=0.4
     ),
-    "own_blocks": lambda steps: follow(sharded(), steps, fill=True, scope="per_rank"),
+    "own_blocks": lambda steps: follow(sharded(), steps, depth=DEPTH, fill=True, scope="per_rank"),
     "precision": lambda steps: mixed_precision(steps),
     "accumulation": lambda steps: accumulation(steps),
 }

@@ -59,6 +59,7 @@ def stopped():
 
 
 def stopped_at_the_end_of_an_epoch():
+    """And resumed on as many ranks."""
     if dist.get_rank() == 0:
         after_update(4, lambda: signal.raise_signal(signal.SIGINT))
     try:
@@ -66,6 +67,7 @@ def stopped_at_the_end_of_an_epoch():
         said = ""
     except Interrupted as error:
         said = str(error).replace(str(PLACE), "")
+    train(RECIPE, PLACE / "epoch", resume=True, **QUIET)
     return everywhere(said)
 
 
