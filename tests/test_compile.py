@@ -268,9 +268,9 @@ def test_many_blocks_stay_below_the_recompile_limit(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["torch.compile", "residrop.compile"])
-def test_given_plans_sampling_and_eval(way, kind, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=64)  # each mode has graphs of its own
+def test_given_plans_sampling_and_eval(way, kind):
     """Expectation and plans of other steps in training, coins in eval, and the way back."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # each mode has graphs of its own
     case = {
         "block": "stochastic-depth-block-window-train",
         "row": "stochastic-depth-row-window-train",
@@ -298,9 +298,9 @@ def test_given_plans_sampling_and_eval(way, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["torch.compile", "residrop.compile"])
-def test_batches_of_any_size(way, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=64)  # none, one, some and all rows are graphs apart
+def test_batches_of_any_size(way):
     """With so few rows that none or one may live; the number is symbolic only from two on."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # none, one, some and all rows are graphs apart
     case = next(one for one in CASES if one.name == "stochastic-depth-row-window-train")
     plain, model = tower(case, seed=5), tower(case, seed=5)
     call = compiled_by(way, model, "eager")
