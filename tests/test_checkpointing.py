@@ -65,11 +65,15 @@ def gradients(model, xs, loss):
     return [x.grad for x in xs], [p.grad for p in model.parameters()]
 
 
-def check_equal(got, expected):
-    """Equal but for the order in which parts of a gradient are added, with None in the same places."""
+def check_equal(got, expected, exact=True):
+    """Bit-identical, with None in the same places.
+
+    Not `exact` is for reentrant checkpoints and compiled graphs, which add the parts of a gradient in another order.
+    """
+    tolerance = 0.0 if exact else 1e-5
     for a, b in zip(chain.from_iterable(got), chain.from_iterable(expected), strict=True):
         assert (a is None) == (b is None)
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture
@@ -136,7 +140,7 @@ def test_reentrant_checkpoint_that_runs_the_root_twice(kind):
         y.square().sum().backward(retain_graph=True)
         y.sum().backward()
         results.append(([x.grad], [p.grad for p in model.parameters()]))
-    check_equal(*results)
+    check_equal(*results, exact=False)
 
 
 @every_rule
@@ -154,7 +158,7 @@ def test_segments_of_a_network(kind, use_reentrant):
     for one in (plain, model):
         (x,) = inputs(0)
         results.append(gradients(one, [x], (one(x) + one(x)).square().sum()))
-    check_equal(*results)
+    check_equal(*results, exact=not use_reentrant)
 
 
 @both_kinds
@@ -193,7 +197,7 @@ def test_sampled_passes_repeat_their_coins(kind, use_reentrant):
             ys = [one(x), one(x)]
         one(x)
         results.append(gradients(one, [x], (ys[0] * ys[1]).sum()))
-    check_equal(*results)
+    check_equal(*results, exact=not use_reentrant)
 
 
 # The trap
@@ -254,7 +258,7 @@ def test_compiled_with_checkpointed_blocks(kind, use_reentrant, way, compiler):
             xs = inputs(number, 2)
             ys = [one(x) for x in xs]
             results.append((ys, *gradients(one, xs, (ys[0] * ys[1]).sum())))
-        check_equal(*results)
+        check_equal(*results, exact=False)
 
 
 @every_rule
@@ -269,7 +273,7 @@ def test_checkpointed_compiled_root(kind, use_reentrant, compiler):
             xs = inputs(number, 2)
             ys = [run(x) for x in xs]
             results.append((ys, *gradients(one, xs, (ys[0] * ys[1]).sum())))
-        check_equal(*results)
+        check_equal(*results, exact=False)
 
 
 # Gradient accumulation
