@@ -457,3 +457,13 @@ def test_network_at_half_survival_keeps_half_of_the_activations(block):
 
     whole = kept(rule="constant", survival=1)
     assert kept(granularity="row") <= 0.55 * whole
+
+
+def test_chain_calls_the_forward_of_a_rule_of_ones_own():
+    class Louder(StochasticDepth):
+        def forward(self, x, shortcut, branch, **options):
+            return 2 * super().forward(x, shortcut, branch, **options)
+
+    blocks = Chain(Residual(nn.Identity(), rule=Louder(1.0, granularity="row")))
+    assert not blocks[0].unobserved()
+    torch.testing.assert_close(blocks.eval()(torch.ones(3, 2)), torch.full((3, 2), 4.0))

@@ -60,7 +60,7 @@ class Residual(Skippable):
         rule = self.rule
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
         return (
-            isinstance(rule, StochasticDepth)
+            type(rule) is StochasticDepth  # a subclass may have a forward of its own
             and rule.granularity == "row"
             and (self.settled or isinstance(self.post, nn.Identity))
             and not any(hooks)
