@@ -17,7 +17,7 @@ FLOORS = [
     ("timing",),
     ("sampler",),
     ("inactive",),
-    ("functional", "layout"),
+    ("functional", "layout", "cut", "touch"),
     ("rows",),
     ("windows",),
     ("tracing",),

@@ -10,9 +10,11 @@ from torch import nn
 
 from reference import live_rows
 from residrop import Plan, Residual, StochasticDepth, attach, create, sampler_of, using
+from residrop.cut import take_rows
 from residrop.residual import Chain
-from residrop.rows import keep_index, keep_rows, take_rows, touch
+from residrop.rows import keep_index, keep_rows
 from residrop.sampler import Draw, Rows
+from residrop.touch import touch
 
 KEYS = st.integers(0, 2**64 - 1)
 THETAS = st.floats(0.0, 1.0)
@@ -370,6 +372,27 @@ def test_chain_equals_sequence(name, options):
         model.load_state_dict(create(name, rule="stochastic-depth", seed=4, **options).state_dict())
         sequence = run(model, x, False, plan, weight)
         for a, b in zip(chained, sequence, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("survival", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_a_chain_differentiates_each_relu_once_and_nothing_else(survival, create_graph):
+    """Rows that no block of the chain made have gradients of their own where they are zero."""
+    rule = {"granularity": "row"}
+    blocks = [
+        Residual(nn.Linear(6, 6), None, StochasticDepth(survival, **rule), nn.ReLU(), settled=True) for _ in range(4)
+    ]
+    blocks.insert(2, Residual(nn.Linear(6, 6), nn.ReLU(), StochasticDepth(survival, **rule), nn.ReLU(), settled=True))
+    chain = Chain(*blocks)
+    sampler = attach(chain, seed=5)
+    x = torch.randn(9, 6).relu()
+    weight = torch.randn(9, 6)
+    for step in range(40):
+        plan = sampler.plan(step)
+        found = [run(chain, x, chained, plan, weight, create_graph=create_graph) for chained in (True, False)]
+        for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

@@ -1,5 +1,7 @@
 """Layout of tensors in memory: dense strides, and the signs of a ReLU's output packed to one bit a unit."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,27 +29,33 @@ def empty_as(x: Tensor, rows: int, strides: tuple[int, ...] | None) -> Tensor:
 _SPREAD, _EACH, _GATHER = 0x0101010101010101, 0x8040201008040201 - (1 << 64), 0x0102040810204080
 
 
-def pack_signs(x: Tensor) -> Tensor:
+def pack_signs(parts: Sequence[Tensor], strides: tuple[int, ...] | None) -> Tensor:
     """Where the output of a ReLU is above zero, one bit an element in the order of memory.
 
     A bool an element, for tensors that are not dense or whose elements do not fill bytes.
+
+    Args:
+        parts: the rows of a batch in order, as one tensor or two.
+        strides: `strides_of` each of them.
     """
-    if strides_of(x) is None or x.numel() % 8:
-        return x.bool()
-    bools = x.as_strided((x.numel(),), (1,)).bool().view(torch.uint8)
-    if x.device.type == "cpu":
-        return torch.from_numpy(np.packbits(bools.numpy()))
-    words = bools.view(torch.int64)  # eight bytes of 0 or 1, brought together by one product
+    bools = parts[0].bool() if len(parts) == 1 else torch.cat([part.bool() for part in parts])
+    size = bools.numel()
+    if strides is None or size % 8:
+        return bools
+    flat = bools.as_strided((size,), (1,)).view(torch.uint8)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    words = flat.view(torch.int64)  # eight bytes of 0 or 1, brought together by one product
     return (words * _GATHER >> 56).to(torch.uint8)
 
 
-def unpack_signs(signs: Tensor, like: Tensor, strides: tuple[int, ...] | None) -> Tensor:
-    """What `pack_signs` packed, as numbers of the type of `like`: above zero where x, of these strides, was."""
+def unpack_signs(signs: Tensor, out: Tensor) -> Tensor:
+    """What `pack_signs` packed, as numbers in `out`, a tensor of the same rows and strides: 1 where above zero."""
     if signs.dtype == torch.bool:
-        return signs.to(like.dtype)
-    assert strides is not None
+        return out.copy_(signs)
     if signs.device.type == "cpu":
         flat = torch.from_numpy(np.unpackbits(signs.numpy()))
     else:
         flat = ((signs.to(torch.int64) * _SPREAD) & _EACH).view(torch.uint8)
-    return flat.to(like.dtype).as_strided(like.shape, strides)
+    out.as_strided(flat.shape, (1,)).copy_(flat)
+    return out

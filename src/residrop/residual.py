@@ -86,12 +86,8 @@ class Chain(nn.Sequential):
             return super().forward(input)
         x, lane = input, Lane()
         for block in self:
-            link = lane.link
-            y = block.carried(x, lane) if type(block) is Residual and block.unobserved() else block(x)
-            if y is not x and lane.link is link:
-                lane.link = None
-            x = y
-        return x
+            x = block.carried(x, lane) if type(block) is Residual and block.unobserved() else block(lane.settle(x))
+        return lane.settle(x)
 
 
 def _anybody_hooks() -> bool:

@@ -8,18 +8,18 @@ Inside a compiled graph the same rows come as data (`residrop.tracing`). All fun
 format.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from residrop.cut import Window, cut, runs, take_rows
 from residrop.layout import empty_as, pack_signs, strides_of, unpack_signs
 from residrop.sampler import Rows
 
-__all__ = ["Lane", "combined", "keep_index", "keep_rows", "take_rows", "touch"]
+__all__ = ["Lane", "combined", "keep_index", "keep_rows"]
 
 Map = Callable[..., Tensor]
 
@@ -29,88 +29,95 @@ class Lane:
 
     Only what is made in the chain is overwritten: a batch that `_Put` made, of which nothing is saved for backward, and
     a gradient that a later `_Take` of the chain made. Then not even the absent rows are copied.
+
+    Nor is anything kept of the ReLU behind a sum. Its derivative is owed, row by row, to whoever takes a row on: the
+    block that does so keeps a copy of it anyway, whose signs tell where the ReLU was zero.
     """
 
     def __init__(self) -> None:
         self.link: _Link | None = None  # what made the batch that comes next; None if anybody may hold it
 
+    def settle(self, x: Tensor) -> Tensor:
+        """x for anybody to see, with all derivatives paid; its memory is not written any more."""
+        link, self.link = self.link, None
+        if link is None or not link.owed:
+            return x
+        return _Settle.apply(x, runs(slice(0, x.shape[0]), 0, link.owed), link)  # pyright: ignore[reportReturnType]
+
 
 class _Link:
-    """Joins the `_Put` that made a batch to the `_Take` that takes it on."""
+    """Joins the `_Put` that made a batch to the `_Take` that takes it on.
 
-    def __init__(self) -> None:
-        self.taken = False  # then the gradient of the batch is made by that `_Take`, and is nobody else's
+    Attributes:
+        owed: rows whose ReLU has not been differentiated, row n as bit n.
+        taken: whether a `_Take` or `_Settle` has taken the batch on, and so is the only one to know of its gradient.
+    """
 
+    __slots__ = ("owed", "taken")
 
-def _pieces(rows: Rows, total: int) -> list[tuple[slice, slice]]:
-    """The window as (rows of the batch, rows of the live batch), one or, where it wraps around, two pieces."""
-    end = rows.start + rows.live
-    if end <= total:
-        return [(slice(rows.start, end), slice(0, rows.live))]
-    first = total - rows.start
-    return [(slice(rows.start, total), slice(0, first)), (slice(0, end - total), slice(first, rows.live))]
-
-
-def _others(rows: Rows, total: int) -> list[slice]:
-    """The rows outside the window, as slices that are not empty."""
-    end = rows.start + rows.live
-    if end > total:
-        return [slice(end - total, rows.start)] if end - total < rows.start else []
-    return [part for part in (slice(0, rows.start), slice(end, total)) if part.start < part.stop]
-
-
-def _cut(x: Tensor, rows: Rows, *, own: bool) -> Tensor:
-    """The live rows of x; with `own`, in memory of their own (a view would keep all of x alive)."""
-    pieces = _pieces(rows, x.shape[0])
-    if len(pieces) == 1:
-        view = x[pieces[0][0]]
-        return view.clone(memory_format=torch.preserve_format) if own else view
-    return torch.cat([x[there] for there, _ in pieces])
-
-
-def take_rows(x: Tensor, rows: Rows) -> Tensor:
-    """The live rows of Tensor[N, ...] in the order of the window: Tensor[rows.live, ...]; differentiable."""
-    return x if rows.live == x.shape[0] else _cut(x, rows, own=False)
+    def __init__(self, owed: int) -> None:
+        self.owed = owed
+        self.taken = False
 
 
 class _Take(torch.autograd.Function):
     """x to (live rows for the branch, the same for the sum, x itself for the other rows).
 
     With `whole`, x goes on as a tensor in its own right (into a shortcut); without, `_Put` follows, which reads only
-    the other rows of it, so that the gradient of its live rows is not read either.
+    the other rows of it, so that the gradient of its live rows is not read either. `owed` are live rows that came out
+    of a ReLU whose derivative is still to be applied.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Rows, whole: bool, own: bool, link: _Link | None
+        ctx: Any,
+        x: Tensor,
+        window: Window,
+        whole: bool,
+        own: bool,
+        link: _Link | None,
+        owed: list[tuple[slice, slice]],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.link = link
-        ctx.rows, ctx.whole, ctx.shape, ctx.strides = rows, whole, x.shape, strides_of(x)
+        ctx.link, ctx.owed = link, owed
+        ctx.window, ctx.whole, ctx.shape, ctx.strides = window, whole, x.shape, strides_of(x)
         ctx.set_materialize_grads(False)
-        live = _cut(x, rows, own=own)
+        live = cut(x, window, own=own)
+        if owed:
+            ctx.save_for_backward(live)
         return live, live.view_as(live), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
         *pair, rest = grads
         pair = [grad for grad in pair if grad is not None]
         if rest is None or not pair or torch.is_grad_enabled():
-            return _merged(ctx, pair, rest), None, None, None, None
+            return _merged(ctx, pair, rest), None, None, None, None, None
+        window = ctx.window
         if ctx.link is not None and ctx.link.taken:
             out = rest
         else:
-            out = empty_as(rest, ctx.shape[0], ctx.strides)
-            for part in _others(ctx.rows, ctx.shape[0]):
+            out = empty_as(rest, window.total, ctx.strides)
+            for part in window.others:
                 out[part].copy_(rest[part])
-        for there, here in _pieces(ctx.rows, ctx.shape[0]):
-            first, *more = [grad[here] for grad in pair] + ([rest[there]] if ctx.whole else [])
+        for there, here in zip(window.there, window.here, strict=True):
+            first, *more = [window.piece(grad, here) for grad in pair] + ([rest[there]] if ctx.whole else [])
+            target = out[there]
             if not more:
-                out[there].copy_(first)
+                target.copy_(first)
             else:
-                torch.add(first, more[0], out=out[there])
+                torch.add(first, more[0], out=target)
             for grad in more[1:]:
-                out[there].add_(grad)
-        return out, None, None, None, None
+                target.add_(grad)
+        if ctx.owed:
+            _differentiate(out, ctx.saved_tensors[0], ctx.owed)
+        return out, None, None, None, None, None
+
+
+def _differentiate(grad: Tensor, outputs: Tensor, rows: Sequence[tuple[slice, slice]]) -> None:
+    """Zero rows of grad, in place, wherever the `outputs` of a ReLU are; both as slices of their tensors."""
+    for there, here in rows:
+        part = grad[there]
+        torch.ops.aten.threshold_backward.grad_input(part, outputs[here], 0, grad_input=part)
 
 
 def _merged(ctx: Any, pair: Sequence[Tensor], rest: Tensor | None) -> Tensor | None:
@@ -120,65 +127,104 @@ def _merged(ctx: Any, pair: Sequence[Tensor], rest: Tensor | None) -> Tensor | N
             return None
         rest = pair[0].new_zeros(ctx.shape)
     out = rest.clone(memory_format=torch.preserve_format)
-    for there, here in _pieces(ctx.rows, ctx.shape[0]):
+    for there, here in zip(ctx.window.there, ctx.window.here, strict=True):
         start = rest[there] if ctx.whole else torch.zeros_like(rest[there])
         out[there] = sum((grad[here] for grad in pair), start)
+    for there, here in ctx.owed:
+        out[there] = torch.ops.aten.threshold_backward(out[there], ctx.saved_tensors[0][here], 0)
     return out
 
 
+class _Settle(torch.autograd.Function):
+    """x, in backward with the derivative of the ReLU that some of its rows came out of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, owed: list[tuple[slice, slice]], link: _Link) -> Tensor:
+        link.taken = True
+        ctx.owed = owed
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,), (x,) = grads, ctx.saved_tensors
+        masked, every = torch.ops.aten.threshold_backward, ctx.owed[0][0] == slice(0, x.shape[0])
+        if torch.is_grad_enabled() and every:
+            return masked(grad, x, 0), None, None
+        out = empty_as(grad, x.shape[0], strides_of(x))
+        if every:
+            return masked.grad_input(grad, x, 0, grad_input=out), None, None
+        out.copy_(grad)
+        if torch.is_grad_enabled():
+            for there, _ in ctx.owed:
+                out[there] = masked(out[there], x[there], 0)
+        else:
+            _differentiate(out, x, ctx.owed)
+        return out, None, None
+
+
 class _Put(torch.autograd.Function):
-    """base with its live rows replaced: by `live + scale * out`, by relu of that, or (live None) by `out`."""
+    """base with its live rows replaced: by `live + scale * out`, by relu of that, or (live None) by `out`.
+
+    With `owes`, the derivative of the ReLU is left to whoever takes the rows on (`Lane`).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, live: Tensor | None, out: Tensor, rows: Rows, scale: float, relu: bool, in_place: bool
+        ctx: Any,
+        base: Tensor,
+        live: Tensor | None,
+        out: Tensor,
+        window: Window,
+        scale: float,
+        relu: bool,
+        owes: bool,
+        in_place: bool,
     ) -> Tensor:
-        ctx.rows, ctx.adds, ctx.scale, ctx.relu = rows, live is not None, scale, relu
+        ctx.window, ctx.adds, ctx.scale, ctx.relu = window, live is not None, scale, relu and not owes
         ctx.dtypes = (base.dtype, None if live is None else live.dtype, out.dtype)
         dtype = torch.promote_types(base.dtype, out.dtype)
-        total = base.shape[0]
         if in_place and base.dtype == dtype:
-            y = base.new_empty(0).set_(base)  # pyright: ignore[reportArgumentType]  # another tensor on the same memory
+            y = base.data  # another tensor on the same memory, of which autograd knows nothing
         else:
             y = torch.empty_like(base, dtype=dtype)
-            for part in _others(rows, total):
+            for part in window.others:
                 y[part].copy_(base[part])
-        signs = []
-        for there, here in _pieces(rows, total):
-            part = y[there]
+        parts = [y[there] for there in window.there]
+        for part, here in zip(parts, window.here, strict=True):
             if live is None:
-                part.copy_(out[here])
+                part.copy_(window.piece(out, here))
             else:
-                torch.add(live[here], out[here], alpha=scale, out=part)
+                torch.add(window.piece(live, here), window.piece(out, here), alpha=scale, out=part)
             if relu:
                 part.relu_()
-                signs.append(pack_signs(part))
-        ctx.save_for_backward(*signs)
         ctx.strides = strides_of(y)
+        if ctx.relu:
+            ctx.save_for_backward(pack_signs(parts, ctx.strides))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        to_live = _where_positive(grad, ctx) if ctx.relu else _cut(grad, ctx.rows, own=False)
+        to_live = _where_positive(grad, ctx) if ctx.relu else cut(grad, ctx.window, own=False)
         base, live, out = ctx.dtypes
         # the live rows of the first are not meant: `_Take` does not read them
         to_out = _scaled(to_live, ctx.scale).to(out)
-        return grad.to(base), to_live.to(live) if ctx.adds else None, to_out, None, None, None, None
+        return grad.to(base), to_live.to(live) if ctx.adds else None, to_out, None, None, None, None, None
 
 
 def _where_positive(grad: Tensor, ctx: Any) -> Tensor:
     """The live rows of grad, zero where the output of the ReLU was."""
-    masked = torch.ops.aten.threshold_backward
-    out = empty_as(grad, ctx.rows.live, ctx.strides)
-    parts = []
-    for (there, here), bits in zip(_pieces(ctx.rows, grad.shape[0]), ctx.saved_tensors, strict=True):
-        mask = unpack_signs(bits, out[here], ctx.strides)
-        if torch.is_grad_enabled():
-            parts.append(masked(grad[there], mask, 0))
-        else:
-            masked.grad_input(grad[there], mask, 0, grad_input=out[here])
-    return torch.cat(parts) if parts else out
+    masked, window = torch.ops.aten.threshold_backward, ctx.window
+    out = empty_as(grad, window.live, ctx.strides)
+    (signs,) = ctx.saved_tensors
+    unpack_signs(signs, out)
+    if torch.is_grad_enabled():
+        return masked(cut(grad, window, own=False), out, 0)
+    for there, here in zip(window.there, window.here, strict=True):
+        mask = window.piece(out, here)
+        masked.grad_input(grad[there], mask, 0, grad_input=mask)
+    return out
 
 
 def keep_rows(
@@ -206,30 +252,38 @@ def keep_rows(
         includes_input: whether `branch` is a block with a shortcut of its own, so that branch(x) - x is meant.
         lane: the chain that x comes along, if only its blocks see x.
     """
+    identity = isinstance(shortcut, nn.Identity)
+    if lane is not None and not (identity and 0 < rows.live < x.shape[0]):
+        x = lane.settle(x)
     if rows.live == 0:
         return shortcut(x)
     if rows.live == x.shape[0]:
         y = combined(shortcut(x), branch(x, *along), scale, includes_input)
         return y if post is None else post(y)
     along = [_each_tensor(one, lambda t: take_rows(t, rows)) for one in along]
-    identity = isinstance(shortcut, nn.Identity)
-    before, after = None if lane is None else lane.link, _Link()
+    window, owed = Window(rows, x.shape[0]), 0
+    before, after = None if lane is None else lane.link, _Link(0)
     if before is not None:
-        before.taken = True
+        before.taken, owed = True, before.owed
     # a window of almost all rows is not worth a copy of its own, but then x is kept for backward
     own = 4 * rows.live <= 3 * x.shape[0]
-    live, live_again, rest = _Take.apply(x, rows, not identity, own, after if identity else None)
+    link = after if identity else None
+    live, live_again, rest = _Take.apply(x, window, not identity, own, link, window.owing(owed))
     out = branch(live, *along)
     if not identity:
-        _, live_again, rest = _Take.apply(shortcut(rest), rows, False, own, after)
+        _, live_again, rest = _Take.apply(shortcut(rest), window, False, own, after, [])
     # what a shortcut gave may be kept for its backward
     in_place = before is not None and identity and own
     relu = isinstance(post, nn.ReLU) and not post._forward_hooks
+    after.owed = owed & ~window.bits
     if includes_input or not (post is None or relu):
         value = combined(live_again, out, scale, includes_input)
-        y = _Put.apply(rest, None, value if post is None else post(value), rows, 1.0, False, in_place)
+        y = _Put.apply(rest, None, value if post is None else post(value), window, 1.0, False, False, in_place)
     else:
-        y = _Put.apply(rest, live_again, out, rows, scale, relu, in_place)
+        owes = relu and lane is not None
+        if owes:
+            after.owed |= window.bits
+        y = _Put.apply(rest, live_again, out, window, scale, relu, owes, in_place)
     if lane is not None:
         lane.link = after
     return y  # pyright: ignore[reportReturnType]
@@ -262,48 +316,6 @@ def keep_index(
         value = post(value)
     dtype = torch.promote_types(skip.dtype, value.dtype)
     return skip.to(dtype).index_copy(0, index, value.to(dtype))
-
-
-class _Touch(torch.autograd.Function):
-    """x, and zero gradients for what `out` was computed from."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
-        ctx.like = (out.shape, out.dtype, out.device)
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.like
-        return grads[0], torch.zeros(shape, dtype=dtype, device=device)
-
-
-def touch(x: Tensor, skip: Tensor, branch: Map, along: Sequence[Any] = ()) -> Tensor:
-    """skip, with a branch that is absent here run all the same, on one row, in eval mode, for gradients of zero.
-
-    For draws that differ between ranks: a branch that lives on another rank takes part in that rank's collectives (of
-    gradients, of sharded parameters), so it has to run here, too.
-    """
-    along = [_each_tensor(one, lambda t: t[:1]) for one in along]
-    row = x[:1].detach().requires_grad_(x.requires_grad)  # an overflow in the branch must not reach x as 0 * inf
-    with _norms_in_eval(branch):
-        out = branch(row, *along)
-    return _Touch.apply(skip, out)  # pyright: ignore[reportReturnType]
-
-
-@contextmanager
-def _norms_in_eval(branch: Map) -> Iterator[None]:
-    """One row that counts for nothing must not move the statistics of batch norm."""
-    owner = branch if isinstance(branch, nn.Module) else getattr(branch, "__self__", None)
-    modules = owner.modules() if isinstance(owner, nn.Module) else ()
-    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    try:
-        for norm in norms:
-            norm.training = False
-        yield
-    finally:
-        for norm in norms:
-            norm.training = True
 
 
 def _each_tensor(value: Any, cut: Callable[[Tensor], Tensor]) -> Any:

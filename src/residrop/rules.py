@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from residrop import functional
 from residrop.errors import ConfigError, PlanError
-from residrop.rows import Lane, combined, keep_index, keep_rows, touch
+from residrop.rows import Lane, combined, keep_index, keep_rows
 from residrop.sampler import DepthSampler, Draw, Granularity, Scope, Site
 from residrop.survival import check_rate
+from residrop.touch import touch
 
 __all__ = [
     "ConstantDepth",
@@ -233,7 +234,14 @@ class StochasticDepth(Rule):
 
     def carried(self, x: Tensor, shortcut: Map, branch: Map, post: Map | None, lane: Lane) -> Tensor:
         """As `forward`, for a batch that only the blocks of a chain see (`residrop.rows.Lane`)."""
-        return self._present(x, shortcut, branch, False, post, (), lane)
+        draw = self.draw()
+        if self.rows == "window" and draw.alive is None and not draw.expected:
+            rows = draw.rows(x.shape[0])
+            if rows.live == 0 and isinstance(shortcut, nn.Identity) and not self.lives_elsewhere():
+                return x
+            if rows.live > 0:
+                return keep_rows(x, shortcut, self._on_rows(branch, x), rows, self.scale(draw), post=post, lane=lane)
+        return self._present(lane.settle(x), shortcut, branch, False, post, ())
 
     def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
         return self._present(x, _IDENTITY, block, True, None, along)
@@ -246,7 +254,6 @@ class StochasticDepth(Rule):
         includes_input: bool,
         post: Map | None,
         along: Sequence[Any],
-        lane: Lane | None = None,
     ) -> Tensor:
         if self.deferred():
             from residrop import tracing
@@ -258,7 +265,7 @@ class StochasticDepth(Rule):
             return self._absent(x, shortcut, branch, along)
         if draw.alive or draw.expected:
             return shortcut(x) if scale == 0.0 else self._whole(x, shortcut, branch, scale, includes_input, post, along)
-        run = branch if self.compiled is None else self.compiled.on_rows(branch, self.fixed(x.shape[0]))
+        run = self._on_rows(branch, x)
         options: dict[str, Any] = {"post": post, "along": along, "includes_input": includes_input}
         if self.rows == "bernoulli":
             assert draw.key is not None
@@ -266,8 +273,12 @@ class StochasticDepth(Rule):
             if live.numel() > 0:
                 return keep_index(x, shortcut, run, live.to(x.device), scale, **options)
         elif (rows := draw.rows(x.shape[0])).live > 0:
-            return keep_rows(x, shortcut, run, rows, scale, lane=lane, **options)
+            return keep_rows(x, shortcut, run, rows, scale, **options)
         return self._absent(x, shortcut, branch, along)
+
+    def _on_rows(self, branch: Map, x: Tensor) -> Map:
+        """The branch for some rows of x."""
+        return branch if self.compiled is None else self.compiled.on_rows(branch, self.fixed(x.shape[0]))
 
     def as_built(self) -> bool:
         if self.deferred() or self.compiled is not None:

@@ -26,8 +26,9 @@ from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
 from residrop.functional import row_mask
-from residrop.rows import combined, keep_index, touch
+from residrop.rows import combined, keep_index
 from residrop.sampler import Draw, Rows
+from residrop.touch import touch
 from residrop.windows import Window, keep_window
 
 __all__ = ["Board", "Bodies", "board", "bodies", "draw", "outside", "present", "structure", "units"]
