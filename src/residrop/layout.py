@@ -1,12 +1,13 @@
 """Layout of tensors in memory: dense strides, and the signs of a ReLU's output packed to one bit a unit."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["empty_as", "pack_signs", "strides_of", "unpack_signs"]
+__all__ = ["empty_as", "pack_signs", "relu_by_signs", "strides_of", "unpack_signs"]
 
 
 def strides_of(x: Tensor) -> tuple[int, ...] | None:
@@ -59,3 +60,31 @@ def unpack_signs(signs: Tensor, out: Tensor) -> Tensor:
         flat = ((signs.to(torch.int64) * _SPREAD) & _EACH).view(torch.uint8)
     out.as_strided(flat.shape, (1,)).copy_(flat)
     return out
+
+
+class _Relu(torch.autograd.Function):
+    """relu(x); one bit a unit is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        ctx.strides = strides_of(y)
+        ctx.save_for_backward(pack_signs([y], ctx.strides))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (grad,) = grads
+        mask = unpack_signs(ctx.saved_tensors[0], empty_as(grad, grad.shape[0], ctx.strides))
+        masked = torch.ops.aten.threshold_backward
+        return masked(grad, mask, 0) if torch.is_grad_enabled() else masked.grad_input(grad, mask, 0, grad_input=mask)
+
+
+def relu_by_signs(post: nn.Module, y: Tensor) -> Tensor | None:
+    """post(y), if that is a ReLU that nobody watches, keeping only signs for backward; None if it is anything else.
+
+    For an output of which the next block keeps a part of its own: kept in full it would be the larger one.
+    """
+    if type(post) is not nn.ReLU or post._forward_hooks or post._backward_hooks or torch.compiler.is_compiling():
+        return None
+    return _Relu.apply(y)  # pyright: ignore[reportReturnType]

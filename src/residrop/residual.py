@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from residrop.layout import relu_by_signs
 from residrop.rows import Lane
 from residrop.rules import ConstantDepth, Rule, StochasticDepth
 from residrop.skippable import Skippable
@@ -51,6 +52,8 @@ class Residual(Skippable):
         if self.settled:
             return self.rule(x, self.shortcut, self.branch, post=self.post)
         y = self.rule(x, self.shortcut, self.branch)
+        if self.rule.cuts_rows() and (z := relu_by_signs(self.post, y)) is not None:
+            return z
         if self._in_place and (y is x or y._base is not None):
             y = y.clone()  # a dead block gives its input back (or a view of it), which is not ours to overwrite
         return self.post(y)

@@ -71,7 +71,7 @@ def narrow(chain, counts, x):
     return run
 
 
-@pytest.mark.parametrize("counts", [(3, 2, 4), (4, 4, 4), (1, 5, 2), (2, 0, 3), (0, 0, 0)])
+@pytest.mark.parametrize("counts", [(3, 2, 4), (4, 4, 4), (1, 5, 2), (2, 0, 3), (0, 0, 0), (5, 5, 5)])
 def test_narrow_network_runs_every_block_on_its_rows(chain, log, counts):
     x = torch.randn(5, 3)
     run = narrow(chain, counts, x)
@@ -80,7 +80,9 @@ def test_narrow_network_runs_every_block_on_its_rows(chain, log, counts):
     rows = {name: len(value) for name, value in log}
     wanted = zip(("one", "two", "three"), counts, strict=True)
     assert {name: rows[name] for name in rows if name in ("one", "two", "three")} == {n: k for n, k in wanted if k}
-    assert ("shortcut" in rows) == (counts[1] == 0)
+    assert ("shortcut" in rows) == (counts[1] < 5)
+    if 0 < counts[1] < 5:
+        assert rows["shortcut"] == 5 - counts[1]  # by themselves, as the other rows are in their block
     assert (rows["stem"], rows["head"], len(y)) == (5, 5, 5)
     y.sum().backward()
     grads = [unit.present.function.weight.grad is not None for unit in chain.units[:3]]

@@ -128,10 +128,24 @@ class _Fit(torch.autograd.Function):
         return ctx.spare, None, None
 
 
+class _Also(torch.autograd.Function):
+    """x, after which `other` has been computed, too; in backward `other` gets a spare gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor, spares: Spares) -> Tensor:
+        ctx.spare = spares.rows(other, other.shape[0], grads=True)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.spare, None
+
+
 def narrow_network(chain: Chain, counts: Sequence[int], spares: Spares) -> Map:
     """The ideal for rows: every block runs on a batch of exactly as many rows as live in it.
 
-    Stem and head see the whole batch. Rows are neither chosen nor put back: between blocks of different row counts the
+    Where a shortcut computes something, the other rows go through it, as in `live_network`; by themselves. Stem and
+    head see the whole batch. Rows are neither chosen nor put back: between blocks of different row counts the
     batch is cut to fewer rows, which are a view, or goes on with spare rows. At equal counts this is the plain network
     on a part of the batch.
 
@@ -140,21 +154,25 @@ def narrow_network(chain: Chain, counts: Sequence[int], spares: Spares) -> Map:
         counts: live rows of every branch; a branch without any is left out, as in `live_network`.
         spares: see `spares_of`.
     """
-    parts: list[tuple[Map, int | None]] = []  # and the number of rows that it needs; None: whatever comes
+    parts: list[tuple[Map, int | None, Map | None]] = []  # the number of rows it needs (None: any); for other rows
     left = iter(counts)
     for unit in chain.units:
         count = next(left) if unit.droppable else None
         part = unit.absent if count == 0 else unit.present
         if part is not None:
-            parts.append((part, count or None))
+            parts.append((part, count or None, unit.absent if count else None))
 
     def run(x: Tensor) -> Tensor:
         rows = x.shape[0]
         x = chain.stem(x)
-        for part, count in [*parts, (chain.head, rows)]:
+        for part, count, others in [*parts, (chain.head, rows, None)]:
             if count is not None and count != x.shape[0]:
                 x = _Fit.apply(x, count, spares)  # pyright: ignore[reportAssignmentType]
-            x = part(x)
+            y = part(x)
+            if others is not None and count is not None and count < rows:
+                rest = spares.rows(x, rows - count, grads=False).requires_grad_()
+                y = _Also.apply(y, others(rest), spares)
+            x = y  # pyright: ignore[reportAssignmentType]
         return x
 
     return run

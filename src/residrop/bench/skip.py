@@ -8,7 +8,8 @@ What is measured: one training step, forward, cross-entropy and backward, withou
 - index gather: row-level skipping as in DINOv2, `index_select` and `index_add`;
 - ideal, block: for every step the plain network that has exactly the live branches of its draw;
 - ideal, row: for every step the plain network on a batch of exactly as many rows as live in each block, without a
-  copy of any row; stem and head see the whole batch.
+  copy of any row; stem and head see the whole batch. A shortcut that computes something is part of both ideals where
+  the branch is absent: as a block, or on the other rows.
 
 How: all variants share the parameters and take turns in one process, so that a slow minute of the machine is shared.
 Step t has one block-level and one row-level draw, made beforehand; ours, index gather and the ideals obey it. Both

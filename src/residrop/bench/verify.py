@@ -1,6 +1,6 @@
 """Before anything is timed: every variant computes what it should, in float64, on one draw."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,21 +76,7 @@ def _rows(net: Network, survival: str, x: Tensor, y: Tensor, gradients: Callable
         _agree(net.name, "ours and masks, by row", found, gradients(masks))
     chain, counts = net.chain(), [count for _, count in windows]
     narrow = narrow_network(chain, counts, spares_of(chain, x, lambda logits: F.cross_entropy(logits, y)))
-    absent = _shortcut_flops(net, counts, x)
-    _equal_flops(net.name, "ours and the ideal, by row", _flops(ours, x), _flops(narrow, x) + absent)
-
-
-def _shortcut_flops(net: Network, counts: Sequence[int], x: Tensor) -> int:
-    """FLOPs of shortcuts on rows whose branch is absent: ours owes them to the result, the ideal leaves them out."""
-    chain, total = net.chain(), 0
-    x = chain.stem(x)
-    left = iter(counts)
-    for unit in chain.units:
-        count = next(left) if unit.droppable else ROWS
-        if 0 < count < ROWS and unit.absent is not None:
-            total += _flops(unit.absent, x) * (ROWS - count) // ROWS
-        x = unit.present(x)
-    return total
+    _equal_flops(net.name, "ours and the ideal, by row", _flops(ours, x), _flops(narrow, x))
 
 
 def _obeying(model: nn.Module, plan: Plan) -> Map:

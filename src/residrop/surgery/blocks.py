@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from residrop.errors import ConfigError
+from residrop.layout import relu_by_signs
 from residrop.rules import Rule
 from residrop.skippable import Part, Skippable
 from residrop.surgery.arguments import Cutting, Signature, call, pack, settle_caches
@@ -125,13 +126,15 @@ class ForeignBlock(AppliedBlock):
                 branch is absent.
             kwargs: further arguments of the branch by name.
         """
-        rule = self.residrop_rules[number]
+        rule: Any = self.residrop_rules[number]
         options: dict[str, Any] = {"along": self.along(rule, x, args, kwargs)}
         if settled:
             options["post"] = post
         y = rule(x, _IDENTITY if shortcut is None else shortcut, Branch(self, branch), **options)
         if settled or post is None:
             return y
+        if rule.cuts_rows() and (z := relu_by_signs(post, y)) is not None:
+            return z
         # an absent branch gives the block's input back, which is not ours to overwrite (compilers drop needless copies)
         if _in_place(post) and (torch.compiler.is_compiling() or y is x or y._base is not None):
             y = y.clone()
