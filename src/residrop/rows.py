@@ -292,7 +292,11 @@ def keep_rows(
 def combined(skip: Tensor, out: Tensor, scale: float | Tensor, includes_input: bool = False) -> Tensor:
     """skip + scale * F, where `out` is F or, with `includes_input`, skip + F; a `scale` that is data is Tensor[]."""
     if not includes_input:
-        return skip + _scaled(out, scale)
+        scaled = _scaled(out, scale)
+        if scaled is not out and scaled.dtype == skip.dtype and scaled.shape == skip.shape:
+            if scaled.stride() == skip.stride():  # the product is ours: a third tensor would cost more than the sum
+                return scaled.add_(skip)
+        return skip + scaled
     return out if isinstance(scale, float) and scale == 1.0 else skip + _scaled(out - skip, scale)
 
 

@@ -45,7 +45,7 @@ from residrop.errors import ConfigError
 from residrop.rules import StochasticDepth
 from residrop.sampler import Plan
 
-__all__ = ["MODELS", "Comparison", "Settings", "Variant", "bench_skip", "variants_of"]
+__all__ = ["MODELS", "Comparison", "Settings", "Variant", "bench_skip", "describe", "variants_of"]
 
 MODELS = ("resnet-56", "resnet-110", "torchvision/resnet50", "timm/vit_small_patch16_224")
 CONSTANT, IDEAL = "constant depth", "ideal"
@@ -255,10 +255,7 @@ class Comparison:
             "precision": settings.precision,
             "memory_format": "channels_last" if settings.channels_last and self.net.convolutional else "contiguous",
             "compiled": settings.compile,
-            "device": _device_name(settings.device),
-            "threads": torch.get_num_threads(),
-            "seed": settings.seed,
-            "versions": _versions(),
+            **describe(settings.device, settings.seed),
         }
 
 
@@ -271,13 +268,16 @@ def _many_graphs(compiled: bool) -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=4096)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-
-
-def _versions() -> dict[str, str]:
+def describe(device: torch.device, seed: int) -> dict[str, Any]:
+    """Where, with which seed and versions a row was measured."""
     packages = ["residrop", "torch", "torchvision", *(["timm"] if has_timm() else [])]
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+    }
 
 
 def bench_skip(
