@@ -181,9 +181,11 @@ def test_coin_is_not_frozen():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("options", [BLOCK, ROW, {**ROW, "survival": 0.5}], ids=["block", "row", "row-fixed"])
+@pytest.mark.parametrize(
+    "options", [BLOCK, ROW, {**ROW, "survival": 0.5}, UNIT], ids=["block", "row", "row-fixed", "unit"]
+)
 def test_training_with_inductor(options):
-    plain, model = twins(**options, rescale="train")
+    plain, model = twins(**options, **({} if options is UNIT else {"rescale": "train"}))
     check_training(plain, model, residrop.compile(model), warm=6, tolerance=1e-4)
 
 
@@ -197,6 +199,16 @@ def test_row_level_is_one_full_graph(survival):
     residrop.compile(model, backend="eager", fullgraph=True)
     check_training(plain, model, model, warm=1, steps=50)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("rule", ["swapout", "skipforward", "dropout"])
+@pytest.mark.parametrize("timing", ["constant", "warmup(20)"])
+def test_unit_level_is_one_full_graph(rule, timing):
+    """Keys and thetas are data; the numbers are those of the uncompiled model."""
+    plain, model = twins(rule=rule, survival="linear(0.9, 0.4)", timing=timing)
+    residrop.compile(model, backend="aot_eager", fullgraph=True)
+    check_training(plain, model, model, warm=2, steps=30)
+    assert graphs() <= 2  # the first rates of a warm-up are all 1, which no coin decides
 
 
 def test_row_level_is_one_graph_under_torch_compile():
@@ -222,7 +234,7 @@ def test_eval_is_one_full_graph():
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("options", [BLOCK, UNIT, {**ROW, "rows": "bernoulli"}])
+@pytest.mark.parametrize("options", [BLOCK, {**ROW, "rows": "bernoulli"}])
 def test_fullgraph_refused_where_python_decides(options):
     _, model = twins(**options)
     with pytest.raises(ConfigError, match="leave out fullgraph=True"):

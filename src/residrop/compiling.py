@@ -1,7 +1,7 @@
 """Compiling models with rules: branch by branch, or as a whole.
 
 `torch.compile(model)` is right for every rule, too: draws are made outside of its graphs (`residrop.tracing`). What is
-here costs less in every pass, and makes one full graph of a row-level model.
+here costs less in every pass, and makes one full graph of a row-level or unit-level model.
 """
 
 from functools import partial
@@ -20,11 +20,11 @@ __all__ = ["compile", "compile_branches"]
 def compile(model: nn.Module, **options: Any) -> nn.Module:
     """Compile an attached model in place, in the way that suits its rules.
 
-    - Row-level windows (and blocks at constant depth) only: the whole model is one graph, also with `fullgraph=True`.
-      Its draw is made before the graph and enters it as data, so no draw and no rate is compiled in. The number of
-      live rows is static where p * n is whole and the timing constant, and symbolic elsewhere. Forward hooks of the
-      model itself stay outside.
-    - Any block-level or unit-level rule: as `compile_branches`.
+    - Row-level windows and unit-level rules (and blocks at constant depth) only: the whole model is one graph, also
+      with `fullgraph=True`. Its draw is made before the graph and enters it as data, so no draw and no rate is
+      compiled in. The number of live rows is static where p * n is whole and the timing constant, and symbolic
+      elsewhere. Unit masks are arithmetic of the graph. Forward hooks of the model itself stay outside.
+    - Any block-level rule, or rows by one coin each: as `compile_branches`.
 
     Parameters keep their names. Copies and pickles of the model are not compiled.
 
@@ -45,13 +45,16 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
             "attached model itself rather than a wrapper around it"
         )
     random = [rule for rule in rules_of(model) if rule.rates]
-    if all(rule.granularity == "row" and getattr(rule, "rows", "") == "window" for rule in random):
+    if all(
+        rule.granularity == "unit" or (getattr(rule, "rows", "") == "window" and rule.granularity == "row")
+        for rule in random
+    ):
         hook.boards = True
         model._compiled_call_impl = partial(_with_forward, model, torch.compile(model.forward, **options))
     elif options.get("fullgraph"):
         raise ConfigError(
             f"{type(model).__name__} has rules that Python decides between graphs; leave out fullgraph=True, or use "
-            "granularity='row' with rows='window' for every rule"
+            "unit-level rules, or granularity='row' with rows='window'"
         )
     else:
         compile_branches(model, **options)

@@ -5,7 +5,8 @@ theta * 2^16, and backward makes the same mask again from the key. One 32-bit wo
 index in the logical (row-major) order of its tensor, so results depend neither on memory format nor on threads. A theta
 that is not a multiple of 2^-16 is rounded to the nearest one (0 and 1 are exact).
 
-All functions keep dtype, device and memory format, and take tensors of any rank with fewer than 2^31 elements.
+All functions keep dtype, device and memory format, and take tensors of any rank with fewer than 2^31 elements. Much
+work is done by compiled loops, with the same results (`use_compiler`).
 """
 
 import functools
@@ -15,17 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from residrop import kernels
 from residrop.errors import ConfigError
+from residrop.kernels import signed, use_compiler
 from residrop.sampler import derive_key
 from residrop.survival import check_rate
 
-__all__ = ["mix", "row_mask", "skip_forward", "swapout", "unit_dropout", "unit_mask"]
-
-
-def _signed(word: int) -> int:
-    """The 32-bit integer with these low bits, as torch.int32 holds it."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >= 1 << 31 else word
+__all__ = ["coins_of", "mix", "row_mask", "skip_forward", "swapout", "unit_dropout", "unit_mask", "use_compiler"]
 
 
 def _words(like: Tensor, key: int, word: int, first: int = 0) -> Tensor:
@@ -40,23 +37,30 @@ def _words(like: Tensor, key: int, word: int, first: int = 0) -> Tensor:
     else:  # index = offset of the row + offset within it, by broadcasting: one pass over memory in the format of `like`
         inner = like[0].numel()
         rows = torch.arange(first, first + like.numel(), inner, dtype=torch.int32, device=like.device)
-        within = torch.arange(inner, dtype=torch.int32, device=like.device).view(1, *like.shape[1:])
+        within = torch.empty_like(like[:1], dtype=torch.int32, requires_grad=False)
+        within.copy_(torch.arange(inner, dtype=torch.int32, device=like.device).view(1, *like.shape[1:]))
         torch.add(within, rows.view(-1, *[1] * (like.ndim - 1)), out=h)
     # Three multiply-xorshift rounds: two (C. Wellons' "lowbias32") leave units at some distances in one large tensor
     # correlated by up to 1%. The second half of the key enters after the first: a key that only shifted the index would
     # make the masks of two keys permutations of each other. int32 shifts are arithmetic, so the sign bits they bring
     # in are masked away. In place: a fresh tensor costs more than an op.
     shifted = torch.empty_like(h)
-    h.bitwise_xor_(_signed(key))
+    h.bitwise_xor_(signed(key))
     h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF))
-    h.mul_(_signed(0x7FEB352D)).add_(_signed(key >> 32))
+    h.mul_(signed(0x7FEB352D)).add_(signed(key >> 32))
     h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF))
-    h.mul_(_signed(0x846CA68B))
+    h.mul_(signed(0x846CA68B))
     h.bitwise_xor_(torch.bitwise_right_shift(h, 16, out=shifted).bitwise_and_(0xFFFF))
-    h.mul_(_signed(0x9E3779B1))
+    h.mul_(signed(0x9E3779B1))
     return h.bitwise_xor_(torch.bitwise_right_shift(h, 15, out=shifted).bitwise_and_(0x1FFFF))
 
 
+def _threshold(theta: float) -> int:
+    """How many of the 2^16 values of a coin are present."""
+    return round(theta * 65536)
+
+
+Key = int | Tensor | None
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -67,7 +71,7 @@ def _bits(words: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
     infinity or NaN of an absent unit.
     """
     drawn = words >> 16 if half else words.clone()
-    drawn.bitwise_and_(0xFFFF).sub_(round(theta * 65536)).bitwise_right_shift_(31)
+    drawn.bitwise_and_(0xFFFF).sub_(_threshold(theta)).bitwise_right_shift_(31)
     return drawn.to(_INTEGERS[dtype.itemsize])
 
 
@@ -114,6 +118,22 @@ def _in_pieces(like: Tensor, count: int, work: Callable[[slice, int], Sequence[T
     return outputs
 
 
+def coins_of(thetas: Sequence[float], key: int, device: torch.device) -> Tensor:
+    """Key and thetas of a draw as data for a compiled graph: int32 Tensor."""
+    keys = [derive_key(key, word) for word in range((len(thetas) + 1) // 2)]
+    return kernels.data_of(keys, [_threshold(theta) for theta in thetas], device)
+
+
+def _compiled(
+    kind: kernels.Kind, tensors: Sequence[Tensor], thetas: Sequence[float], key: int, wanted: tuple[bool, ...] = ()
+) -> list[Tensor] | None:
+    """The outputs of `kernels.run`; None if they are to be made here."""
+    if len(tensors) > 2 and tensors[0].dtype.itemsize < 4:
+        return None  # compiled sums of half precision are rounded once, not term by term
+    keys = [derive_key(key, word) for word in range((len(thetas) + 1) // 2)]
+    return kernels.run(kind, tensors, keys, [_threshold(theta) for theta in thetas], wanted)
+
+
 def unit_mask(like: Tensor, theta: float, key: int, coin: int = 0) -> Tensor:
     """Bool mask of the shape of `like`: coin number `coin` of every unit, True with probability `theta`.
 
@@ -139,6 +159,8 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: int, thetas: tuple[float, ...], *tensors: Tensor) -> Tensor:
         ctx.key, ctx.thetas = key, thetas
+        if found := _compiled("mix", tensors, thetas, key):
+            return found[0]
 
         def work(rows: slice, first: int) -> tuple[Tensor]:
             parts = [_at(x, rows) for x in tensors]
@@ -160,6 +182,11 @@ class _Unmix(torch.autograd.Function):
         ctx: Any, grad: Tensor, key: int, thetas: tuple[float, ...], needed: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
         ctx.key, ctx.thetas = key, thetas
+        if not any(needed):
+            return tuple(None for _ in needed)
+        if found := _compiled("unmix", [grad], thetas, key, needed):
+            filled = iter(found)
+            return tuple(next(filled) if need else None for need in needed)
 
         def work(rows: slice, first: int) -> list[Tensor]:
             part = _at(grad, rows)
@@ -178,13 +205,14 @@ class _Unmix(torch.autograd.Function):
         return mix(filled, ctx.thetas, ctx.key), None, None, None
 
 
-def mix(tensors: Sequence[Tensor], thetas: Sequence[float], key: int | None) -> Tensor:
+def mix(tensors: Sequence[Tensor], thetas: Sequence[float], key: Key) -> Tensor:
     """Y = sum_i Theta_i * F_i, each Theta_i an independent Bernoulli(theta_i) per unit (Swapout, eq. 2).
 
     Args:
         tensors: N >= 1 tensors of one shape and device; unequal dtypes (autocast) are promoted as by addition.
         thetas: N probabilities in [0, 1].
-        key: 64-bit key of the draw; None gives the expectation, sum_i theta_i F_i.
+        key: 64-bit key of the draw; None gives the expectation, sum_i theta_i F_i. Inside a compiled graph key and
+            thetas are data, what `coins_of` returns, and `thetas` is not read.
 
     Raises:
         ConfigError: no tensors, unequal shapes, another number of thetas than tensors, or a theta outside [0, 1].
@@ -204,6 +232,8 @@ def mix(tensors: Sequence[Tensor], thetas: Sequence[float], key: int | None) -> 
         for x, theta in zip(tensors[1:], thetas[1:], strict=True):
             total = total + _scaled(x, theta)
         return total
+    if isinstance(key, Tensor):
+        return kernels.traced("mix", tensors, key)
     result: Any = _Mix.apply(key, tuple(thetas), *tensors)
     return result
 
@@ -212,7 +242,7 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
-def swapout(x: Tensor, branch: Tensor, theta_1: float, theta_2: float, key: int | None) -> Tensor:
+def swapout(x: Tensor, branch: Tensor, theta_1: float, theta_2: float, key: Key) -> Tensor:
     """Y = Theta_1 * X + Theta_2 * F(X), independent masks (Swapout, eq. 3). Arguments as in `mix`."""
     return mix((x, branch), (theta_1, theta_2), key)
 
@@ -223,6 +253,8 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, theta: float, key: int) -> Tensor:
         ctx.coin = (theta, key)
+        if found := _compiled("select", [a, b], [theta], key):
+            return found[0]
 
         def work(rows: slice, first: int) -> tuple[Tensor]:
             in_a, in_b = _at(a, rows), _at(b, rows)
@@ -242,6 +274,8 @@ class _Divide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, theta: float, key: int) -> tuple[Tensor, Tensor]:
         ctx.coin = (theta, key)
+        if found := _compiled("divide", [grad], [theta], key):
+            return found[0], found[1]
 
         def work(rows: slice, first: int) -> tuple[Tensor, Tensor]:
             part = _at(grad, rows)
@@ -256,7 +290,7 @@ class _Divide(torch.autograd.Function):
         return _Select.apply(grads[0], grads[1], *ctx.coin), None, None
 
 
-def skip_forward(x: Tensor, branch: Tensor, theta: float, key: int | None) -> Tensor:
+def skip_forward(x: Tensor, branch: Tensor, theta: float, key: Key) -> Tensor:
     """Every unit is either F(X), with probability `theta`, or X (SkipForward, Swapout eq. 4, complementary masks).
 
     The paper's Theta multiplies X; here theta belongs to the branch, as all survival rates do. `key=None` gives the
@@ -272,11 +306,13 @@ def skip_forward(x: Tensor, branch: Tensor, theta: float, key: int | None) -> Te
         return _scaled(x, 1.0 - theta) + _scaled(branch, theta)
     dtype = torch.promote_types(x.dtype, branch.dtype)
     x, branch = x.to(dtype), branch.to(dtype)
+    if isinstance(key, Tensor):
+        return kernels.traced("select", (branch, x), key)
     result: Any = _Select.apply(branch, x, theta, key)
     return result
 
 
-def unit_dropout(x: Tensor, theta: float, key: int | None) -> Tensor:
+def unit_dropout(x: Tensor, theta: float, key: Key) -> Tensor:
     """Y = Theta * X, not rescaled (Swapout, eq. 1); `key=None` gives the expectation theta X."""
     return mix((x,), (theta,), key)
 

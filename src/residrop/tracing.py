@@ -9,8 +9,7 @@ A coin tossed by traced code is tossed once, when the graph is made, and frozen 
   length of a tensor, so that the compiler takes it as symbolic: integers would be compiled in, for every draw anew.
   The root's hook makes all windows of a pass before the graph (`board`); a block that is compiled without its root
   asks for its own (`_ask`), between two graphs.
-
-Unit masks are made between two graphs.
+- unit: key and thetas enter the graph as data, and masks are arithmetic in it.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +24,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
-from residrop.functional import row_mask
+from residrop.functional import coins_of, row_mask
 from residrop.rows import combined, keep_index
 from residrop.sampler import Draw, Rows
 from residrop.touch import touch
@@ -38,7 +37,7 @@ Map = Callable[..., Tensor]
 _disable: Any = torch.compiler.disable
 _REASON = (
     "residrop makes its draws outside of graphs; for one full graph use residrop.compile(model, fullgraph=True) with "
-    "row-level rules, which are the only ones that fit into one"
+    "row-level or unit-level rules: a block-level coin decides which graphs run"
 )
 
 
@@ -194,7 +193,23 @@ def present(
 
 def units(rule: Any, *tensors: Tensor) -> Tensor:
     """`rule.combine` of a unit-level rule in a pass with coins, traced."""
-    return outside(_combined, rule, *tensors)
+    found: Board | None = None if rule.sampler is None else rule.sampler.board
+    coins = None if found is None else found.coins[rule.index]
+    if coins is None:
+        coins = _ask_coins(rule, tensors[0])
+    if coins is None:
+        return outside(_combined, rule, *tensors)
+    return rule.combine(Draw(rule.rates, key=coins), *tensors)
+
+
+@_disable(reason=_REASON)
+def _ask_coins(rule: Any, like: Tensor) -> Tensor | None:
+    return _coins(rule, rule.draw(), like.device)
+
+
+def _coins(rule: Any, draw: Draw, device: torch.device) -> Tensor | None:
+    """What a unit-level rule draws, as data; None if its draw is no key."""
+    return None if draw.key is None else coins_of(draw.rates or rule.rates, draw.key, device)
 
 
 def _combined(rule: Any, *tensors: Tensor) -> Tensor:
@@ -212,19 +227,21 @@ class Listed(NamedTuple):
 
 
 class Board(NamedTuple):
-    """The windows of all row-level rules in one pass of the root.
+    """The draws of all row-level and unit-level rules in one pass of the root.
 
     Attributes:
         total: Tensor[n] without values, for the size of the batch.
         starts: int64 Tensor[rules].
         scales: float Tensor[rules]; None if all factors are 1.
         sizes: for every rule what `Window.size` and `Window.all` are; None if it has no window here.
+        coins: for every rule its key and thetas; None if it has no units.
     """
 
     total: Tensor
     starts: Tensor
     scales: Tensor | None
     sizes: tuple[tuple[Tensor, bool] | None, ...]
+    coins: tuple[Tensor | None, ...]
 
 
 def _length(rows: int, fixed: bool) -> Tensor:
@@ -241,7 +258,7 @@ def _rows(rule: Any, total: int) -> tuple[Rows, float]:
 
 
 def board(rules: Sequence[Any], args: Any) -> Board | None:
-    """The windows of a pass for the graph that comes next.
+    """The windows and unit masks of a pass for the graph that comes next.
 
     Args:
         rules: all rules of the model.
@@ -249,8 +266,11 @@ def board(rules: Sequence[Any], args: Any) -> Board | None:
     """
     batch = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
     windows = [getattr(rule, "rows", None) == "window" and rule.granularity == "row" for rule in rules]
-    if batch is None or not any(windows):
+    units = [rule.granularity == "unit" and rule.tosses() for rule in rules]
+    if batch is None or (not any(windows) and not any(units)):
         return None
+    device = batch.device
+    coins = tuple(_coins(r, r.draw(), device) if unit else None for r, unit in zip(rules, units, strict=True))
     total, starts, scales = batch.shape[0], [0] * len(rules), [1.0] * len(rules)
     sizes: list[tuple[Tensor, bool] | None] = [None] * len(rules)
     for index, rule in enumerate(rules):
@@ -263,7 +283,7 @@ def board(rules: Sequence[Any], args: Any) -> Board | None:
             starts[index] = rows.start
             sizes[index] = _length(rows.live, fixed), fixed and rows.live == total
     factors = None if all(scale == 1.0 for scale in scales) else _to(torch.tensor(scales, dtype=torch.float64), batch)
-    return Board(_length(total, True), _to(torch.tensor(starts), batch), factors, tuple(sizes))
+    return Board(_length(total, True), _to(torch.tensor(starts), batch), factors, tuple(sizes), coins)
 
 
 def _to(values: Tensor, batch: Tensor) -> Tensor:
