@@ -13,6 +13,8 @@ from residrop.errors import ConfigError
 from residrop.survival import parse
 
 OPTIONS = {
+    "repeat": 2,
+    "earlier": 0.75,
     "granularity": "row",
     "rescale": "train",
     "rows": "window",
@@ -36,6 +38,7 @@ def test_names_are_pinned():
         "layer-dropout",
         "depth-dropout",
         "swapout",
+        "mix",
         "skipforward",
         "dropout",
         "dropout-residual",
@@ -96,8 +99,9 @@ def test_default_schedules_are_the_papers(name, schedule):
 @names
 def test_every_listed_option_is_taken(name):
     for option in RULES[name].options:
-        rule = make_rule(name, rate_of(name), **{option: OPTIONS[option]})
-        attribute = rule.rates[1] if option == "theta_2" else getattr(rule, option)
+        rule = make_rule(name, rate_of(name), place=2, **{option: OPTIONS[option]})
+        place = {"theta_2": 1, "earlier": -1}.get(option)  # options that are rates
+        attribute = getattr(rule, option) if place is None else rule.rates[place]
         assert attribute == OPTIONS[option], (name, option)
 
 
@@ -161,4 +165,4 @@ def test_titles_are_lines(name):
 def test_every_rule_class_is_in_the_catalogue():
     built = {type(make_rule(name, rate_of(name))) for name in RULES}
     rules = {rule for rule in vars(residrop).values() if inspect.isclass(rule) and issubclass(rule, residrop.Rule)}
-    assert rules - built == {residrop.Rule, residrop.Mix}  # Mix takes one theta per tensor, so it has no schedule
+    assert rules - built == {residrop.Rule}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from residrop.errors import ConfigError
 from residrop.rules import ConstantDepth, DepthDropout, Rule, StochasticDepth
 from residrop.survival import check_rate
-from residrop.units import SkipForward, Swapout, UnitDropout
+from residrop.units import Mix, SkipForward, Swapout, UnitDropout
 
 __all__ = ["RULES", "entry_of", "make_rule"]
 
@@ -16,6 +16,7 @@ class _Entry(NamedTuple):
     survival: str  # the paper's own schedule, used where none is given
     options: tuple[str, ...]
     title: str
+    placed: bool = False  # whether `build` also takes the place of the block in its stage
 
 
 def _constant(survival: float) -> Rule:
@@ -50,6 +51,13 @@ RULES: dict[str, _Entry] = {
         ("theta_2", "scope"),
         "every unit drops, skips, feeds forward or adds (Singh et al. 2016)",
     ),
+    "mix": _Entry(
+        Mix.in_stage,
+        "linear(1, 0.5)",
+        ("theta_2", "repeat", "earlier", "scope"),
+        "every unit sums some of shortcut, branch, repeated branch, earlier outputs (Singh et al. 2016, eq. 2)",
+        placed=True,
+    ),
     "skipforward": _Entry(
         SkipForward,
         "linear(1, 0.5)",
@@ -77,8 +85,10 @@ RULES: dict[str, _Entry] = {
 }
 
 
-def make_rule(name: str, survival: float, **options: object) -> Rule:
+def make_rule(name: str, survival: float, *, place: int | None = None, **options: object) -> Rule:
     """Build a rule by name; `survival` is its p_l or theta. Options that are None are left at the rule's default.
+
+    `place` is the 0-based place of the block in its stage, for rules that combine earlier outputs.
 
     Raises:
         ConfigError: unknown name, an option that this rule does not take, or a value it refuses.
@@ -89,6 +99,8 @@ def make_rule(name: str, survival: float, **options: object) -> Rule:
         if key not in entry.options:
             takes = ", ".join(entry.options) or "no options"
             raise ConfigError(f"rule {name!r} takes no option {key!r}; it takes {takes}")
+    if entry.placed and place is not None:
+        given["place"] = place
     return entry.build(survival, **given)
 
 

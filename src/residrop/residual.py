@@ -46,12 +46,13 @@ class Residual(Skippable):
     def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[nn.Module]]]:
         return [(self.rule, [self.branch])]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *earlier: Tensor) -> Tensor:
+        """Tensor[N, ...] to Tensor[N, ...]; `earlier` outputs of the stage are for rules that combine them."""
         if isinstance(self.post, nn.Identity):
-            return self.rule(x, self.shortcut, self.branch)
+            return self.rule(x, self.shortcut, self.branch, *earlier)
         if self.settled:
-            return self.rule(x, self.shortcut, self.branch, post=self.post)
-        y = self.rule(x, self.shortcut, self.branch)
+            return self.rule(x, self.shortcut, self.branch, *earlier, post=self.post)
+        y = self.rule(x, self.shortcut, self.branch, *earlier)
         if self.rule.cuts_rows() and (z := relu_by_signs(self.post, y)) is not None:
             return z
         if self._in_place and (y is x or y._base is not None):
@@ -81,16 +82,30 @@ class Chain(nn.Sequential):
     """Blocks one after another, as `nn.Sequential`, that pass a batch on without showing it to anybody else.
 
     Row-level blocks then write live rows in place. Where somebody may look at what goes from block to block (hooks,
-    engines that change the class of a block, compilers), the chain is an ordinary sequence.
+    engines that change the class of a block, compilers), the chain is an ordinary sequence. Blocks whose rule combines
+    earlier outputs (`Rule.earlier`) get the last ones of the chain.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if any(map(_earlier, self)):
+            return self._dense(input)
         if torch.compiler.is_compiling() or _anybody_hooks():
             return super().forward(input)
         x, lane = input, Lane()
         for block in self:
             x = block.carried(x, lane) if type(block) is Residual and block.unobserved() else block(lane.settle(x))
         return lane.settle(x)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """Blocks that also take outputs from before their input: memory for one output a block, as backward keeps."""
+        outputs = [x]
+        for block in self:
+            outputs.append(block(outputs[-1], *outputs[-1 - _earlier(block) : -1]))
+        return outputs[-1]
+
+
+def _earlier(block: nn.Module) -> int:
+    return getattr(getattr(block, "rule", None), "earlier", 0)
 
 
 def _anybody_hooks() -> bool:

@@ -49,7 +49,10 @@ class Rule(nn.Module, ABC):
         rates: survival rates or thetas, one per coin of the rule, in [0, 1]; attach again after changing them.
         granularity: what one coin decides: `block`, `row` or `unit`.
         scope: whether ranks of a distributed run share the draw; default `shared` for blocks, `per_rank` otherwise.
+        earlier: how many earlier outputs of its stage, besides the block's input, the rule combines (`units.Mix`).
     """
+
+    earlier: int = 0
 
     def __init__(
         self, rates: tuple[float, ...], granularity: Granularity = "block", scope: Scope | None = None

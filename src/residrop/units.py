@@ -10,7 +10,7 @@ from residrop import functional
 from residrop.errors import ConfigError
 from residrop.rules import Rule, check_choice
 from residrop.sampler import Draw, Scope
-from residrop.survival import check_rate
+from residrop.survival import check_rate, check_whole
 
 __all__ = ["Mix", "SkipForward", "Swapout", "UnitDropout"]
 
@@ -38,7 +38,7 @@ class _UnitRule(Rule):
         return self.combine(self.draw(), *tensors)
 
     @abstractmethod
-    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+    def combine(self, draw: Draw, *tensors: Tensor) -> Tensor:
         """The sum of the shortcut's and the branch's output, under a draw."""
 
 
@@ -60,7 +60,8 @@ class Swapout(_UnitRule):
     def branch_rate(self, rates: tuple[float, ...]) -> float:
         return rates[1]
 
-    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+    def combine(self, draw: Draw, *tensors: Tensor) -> Tensor:
+        skip, f = tensors
         return functional.swapout(skip, f, draw.rates[0], draw.rates[1], draw.key)
 
 
@@ -82,7 +83,8 @@ class SkipForward(_UnitRule):
     def branch_rate(self, rates: tuple[float, ...]) -> float:
         return rates[0] if self.of == "branch" else 1.0 - rates[0]
 
-    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+    def combine(self, draw: Draw, *tensors: Tensor) -> Tensor:
+        skip, f = tensors
         if self.of == "branch":
             return functional.skip_forward(skip, f, draw.rates[0], draw.key)
         return functional.skip_forward(f, skip, draw.rates[0], draw.key)
@@ -108,7 +110,8 @@ class UnitDropout(_UnitRule):
         super().__init__((theta,), scope)
         self.on: Literal["branch", "residual", "sum"] = on
 
-    def combine(self, draw: Draw, skip: Tensor, f: Tensor) -> Tensor:
+    def combine(self, draw: Draw, *tensors: Tensor) -> Tensor:
+        skip, f = tensors
         if self.on == "sum":
             return functional.unit_dropout(skip + f, draw.rates[0], draw.key)
         dropped = functional.unit_dropout(f, draw.rates[0], draw.key)
@@ -121,20 +124,31 @@ class UnitDropout(_UnitRule):
 class Mix(_UnitRule):
     """sum_i Theta_i * F_i over any tensors already computed, one theta each (Singh et al. 2016, eq. 2).
 
-    In a residual block F_1 is the shortcut and F_2 the branch, so `Mix((t1, t2))` is `Swapout(t1, t2)`; further thetas
-    belong to `earlier` tensors, given to `forward` in that order.
+    F_1 is the shortcut's output, F_2 the branch's, then the branch applied to its own output `repeat - 1` times
+    (F o F, F o F o F, ..., Sec. 5), and then `earlier` outputs of the stage, the latest last. So `Mix((t1, t2))` is
+    `Swapout(t1, t2)`; (1, 1) is a residual block, (0, 1) a feed-forward one, (0, t) dropout, (1, t) dropout of the
+    branch.
+
+    - A branch that is repeated has one set of weights, gets gradients from every use, and its batch norm sees (and
+      counts) every use.
+    - `residrop.create(..., rule="mix", earlier=..., repeat=...)` builds networks of it.
 
     Args:
-        thetas: one probability in [0, 1] per tensor.
+        thetas: one probability in [0, 1] per tensor, in that order.
         scope: see `Rule`.
+        repeat: how often the branch is applied; its output must have the shape of its input if more than once.
     """
 
-    def __init__(self, thetas: tuple[float, ...], scope: Scope | None = None) -> None:
-        if len(thetas) < 2:
+    def __init__(self, thetas: tuple[float, ...], scope: Scope | None = None, *, repeat: int = 1) -> None:
+        check_whole("repeat", repeat, least=1)
+        if len(thetas) < 1 + repeat:
             raise ConfigError(
-                f"Mix has {len(thetas)} thetas; give one for the shortcut, one for the branch, one per earlier tensor"
+                f"Mix has {len(thetas)} thetas; give one for the shortcut, one for each of the {repeat} uses of the "
+                "branch, one per earlier tensor"
             )
         super().__init__(tuple(thetas), scope)
+        self.repeat = repeat
+        self.earlier = len(thetas) - 1 - repeat
 
     def branch_rate(self, rates: tuple[float, ...]) -> float:
         return rates[1]
@@ -148,7 +162,41 @@ class Mix(_UnitRule):
         post: Map | None = None,
         along: Sequence[Any] = (),
     ) -> Tensor:
-        return _after(post, self._combined(shortcut(x), self._called(branch, x, along), *earlier))
+        uses = [self._called(branch, x, along)]
+        while len(uses) < self.repeat:
+            uses.append(self._called(branch, uses[-1], along))
+        return _after(post, self._combined(shortcut(x), *uses, *earlier))
 
-    def combine(self, draw: Draw, skip: Tensor, f: Tensor, *earlier: Tensor) -> Tensor:
-        return functional.mix((skip, f, *earlier), draw.rates, draw.key)
+    def combine(self, draw: Draw, *tensors: Tensor) -> Tensor:
+        return functional.mix(tensors, draw.rates, draw.key)
+
+    @classmethod
+    def in_stage(
+        cls,
+        theta_1: float,
+        theta_2: float | None = None,
+        *,
+        repeat: int = 1,
+        earlier: float = 0.0,
+        place: int = 1,
+        scope: Scope | None = None,
+    ) -> "Mix":
+        """The rule of a block at a place in its stage.
+
+        Args:
+            theta_1: probability of the shortcut's units.
+            theta_2: probability of the branch's units, in each of its uses (default: theta_1).
+            repeat: uses of the branch; one in the first block of a stage, which may change the shape.
+            earlier: expected number of earlier outputs that a unit sums besides, in [0, 1]: each of the k outputs that
+                the stage had before the block's input is present with probability earlier / k.
+            place: 0-based place of the block in its stage.
+            scope: see `Rule`.
+        """
+        check_rate("earlier", earlier)
+        theta_2 = theta_1 if theta_2 is None else theta_2
+        uses, others = (repeat if place else 1), max(0, place - 1) if earlier else 0
+        thetas = (theta_1, *[theta_2] * uses, *[earlier / max(1, others)] * others)
+        return cls(thetas, scope, repeat=uses)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(repr, self.rates)) + (f", repeat={self.repeat}" if self.repeat > 1 else "")

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class _Family:
     Attributes:
         build: constructor, called as build(depth, rules=..., **options).
         blocks: number of residual blocks L at a depth.
+        starts: 0-based first blocks of the stages at a depth; within a stage all outputs have one shape.
         exempt: 0-based blocks at a depth that depth dropout never drops; None where the network has no trainable
             shortcuts.
         fixed: options that the name stands for, closed to the caller.
@@ -49,6 +51,7 @@ class _Family:
     build: Callable[..., nn.Module]
     blocks: Callable[[int], int]
     summary: str
+    starts: Callable[[int], Sequence[int]] = lambda depth: (0,)
     exempt: Callable[[int], tuple[int, ...]] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
     defaults: Mapping[str, object] = field(default_factory=dict[str, object])
@@ -65,6 +68,7 @@ def _cifar_family(summary: str, **more: Any) -> _Family:
     return _Family(
         build=CifarResNet,
         blocks=lambda depth: 3 * cifar.blocks_per_group(depth),
+        starts=cifar.group_starts,
         exempt=cifar.group_starts,
         summary=summary,
         **more,
@@ -75,6 +79,7 @@ def _imagenet_family(summary: str, **more: Any) -> _Family:
     return _Family(
         build=ImageNetResNet,
         blocks=lambda depth: sum(imagenet.blocks_per_group(depth)),
+        starts=lambda depth: (0, *accumulate(imagenet.blocks_per_group(depth)[:-1])),
         exempt=imagenet.reshaping_blocks,
         depths="|".join(map(str, imagenet.IMAGENET_DEPTHS)),
         summary=summary,
@@ -186,7 +191,9 @@ def create(
     for_rule, settings = _share_out(name, family, rule, options)
     settings |= _input_and_output(name, family, classes, channels, settings)
     for_rule |= {"granularity": granularity, "rescale": rescale}
-    rules = _make_rules(rule, family.blocks(depth), survival, theta_2, for_rule)
+    count, starts = family.blocks(depth), family.starts(depth)
+    places = [block - max(start for start in starts if start <= block) for block in range(count)]
+    rules = _make_rules(rule, places, survival, theta_2, for_rule)
     if family.exempt is not None and (rule == "depth-dropout" or settings.get("transform")):
         for index in family.exempt(depth):
             if rules[index].granularity != "unit":
@@ -252,11 +259,12 @@ def _input_and_output(
 
 def _make_rules(
     rule: str | RuleMaker,
-    count: int,
+    places: Sequence[int],
     survival: Rates | None,
     theta_2: Rates | None,
     options: dict[str, object],
 ) -> list[Rule]:
+    count = len(places)
     if not isinstance(rule, str):
         given = [key for key, value in {**options, "theta_2": theta_2}.items() if value is not None]
         if given:
@@ -272,7 +280,8 @@ def _make_rules(
             f"choose one of {', '.join(word for word in RULES if word != rule)}"
         )
     seconds = [None] * count if theta_2 is None else parse(theta_2, count)
-    return [make_rule(rule, first, theta_2=second, **options) for first, second in zip(rates, seconds, strict=True)]
+    every = zip(rates, seconds, places, strict=True)
+    return [make_rule(rule, first, place=place, theta_2=second, **options) for first, second, place in every]
 
 
 def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
