@@ -24,7 +24,7 @@ def result(model, x=X):
     return [y.detach(), *(p.grad for p in model.parameters())]
 
 
-def same(a, b, tolerance=0.0):
+def assert_same(a, b, tolerance=0.0):
     for one, other in zip(a, b, strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
@@ -32,7 +32,7 @@ def same(a, b, tolerance=0.0):
 @pytest.mark.filterwarnings("ignore::residrop.InactiveWarning")
 @pytest.mark.parametrize("block", ["v1", "v2"])
 def test_all_present_is_the_residual_network(block):
-    same(result(network(survival=1, theta_2=1, block=block)), result(network("constant", block=block)))
+    assert_same(result(network(survival=1, theta_2=1, block=block)), result(network("constant", block=block)))
 
 
 @pytest.mark.parametrize("block", ["v1", "v2"])
@@ -50,7 +50,7 @@ def test_shortcut_alone_is_the_network_without_branches():
 
 
 def test_swapout_is_a_point():
-    same(result(network(survival="linear(1, 0.5)")), result(network("swapout", survival="linear(1, 0.5)")))
+    assert_same(result(network(survival="linear(1, 0.5)")), result(network("swapout", survival="linear(1, 0.5)")))
 
 
 @pytest.mark.parametrize(("theta_1", "with_skip"), [(0.0, False), (1.0, True)])
@@ -131,9 +131,8 @@ def test_places_and_rates_of_a_stage():
     rules = [block.rule for block in model.blocks]
     assert [rule.earlier for rule in rules] == [0, 0, 1, 2, 3] * 3
     assert [rule.repeat for rule in rules] == [1, 2, 2, 2, 2] * 3
-    for rule in rules:
-        if rule.earlier:
-            assert sum(rule.rates[-rule.earlier :]) == pytest.approx(0.6)
+    for rule in [rule for rule in rules if rule.earlier]:
+        assert sum(rule.rates[-rule.earlier :]) == pytest.approx(0.6)
 
 
 def test_expectation_sums_earlier_outputs():

@@ -38,7 +38,7 @@ def memory_format(x):
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def same(found):
+def assert_same(found):
     for eager, compiled in zip(*found, strict=True):
         assert eager.dtype == compiled.dtype
         assert eager.stride() == compiled.stride()
@@ -66,16 +66,18 @@ def test_equal_to_the_last_bit(dtype, channels_last):
     for shape in [(8, 16, 16, 16)] if channels_last else SHAPES:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         tensors = [torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout) for _ in "abc"]
-        same(both(swapout, tensors[:2], theta_1=0.5, theta_2=0.3, key=2**63 + 5))
-        same(both(skip_forward, tensors[:2], theta=0.7, key=9))
-        same(both(unit_dropout, tensors[:1], theta=0.2, key=11))
-        same(both(lambda *each: mix(each, (0.5, 0.9, 0.1), 77), tensors))
+        assert_same(both(swapout, tensors[:2], theta_1=0.5, theta_2=0.3, key=2**63 + 5))
+        assert_same(both(skip_forward, tensors[:2], theta=0.7, key=9))
+        assert_same(both(unit_dropout, tensors[:1], theta=0.2, key=11))
+        assert_same(both(lambda *each: mix(each, (0.5, 0.9, 0.1), 77), tensors))
 
 
 def test_is_compiled_at_all(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        kernels, "_compiled", lambda *key: calls.append(key) or (lambda data, pixels, channels, *inputs: list(inputs)[:1])
+        kernels,
+        "_compiled",
+        lambda *key: calls.append(key) or (lambda data, pixels, channels, *inputs: list(inputs)[:1]),
     )
     use_compiler(True)
     x = torch.randn(20000)
@@ -109,7 +111,9 @@ def test_auto_compiles_after_much_work(monkeypatch):
     monkeypatch.setattr(kernels, "_MANY", 50000)
     monkeypatch.setattr(kernels._State, "seen", 0)
     monkeypatch.setattr(
-        kernels, "_compiled", lambda *key: calls.append(key) or (lambda data, pixels, channels, *inputs: list(inputs)[:1])
+        kernels,
+        "_compiled",
+        lambda *key: calls.append(key) or (lambda data, pixels, channels, *inputs: list(inputs)[:1]),
     )
     use_compiler("auto")
     x = torch.randn(20000)

@@ -57,6 +57,11 @@ class _Family:
     defaults: Mapping[str, object] = field(default_factory=dict[str, object])
     depths: str = "<depth>"
 
+    def places(self, depth: int) -> list[int]:
+        """For every block its 0-based place in its stage."""
+        starts = self.starts(depth)
+        return [block - max(start for start in starts if start <= block) for block in range(self.blocks(depth))]
+
     @property
     def options(self) -> list[str]:
         """Names a caller may pass to `create` on top of its own arguments."""
@@ -191,9 +196,7 @@ def create(
     for_rule, settings = _share_out(name, family, rule, options)
     settings |= _input_and_output(name, family, classes, channels, settings)
     for_rule |= {"granularity": granularity, "rescale": rescale}
-    count, starts = family.blocks(depth), family.starts(depth)
-    places = [block - max(start for start in starts if start <= block) for block in range(count)]
-    rules = _make_rules(rule, places, survival, theta_2, for_rule)
+    rules = _make_rules(rule, family.places(depth), survival, theta_2, for_rule)
     if family.exempt is not None and (rule == "depth-dropout" or settings.get("transform")):
         for index in family.exempt(depth):
             if rules[index].granularity != "unit":
