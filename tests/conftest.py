@@ -15,6 +15,8 @@ pytest.register_assert_rewrite("helpers", "conformance")
 
 from helpers import UNLOCKED, seed  # noqa: E402
 
+from residrop.functional import use_compiler  # noqa: E402
+
 settings.register_profile(
     "residrop",
     derandomize=not UNLOCKED,
@@ -35,3 +37,8 @@ def _fixed_seeds() -> None:
     random.seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002 - the global generator is what must not leak between tests
     torch.manual_seed(value)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler() -> None:
+    use_compiler(False)  # or it would be started in whichever test has the 2^30th unit
