@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("helpers", "conformance")
 
 from helpers import UNLOCKED, seed  # noqa: E402
-
 from residrop.functional import use_compiler  # noqa: E402
 
 settings.register_profile(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import residrop
-from residrop.functional import skip_forward, swapout, unit_mask
+from residrop.functional import skip_forward, swapout, unit_mask, use_compiler
 from residrop.training import Recipe, train
 
 pytestmark = [
@@ -22,6 +22,23 @@ def test_masks_equal_those_of_the_cpu(dtype, memory):
         assert torch.equal(unit_mask(x.cuda(), theta, key).cpu(), unit_mask(x, theta, key))
         assert torch.equal(swapout(x.cuda(), f.cuda(), theta, 0.3, key).cpu(), swapout(x, f, theta, 0.3, key))
         assert torch.equal(skip_forward(x.cuda(), f.cuda(), theta, key).cpu(), skip_forward(x, f, theta, key))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_compiled_masks_equal_those_of_the_cpu(dtype, memory):
+    """One source for both devices, forward and backward."""
+    x = torch.randn(32, 16, 16, 16).to(dtype).contiguous(memory_format=memory).requires_grad_()
+    f = torch.randn(32, 16, 16, 16).to(dtype).contiguous(memory_format=memory).requires_grad_()
+    there = [one.detach().cuda().requires_grad_() for one in (x, f)]
+    y = swapout(x, f, 0.5, 0.3, 77)
+    use_compiler(True)
+    z = swapout(*there, 0.5, 0.3, 77)
+    expected = torch.autograd.grad(y, (x, f), torch.ones_like(y))
+    found = torch.autograd.grad(z, there, torch.ones_like(z))
+    assert torch.equal(z.cpu(), y)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize("rule", ["stochastic-depth", "swapout", "depth-dropout"])
