@@ -14,7 +14,7 @@ TEST_FILES = sorted(TESTS.rglob("*.py"))
 FLOORS = [
     ("errors",),
     ("survival",),
-    ("timing",),
+    ("timing", "budgets"),
     ("sampler",),
     ("inactive",),
     ("kernels",),
