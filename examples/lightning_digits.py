@@ -20,9 +20,10 @@ import residrop
 from residrop.integrations.lightning import SamplerCallback
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--epochs", type=int, default=4)
+parser.add_argument("--epochs", type=int, default=12)
 arguments = parser.parse_args()
 
+torch.manual_seed(0)  # the order of the batches
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8.0 - 1.0
 labels = torch.tensor(digits.target)
