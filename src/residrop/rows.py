@@ -293,11 +293,15 @@ def combined(skip: Tensor, out: Tensor, scale: float | Tensor, includes_input: b
     """skip + scale * F, where `out` is F or, with `includes_input`, skip + F; a `scale` that is data is Tensor[]."""
     if not includes_input:
         scaled = _scaled(out, scale)
-        if scaled is not out and scaled.dtype == skip.dtype and scaled.shape == skip.shape:
-            if scaled.stride() == skip.stride():  # the product is ours: a third tensor would cost more than the sum
-                return scaled.add_(skip)
+        # the product is ours, and a third tensor would cost more than the sum
+        if scaled is not out and _alike(scaled, skip):
+            return scaled.add_(skip)
         return skip + scaled
     return out if isinstance(scale, float) and scale == 1.0 else skip + _scaled(out - skip, scale)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
 
 
 def keep_index(
