@@ -10,9 +10,15 @@ from residrop.compiling import compile as compile
 from residrop.compiling import compile_branches as compile_branches
 from residrop.errors import InactiveWarning as InactiveWarning
 from residrop.errors import UsageError as UsageError
+from residrop.inference import AdaptivePrediction as AdaptivePrediction
 from residrop.inference import Prediction as Prediction
+from residrop.inference import Sampled as Sampled
 from residrop.inference import evaluate as evaluate
+from residrop.inference import export as export
+from residrop.inference import fold as fold
 from residrop.inference import predict as predict
+from residrop.inference import predict_adaptive as predict_adaptive
+from residrop.inference import recalibrate as recalibrate
 from residrop.models import create as create
 from residrop.models import list_models as list_models
 from residrop.observe import branch_flops as branch_flops

@@ -1,4 +1,4 @@
-"""The command line: `residrop train | compare | evaluate | predict | recipes | bench`."""
+"""The command line: `residrop train | compare | evaluate | predict | recalibrate | export | recipes | bench`."""
 
 import contextlib
 import io
@@ -15,7 +15,11 @@ import tyro
 
 from residrop import commands
 from residrop.bench.command import BENCHMARKS, QUICK, BenchSkip, bench_skip_command
+from residrop.bench.inference_command import QUICK_INFERENCE, BenchInference, bench_inference_command
+from residrop.bench.swapout_command import QUICK_SWAPOUT, BenchSwapout, bench_swapout_command
 from residrop.errors import ConfigError, RunError, UsageError
+from residrop.evaluating import Wanted, evaluate_command
+from residrop.export_command import Export, Recalibrate, Weights, check_weights, export_command, recalibrate_command
 from residrop.training import Interrupted, Recipe, preset
 from residrop.training.distributed import SaidElsewhere, launched_ranks
 
@@ -26,12 +30,14 @@ _HELP = """usage: residrop COMMAND [OPTIONS]
 Train residual networks whose blocks are randomly present, and predict with them.
 
 commands:
-  train      train one network, then evaluate it both ways     residrop train
-  compare    several rules, same data, seeds and schedule      residrop compare --rules constant swapout
-  evaluate   errors of a trained run, in expectation, sampled  residrop evaluate runs/digits-001
-  predict    class, probability, uncertainty of image files    residrop predict runs/digits-001 photo.png
-  recipes    list the papers' protocols, networks and rules    residrop recipes
-  bench      time against peers and limits, side by side       residrop bench skip --quick
+  train        train one network, then evaluate it both ways           residrop train
+  compare      several rules, same data, seeds and schedule            residrop compare --rules constant swapout
+  evaluate     errors of a trained run, in expectation, sampled        residrop evaluate runs/digits-001
+  predict      class, probability, uncertainty of image files          residrop predict runs/digits-001 photo.png
+  recalibrate  fit batch norm to prediction in one pass                residrop recalibrate runs/digits-001
+  export       write a run as a file without residrop                  residrop export runs/digits-001 --to model.onnx
+  recipes      list the papers' protocols, networks and rules          residrop recipes
+  bench        time against peers and limits, side by side             residrop bench skip --quick
 
 residrop COMMAND --help explains every option. Without options, train and compare use the digits that come with
 scikit-learn and take about a minute or a few on two cores.
@@ -99,6 +105,16 @@ class Evaluate:
     """Run directory."""
     samples: int = 30
     """Sampled passes; 0 leaves sampled inference out."""
+    adaptive: bool = False
+    """Also sample every image only while its decision is open, and compare with all --samples passes."""
+    confidence: float = 0.95
+    """With --adaptive: probability, of every image, that its decision is that of all --samples passes."""
+    curve: bool = False
+    """Also draw the error against the number of samples into the run directory (samples.png)."""
+    repetitions: int = 5
+    """With --curve: sets of --samples passes, for standard errors."""
+    weights: Weights = "model"
+    """Which weights of the run: model, best (of the validation) or recalibrated (by residrop recalibrate)."""
     data: str | None = None
     """Another source of test images with the same classes."""
     device: str = "auto"
@@ -121,6 +137,8 @@ class Predict:
     """Image files (any format Pillow reads); resized and cropped to the size of the training images."""
     samples: int = 30
     """Sampled passes; 0 is one pass in expectation."""
+    weights: Weights = "model"
+    """Which weights of the run: model, best (of the validation) or recalibrated (by residrop recalibrate)."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
     json: str | None = None
@@ -221,12 +239,23 @@ def _compare(arguments: Sequence[str], prog: str) -> int:
 
 def _evaluate(arguments: Sequence[str], prog: str) -> int:
     args = _parse(Evaluate, arguments, prog)
-    return commands.evaluate_command(args.run, args.samples, args.data, args.device, args.json)
+    wanted = Wanted(args.samples, args.adaptive, args.confidence, args.curve, args.repetitions)
+    weights = check_weights(args.run, args.weights)
+    return evaluate_command(args.run, wanted, args.data, args.device, args.json, weights)
 
 
 def _predict(arguments: Sequence[str], prog: str) -> int:
     args = _parse(Predict, arguments, prog)
-    return commands.predict_command(args.run, args.images, args.samples, args.device, args.json)
+    weights = check_weights(args.run, args.weights)
+    return commands.predict_command(args.run, args.images, args.samples, args.device, args.json, weights)
+
+
+def _recalibrate(arguments: Sequence[str], prog: str) -> int:
+    return recalibrate_command(_parse(Recalibrate, arguments, prog))
+
+
+def _export(arguments: Sequence[str], prog: str) -> int:
+    return export_command(_parse(Export, arguments, prog))
 
 
 def _recipes(arguments: Sequence[str], prog: str) -> int:
@@ -235,14 +264,22 @@ def _recipes(arguments: Sequence[str], prog: str) -> int:
     return commands.recipes_command(args.name, what, args.json)
 
 
+_BENCHMARKS: dict[str, tuple[type[Any], Any, Callable[[Any], int]]] = {
+    "skip": (BenchSkip, QUICK, bench_skip_command),
+    "swapout": (BenchSwapout, QUICK_SWAPOUT, bench_swapout_command),
+    "inference": (BenchInference, QUICK_INFERENCE, bench_inference_command),
+}
+
+
 def _bench(arguments: Sequence[str], prog: str) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(BENCHMARKS, end="")
         return 0
-    if arguments[0] != "skip":
-        raise ConfigError(f"benchmark {arguments[0]!r} is unknown; choose skip")
-    start = QUICK if "--quick" in arguments else BenchSkip()
-    return bench_skip_command(_parse(BenchSkip, arguments[1:], f"{prog} skip", start))
+    name = arguments[0]
+    if name not in _BENCHMARKS:
+        raise ConfigError(f"benchmark {name!r} is unknown; choose {' or '.join(_BENCHMARKS)}")
+    kind, quick, command = _BENCHMARKS[name]
+    return command(_parse(kind, arguments[1:], f"{prog} {name}", quick if "--quick" in arguments else kind()))
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
@@ -250,6 +287,8 @@ _COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "compare": _compare,
     "evaluate": _evaluate,
     "predict": _predict,
+    "recalibrate": _recalibrate,
+    "export": _export,
     "recipes": _recipes,
     "bench": _bench,
 }

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from residrop.attach import expected_depth_of
 from residrop.catalogue import RULES, entry_of
 from residrop.data import sources
 from residrop.data.read import read_images
 from residrop.errors import ConfigError, DataError, RunError
-from residrop.inference import Evaluation, evaluate, predict
+from residrop.evaluating import show
+from residrop.inference import predict
 from residrop.models import list_models
 from residrop.output import check_target as _check_target
 from residrop.output import console_for as _console
@@ -25,13 +25,12 @@ from residrop.output import write as _write
 from residrop.training import PRESETS, Interrupted, Outcome, Recipe, Run, load_run, preset, train
 from residrop.training.checkpoint import write_json
 from residrop.training.distributed import process_group
-from residrop.training.logbook import Meter, draw_curves
+from residrop.training.logbook import draw_curves
 from residrop.training.run import check_same
-from residrop.training.setup import choose_device, loader_of_run, precision_context, prepare
+from residrop.training.setup import choose_device, precision_context, prepare
 
 __all__ = [
     "compare_command",
-    "evaluate_command",
     "free_directory",
     "predict_command",
     "read_settings",
@@ -65,27 +64,6 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} is damaged ({error}); give all options of the comparison, or start it anew") from None
 
 
-def _show(console: Console, title: str, found: Evaluation, facts: dict[str, str]) -> None:
-    table = Table(title=title, title_justify="left")
-    for name in ("inference", "error", "± se", "NLL", "ECE"):
-        table.add_column(name, justify="left" if name == "inference" else "right")
-    rows = [("deterministic (expectation)", found.deterministic)]
-    if found.sampled:
-        rows.append((f"sampled ({found.samples} passes)", found.sampled))
-    for name, scores in rows:
-        table.add_row(name, f"{scores.error:.2f}%", f"{scores.error_se:.2f}", f"{scores.nll:.4f}", f"{scores.ece:.2f}%")
-    console.print(table)
-    if found.single_pass_error_se is not None:
-        facts = {
-            "single sampled pass": f"{found.single_pass_error:.2f} ± {found.single_pass_error_se:.2f}% error "
-            "(mean ± standard error over passes)",
-            "standard error of a probability": f"{found.probability_se:.4f} (mean over {found.images} images)",
-            **facts,
-        }
-    for name, value in facts.items():
-        console.print(f"{name}: {value}")
-
-
 def train_command(recipe: Recipe, out: Path | None, name: str, resume: bool, *, target: str | None, quiet: bool) -> int:
     """Train (into a free directory of this `name` if `out` is None), show the evaluation table, write JSON."""
     with process_group(recipe.device) as ranks:
@@ -100,7 +78,7 @@ def train_command(recipe: Recipe, out: Path | None, name: str, resume: bool, *, 
         "training time": f"{outcome.train_seconds:.1f} s",
         "run": str(place),
     }
-    _show(_console(target), f"{recipe.network}, {recipe.rule}, {recipe.data}", outcome.evaluation, facts)
+    show(_console(target), f"{recipe.network}, {recipe.rule}, {recipe.data}", outcome.evaluation, facts)
     _write(target, outcome.to_dict())
     return 0
 
@@ -196,30 +174,14 @@ def _show_rows(console: Console, title: str, rows: Sequence[dict[str, Any]], see
     console.print("errors on the test images; time is training time relative to constant depth")
 
 
-def evaluate_command(path: Path, samples: int, data: str | None, device: str, target: str | None) -> int:
-    """Evaluate a run, both ways."""
-    _check_target(target)
-    run, model = load_run(path)
-    recipe, place = run.recipe(), choose_device(device)
-    model = model.to(place)
-    loader = loader_of_run(run, data, place)
-    progress = Console(stderr=True, markup=False)
-    with precision_context(recipe, place)(), Meter(loader.num_images, 0, "evaluating", console=progress) as meter:
-        found = evaluate(model, loader.eval_batches(), samples, on_batch=lambda done: meter.step(done, "", 0.0))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    outcome = Outcome(run, found, parameters, run.train_seconds(), expected_depth_of(model), [])
-    facts = {"parameters": f"{parameters:,}", "expected depth": f"{outcome.expected_depth:.2f} blocks"}
-    _show(_console(target), f"{path}: {recipe.network}, {recipe.rule}", found, facts)
-    _write(target, outcome.to_dict())
-    return 0
-
-
-def predict_command(path: Path, images: Sequence[Path], samples: int, device: str, target: str | None) -> int:
+def predict_command(
+    path: Path, images: Sequence[Path], samples: int, device: str, target: str | None, weights: str = "model"
+) -> int:
     """Classify image files."""
     _check_target(target)
     if not images:
         raise DataError("no image files were given; name at least one")
-    run, model = load_run(path)
+    run, model = load_run(path, weights)
     recipe, place, dataset = run.recipe(), choose_device(device), run.dataset()
     pixels = read_images(images, size=dataset["size"], channels=dataset["channels"])
     model, normalization = model.to(place), run.normalization().to(place)

@@ -6,7 +6,7 @@ from torch import nn
 
 from residrop.attach import sampler_of, using
 from residrop.errors import ConfigError, PlanError
-from residrop.inference import predict
+from residrop.inference import Sampled, predict
 from residrop.models import create
 
 RULES = ["constant", "stochastic-depth", "row", "swapout", "skipforward", "dropout", "depth-dropout"]
@@ -218,3 +218,75 @@ def test_one_sample_has_no_standard_error(x):
     # one pass says nothing of the spread: 0 claims certainty (evaluate prints "standard error ... 0.0000")
     found = predict(network("swapout"), x, 1)
     assert found.standard_error.isnan().all()
+
+
+# Quantiles
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7, 30])
+@pytest.mark.parametrize("rule", ["stochastic-depth", "swapout"])
+def test_quantiles_are_those_of_numpy(rule, samples, x):
+    levels = [0.0, 0.05, 0.31, 0.5, 0.95, 1.0]
+    found = predict(network(rule), x, samples)
+    wanted = np.quantile(found.sample_probabilities.numpy(), levels, axis=0)
+    assert found.quantiles(levels).shape == (6, 6, 5)
+    np.testing.assert_allclose(found.quantiles(levels).numpy(), wanted, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found.quantiles(), found.quantiles((0.05, 0.5, 0.95)))
+
+
+def test_quantiles_of_the_expectation_are_itself(x):
+    found = predict(network("swapout"), x, 0)
+    assert torch.equal(found.quantiles([0.1, 0.9]), torch.stack([found.probabilities] * 2))
+
+
+def test_quantiles_need_samples_and_levels(x):
+    with pytest.raises(ConfigError, match=r"were not kept.*keep=True"):
+        predict(network("swapout"), x, 3, keep=False).quantiles()
+    with pytest.raises(ConfigError, match="level is 5"):
+        predict(network("swapout"), x, 3).quantiles([5])
+
+
+def test_samples_that_are_not_kept_change_nothing_else(x):
+    model = network("swapout")
+    kept, found = predict(model, x, 4), predict(model, x, 4, keep=False)
+    assert found.sample_probabilities is None
+    assert all(torch.equal(a, b) for a, b in zip(kept[:3], found[:3], strict=True))
+    assert torch.equal(kept.sample_classes, found.sample_classes)
+    assert torch.equal(kept.sample_probabilities.mean(0).argmax(1), kept.classes)
+
+
+# The wrapper
+
+
+def test_sampled_is_predict_as_a_module(x):
+    model = network("swapout")
+    wanted = predict(model, x, 4, first=2)
+    wrapper = Sampled(model, 4, first=2)
+    assert torch.equal(wrapper(x), wanted.probabilities)
+    assert torch.equal(wrapper(x), wrapper(x))
+    details = Sampled(model, 4, first=2, details=True)(x)
+    assert torch.equal(details.quantiles(), wanted.quantiles())
+    assert torch.equal(Sampled(model, 0)(x), predict(model, x, 0).probabilities)
+    assert repr(wrapper).startswith("Sampled(\n  samples=4, first=2, details=False")
+
+
+def test_sampled_in_a_larger_network_leaves_the_flags_alone(x):
+    model = network("swapout")
+    whole = nn.Sequential(Sampled(model, 3), nn.Linear(5, 2)).train()
+    step = sampler_of(model).step
+    assert whole(x).shape == (6, 2)
+    assert model.training
+    assert sampler_of(model).step == step
+    assert not whole[0](x).requires_grad
+    assert {name.partition("model.")[2] for name in whole[0].state_dict()} == set(model.state_dict())
+
+
+@pytest.mark.parametrize("given", [{"samples": -1}, {"first": -2}, {"samples": 1.5}])
+def test_sampled_refuses_bad_numbers(given):
+    with pytest.raises(ConfigError, match="give a whole number of at least 0"):
+        Sampled(network("swapout"), **given)
+
+
+def test_sampled_refuses_a_model_without_draws():
+    with pytest.raises(ConfigError, match=r"no sampler; call residrop\.attach"):
+        Sampled(nn.Linear(3, 3))

@@ -19,6 +19,8 @@ BENCHMARKS = """usage: residrop bench NAME [OPTIONS]
 
 benchmarks:
   skip       time and memory of skipping, against masks and the ideal     residrop bench skip --quick
+  swapout    cost of swapout, against the addition it replaces            residrop bench swapout --quick
+  inference  cost of sampled inference, against passes one by one         residrop bench inference --quick
 
 residrop bench NAME --help explains every option.
 """

@@ -1,8 +1,20 @@
 """Prediction with a randomly present network."""
 
+from residrop.inference.adaptive import AdaptivePrediction as AdaptivePrediction
+from residrop.inference.adaptive import predict_adaptive as predict_adaptive
+from residrop.inference.curve import AdaptiveEvaluation as AdaptiveEvaluation
+from residrop.inference.curve import ErrorCurve as ErrorCurve
+from residrop.inference.curve import error_curve as error_curve
+from residrop.inference.curve import evaluate_adaptive as evaluate_adaptive
 from residrop.inference.evaluate import Evaluation as Evaluation
 from residrop.inference.evaluate import Scores as Scores
 from residrop.inference.evaluate import evaluate as evaluate
 from residrop.inference.evaluate import score as score
+from residrop.inference.export import Exported as Exported
+from residrop.inference.export import export as export
+from residrop.inference.fold import fold as fold
 from residrop.inference.predict import Prediction as Prediction
+from residrop.inference.predict import Sampled as Sampled
 from residrop.inference.predict import predict as predict
+from residrop.inference.recalibrate import Recalibration as Recalibration
+from residrop.inference.recalibrate import recalibrate as recalibrate
