@@ -32,6 +32,7 @@ from residrop.sampler import DepthSampler as DepthSampler
 from residrop.sampler import Plan as Plan
 from residrop.surgery import apply as apply
 from residrop.surgery import remove as remove
+from residrop.theory import survival_for as survival_for
 from residrop.units import Mix as Mix
 from residrop.units import SkipForward as SkipForward
 from residrop.units import Swapout as Swapout

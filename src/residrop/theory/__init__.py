@@ -1,5 +1,8 @@
 """What random presence does to a network: the lemmas of Hayou & Ayed (2021) as instruments."""
 
+from residrop.theory.costs import Costs as Costs
+from residrop.theory.costs import costs_of as costs_of
+from residrop.theory.costs import survival_for as survival_for
 from residrop.theory.depth import Law as Law
 from residrop.theory.depth import cost_law as cost_law
 from residrop.theory.depth import depth_bound as depth_bound
