@@ -1,16 +1,16 @@
 """`residrop bench`: its options, and what it does once they are read."""
 
-import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
+from residrop.bench.gather import gather
 from residrop.bench.networks import network
 from residrop.bench.show import progress, table_of
 from residrop.bench.skip import MODELS, Settings, bench_skip
-from residrop.output import check_target, console_for, write
+from residrop.output import check_target
 from residrop.training.setup import choose_device
 
 __all__ = ["BENCHMARKS", "QUICK", "BenchSkip", "bench_skip_command"]
@@ -90,15 +90,5 @@ def bench_skip_command(args: BenchSkip) -> int:
     )
     for name in args.models:  # all of them before the first is measured
         network(name)
-    console, rows, code = console_for(args.json), list[dict[str, Any]](), 0
     with progress(Console(stderr=True, markup=False), len(args.models) * len(args.survival)) as (on_start, on_step):
-        try:
-            for found in bench_skip(args.models, args.survival, settings, on_start, on_step):
-                rows += found
-                console.print(table_of(found))
-        except KeyboardInterrupt:
-            code = 130
-    write(args.json, rows)
-    if code:
-        print(f"residrop: interrupted; {len(rows)} rows were measured", file=sys.stderr)
-    return code
+        return gather(args.json, bench_skip(args.models, args.survival, settings, on_start, on_step), table_of)

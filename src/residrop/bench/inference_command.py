@@ -1,17 +1,15 @@
 """`residrop bench inference`: its options, and what it does once they are read."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from residrop.bench.gather import gather, steps_bar
 from residrop.bench.inference import CASES, InferenceSettings, bench_inference
 from residrop.errors import ConfigError
-from residrop.output import check_target, console_for, write
+from residrop.output import check_target
 from residrop.training.setup import choose_device
 
 __all__ = ["QUICK_INFERENCE", "BenchInference", "bench_inference_command"]
@@ -71,22 +69,10 @@ def bench_inference_command(args: BenchInference) -> int:
         )
         for size in args.batch_size
     ]
-    console, rows, code = console_for(args.json), list[dict[str, Any]](), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    terminal = Console(stderr=True, markup=False)
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task("sampled inference", total=len(args.cases) * sum(one.warmup + one.steps for one in every))
-        try:
-            for settings in every:
-                for found in bench_inference(args.cases, settings, lambda: bar.advance(task)):
-                    rows += found
-                    console.print(_table(found))
-        except KeyboardInterrupt:
-            code = 130
-    write(args.json, rows)
-    if code:
-        print(f"residrop: interrupted; {len(rows)} rows were measured", file=sys.stderr)
-    return code
+    total = len(args.cases) * sum(one.warmup + one.steps for one in every)
+    with steps_bar("sampled inference", total) as on_step:
+        parts = (found for settings in every for found in bench_inference(args.cases, settings, on_step))
+        return gather(args.json, parts, _table)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -1,16 +1,16 @@
 """`residrop bench swapout`: its options, and what it does once they are read."""
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from residrop.bench.gather import gather, steps_bar
 from residrop.bench.swapout import NETWORKS, SHAPES, SwapoutSettings, bench_steps, bench_swapout
 from residrop.errors import ConfigError
-from residrop.output import check_target, console_for, write
+from residrop.output import check_target
 from residrop.training.setup import choose_device
 
 __all__ = ["QUICK_SWAPOUT", "BenchSwapout", "bench_swapout_command"]
@@ -75,32 +75,18 @@ def bench_swapout_command(args: BenchSwapout) -> int:
         device=choose_device(args.device),
         seed=args.seed,
     )
-    console, rows, code = console_for(args.json), list[dict[str, Any]](), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    terminal = Console(stderr=True, markup=False)
-    parts = len(shapes) + len(args.widths)
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task("swapout (the first steps compile)", total=parts * (settings.warmup + settings.steps))
-
-        def on_step() -> None:
-            bar.advance(task)
-
-        try:
-            for found in bench_swapout(shapes, settings, on_step):
-                rows += found
-                console.print(_of_operation(found))
-            for found in bench_steps([("resnet-20", width) for width in args.widths], settings, on_step):
-                rows += found
-                console.print(_of_network(found))
-        except KeyboardInterrupt:
-            code = 130
-    write(args.json, rows)
-    if code:
-        print(f"residrop: interrupted; {len(rows)} rows were measured", file=sys.stderr)
-    return code
+    networks = [("resnet-20", width) for width in args.widths]
+    total = (len(shapes) + len(networks)) * (settings.warmup + settings.steps)
+    with steps_bar("swapout (the first steps compile)", total) as on_step:
+        parts = chain(bench_swapout(shapes, settings, on_step), bench_steps(networks, settings, on_step))
+        return gather(args.json, parts, _table)
 
 
-def _of_operation(rows: list[dict[str, Any]]) -> Table:
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    return _of_operation(rows) if "shape" in rows[0] else _of_network(rows)
+
+
+def _of_operation(rows: Sequence[dict[str, Any]]) -> Table:
     first = rows[0]
     shape = " x ".join(map(str, first["shape"]))
     table = Table(
@@ -120,7 +106,7 @@ def _of_operation(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _of_network(rows: list[dict[str, Any]]) -> Table:
+def _of_network(rows: Sequence[dict[str, Any]]) -> Table:
     first = rows[0]
     title = (
         f"{first['model']}, training step of {first['batch_size']} images, {first['dtype']}, {first['memory_format']}"

@@ -1,0 +1,41 @@
+"""What all benchmark commands do with their rows: a table as each part ends, JSON in the end, after Ctrl-C, too."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from residrop.output import console_for, write
+
+__all__ = ["gather", "steps_bar"]
+
+Rows = Sequence[dict[str, Any]]
+
+
+def gather(target: str | None, parts: Iterable[Rows], table: Callable[[Rows], Table]) -> int:
+    """Print a table of every part, write all rows to `target`. Returns the exit code: 130 after Ctrl-C."""
+    console, rows, code = console_for(target), list[dict[str, Any]](), 0
+    try:
+        for found in parts:
+            rows += found
+            console.print(table(found))
+    except KeyboardInterrupt:
+        code = 130
+    write(target, rows)
+    if code:
+        print(f"residrop: interrupted; {len(rows)} rows were measured", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def steps_bar(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A live bar; gives what is to be called after every step. Nothing is shown where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    terminal = Console(stderr=True, markup=False)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
