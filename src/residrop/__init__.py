@@ -3,6 +3,7 @@
 from residrop.attach import attach as attach
 from residrop.attach import sampler_of as sampler_of
 from residrop.attach import sampling as sampling
+from residrop.attach import set_survival as set_survival
 from residrop.attach import using as using
 from residrop.catalogue import RULES as RULES
 from residrop.catalogue import make_rule as make_rule

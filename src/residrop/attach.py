@@ -1,7 +1,7 @@
 """Connecting a model to its draws: `attach` once, then `using` and `sampling` as contexts."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,20 @@ from residrop.errors import ConfigError, PlanError
 from residrop.inactive import EvalWatch, warn_if_certain
 from residrop.rules import Rule
 from residrop.sampler import DepthSampler, Plan
+from residrop.survival import explicit
 from residrop.timing import Schedule, Timing
 
-__all__ = ["attach", "depth_of", "detach", "expected_depth_of", "rules_of", "sampler_of", "sampling", "using"]
+__all__ = [
+    "attach",
+    "depth_of",
+    "detach",
+    "expected_depth_of",
+    "rules_of",
+    "sampler_of",
+    "sampling",
+    "set_survival",
+    "using",
+]
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -219,6 +230,34 @@ def sampler_of(model: nn.Module) -> DepthSampler:
             f"{type(model).__name__} has {found}; call residrop.attach(model, seed=...) on the whole model"
         )
     return next(iter(samplers.values()))
+
+
+def set_survival(model: nn.Module, rates: Sequence[float]) -> None:
+    """Give the blocks of an attached model other survival rates, at any time of a training.
+
+    Seed, step and timing go on as they were. A block's word of a step does not depend on its rate, so where a rate
+    stays, its coins do, and where it rises, the block lives in all steps in which it would have lived.
+
+    Args:
+        model: attached; on a distributed run every rank must be given the same rates.
+        rates: p_l in [0, 1], one per rule from input to output. Rules without coins (`ConstantDepth`) take 1 only.
+
+    Raises:
+        ConfigError: a number of rates other than that of the rules, a rate outside [0, 1], or rules of several rates
+            (Swapout's). Nothing is changed then.
+    """
+    sampler, rules = sampler_of(model), rules_of(model)
+    given = explicit(len(rules), rates)
+    for number, (rule, rate) in enumerate(zip(rules, given, strict=True), start=1):
+        if len(rule.rates) > 1 or (not rule.rates and rate != 1.0):
+            has = f"{len(rule.rates)} rates" if rule.rates else "no coins"
+            raise ConfigError(
+                f"rule {number} ({type(rule).__name__}) has {has} and cannot be given survival rate {rate}; "
+                "build the model with a rule of one rate per block, such as stochastic-depth"
+            )
+    for rule, rate in zip(rules, given, strict=True):
+        rule.rates = (rate,) if rule.rates else ()
+    sampler.change([rule.site for rule in rules])
 
 
 def expected_depth_of(model: nn.Module) -> float:

@@ -46,7 +46,7 @@ class Rule(nn.Module, ABC):
     """Base of all rules: `forward(x, shortcut, branch)` reads the draw and combines.
 
     Attributes:
-        rates: survival rates or thetas, one per coin of the rule, in [0, 1]; attach again after changing them.
+        rates: survival rates or thetas, one per coin of the rule, in [0, 1]; `residrop.set_survival` changes them.
         granularity: what one coin decides: `block`, `row` or `unit`.
         scope: whether ranks of a distributed run share the draw; default `shared` for blocks, `per_rank` otherwise.
         earlier: how many earlier outputs of its stage, besides the block's input, the rule combines (`units.Mix`).

@@ -18,7 +18,7 @@ from residrop.timing import Schedule, Timing, parse
 
 __all__ = ["DepthSampler", "Draw", "Granularity", "Plan", "Rows", "Scope", "Site", "derive_key"]
 
-Granularity = Literal["block", "row", "unit"]
+Granularity = Literal["block", "row", "unit", "number"]
 Scope = Literal["shared", "per_rank"]
 
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -118,7 +118,7 @@ class Site:
 
     Attributes:
         rates: survival rates in [0, 1]; empty for a rule without randomness.
-        granularity: what one coin decides.
+        granularity: what one coin decides; `number` is a key per block in place of a coin (`residrop.gaussian`).
         scope: `shared` ranks draw the same, `per_rank` ranks draw their own.
     """
 
@@ -143,18 +143,25 @@ class DepthSampler:
     def __init__(
         self, sites: Sequence[Site], *, seed: int = 0, timing: Timing | str = "constant", rank: int = 0
     ) -> None:
-        self.sites = tuple(sites)
-        self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), parse(timing))
         self.seed = check_whole("seed", seed)
         self.step = 0
         self.rank = rank
-        self._layout = _Layout(self.sites)
-        self._final = _Ready(self._layout, self.schedule, self.schedule.timing.final)
-        self._current = self._final
+        self._place(sites, parse(timing))
         self._now = _Force()
         self._recalled: _Force | None = None  # what a running backward pass recomputes under
         self.observers: list[Callable[[Plan, int | None], None]] = []  # told every training plan and its batch size
         self.board: Any = None  # the draw in force as data for a compiled graph (`residrop.tracing`)
+
+    def _place(self, sites: Sequence[Site], timing: Timing) -> None:
+        self.sites = tuple(sites)
+        self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), timing)
+        self._layout = _Layout(self.sites)
+        self._final = _Ready(self._layout, self.schedule, timing.final)
+        self._current = self._final
+
+    def change(self, sites: Sequence[Site]) -> None:
+        """Go on with other rates, one site per rule as before; seed, step and timing stay."""
+        self._place(sites, self.schedule.timing)
 
     def rates_at(self, step: int) -> list[tuple[float, ...]]:
         """The rates of every site at training step `step`."""
@@ -290,9 +297,10 @@ class _Layout:
         drawn = [index for index, site in enumerate(sites) if site.rates]
         self.coins = [index for index in drawn if sites[index].granularity == "block"]
         self.keyed = [index for index in drawn if sites[index].granularity != "block"]
+        numbers = [index for index in self.keyed if sites[index].granularity == "number"]  # one for all micro-batches
         groups = [
             (sum(ones[index] for index in places if (sites[index].scope == "per_rank") is own), coin, own)
-            for places, coin in ((self.coins, True), (self.keyed, False))
+            for places, coin in ((self.coins + numbers, True), ([i for i in self.keyed if i not in numbers], False))
             for own in (False, True)
         ]
         self.groups = [group for group in groups if group[0]]

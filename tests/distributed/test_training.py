@@ -31,7 +31,7 @@ RECIPE = {
     "samples": 3,
     "micro_batches": 3,
 }
-CHECKS = ["uninterrupted", "stopped", "epoch", "checkpoints", "errors", "votes", "shares", "joined"]
+CHECKS = ["uninterrupted", "stopped", "epoch", "checkpoints", "budget", "errors", "votes", "shares", "joined"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,10 @@ def found(run):
 
 def lines_of(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def rates_of(path):
+    return [json.loads(line)["rates"] for line in (path / "survival.jsonl").read_text().splitlines()]
 
 
 def assert_same_training(one, other):
@@ -84,6 +88,16 @@ def test_every_rank_returns_the_evaluation_of_all_images(one, found):
     assert mine["deterministic"]["error"] == expected["deterministic"]["error"]
     assert mine["sampled"]["nll"] == pytest.approx(expected["sampled"]["nll"], rel=1e-6)
     assert found["uninterrupted"]["errors"][0] == found["uninterrupted"]["errors"][1]
+
+
+def test_rates_from_a_budget_are_those_of_rank_0(run, tmp_path):
+    found, place = run[0]["budget"], run[1]
+    for values in found.values():
+        assert values[0] == values[1]
+    changes = {"survival": None, "budget": "0.5", "spend": "sensitivity", "refresh": 1, "validation": 40}
+    train(Recipe(**{**RECIPE, **changes, "select": "best"}), tmp_path / "alone", quiet=True)
+    for mine, theirs in zip(rates_of(tmp_path / "alone"), rates_of(place / "budget"), strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-5)
 
 
 def test_rank_0_alone_writes(found):

@@ -35,7 +35,7 @@ def test_listing_names_the_papers():
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name not in {"constant", "depth-dropout"}])
 def test_default_survival_is_the_papers(rule):
-    expected = linear_decay(9, 0.5) if rule == "stochastic-depth" else linear(9, 1.0, 0.5)
+    expected = linear_decay(9, 0.5) if rule in ("stochastic-depth", "gaussian-depth") else linear(9, 1.0, 0.5)
     rates = rates_of(create("resnet-20", rule=rule))
     assert [rate[0] for rate in rates] == list(expected)
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from residrop.errors import ConfigError
-from residrop.training import Recipe, checkpoint, loop, recipe, run, setup
+from residrop.training import Recipe, checkpoint, loop, measuring, recipe, run, setup
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 NAN, INF = math.nan, math.inf
@@ -28,6 +28,12 @@ OTHER = {
     "granularity": "row",
     "rescale": "train",
     "survival_timing": "early(0.5)",
+    "budget": "0.4 of flops",
+    "spend": "max_regularization",
+    "per_cost": True,
+    "least": 0.1,
+    "refresh": 3,
+    "watch": ("discrepancy",),
     "data": "cifar10",
     "validation": 7,
     "limit": 99,
@@ -56,16 +62,20 @@ OTHER = {
     "eval_every": 2,
     "checkpoint_minutes": 1.0,
 }
-FREE = {"samples", "workers", "checkpoint_minutes", "device"}
+FREE = {"samples", "workers", "watch", "checkpoint_minutes", "device"}
 
 
 def base(**changes):
-    return Recipe(**{"validation": 10, **changes})
+    needed = (
+        {"budget": "0.5", "spend": "sensitivity"} if set(changes) & {"spend", "per_cost", "least", "refresh"} else {}
+    )
+    return Recipe(**{"validation": 10, **needed, **changes})
 
 
 def test_table_of_other_values_is_complete():
     assert OTHER.keys() == FIELDS.keys()
     assert all(getattr(base(), name) != value for name, value in OTHER.items())
+    assert all(getattr(base(**{name: value}), name) == value for name, value in OTHER.items())
 
 
 # Every field is read
@@ -87,7 +97,7 @@ def reads(module):
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_is_read_outside_its_check(name):
-    assert any(name in reads(module) for module in (loop, checkpoint, recipe, run, setup))
+    assert any(name in reads(module) for module in (loop, checkpoint, measuring, recipe, run, setup))
 
 
 def test_every_field_has_a_docstring():
@@ -280,7 +290,7 @@ def test_warm_up_over_the_whole_training_never_leaves_it():
 
 @pytest.mark.parametrize("name", sorted(FIELDS.keys() - FREE - {"data", "eval_every"}))
 def test_fingerprint_changes_with(name):
-    assert base().fingerprint() != base(**{name: OTHER[name]}).fingerprint()
+    assert base(**{name: getattr(base(), name)}).fingerprint() != base(**{name: OTHER[name]}).fingerprint()
 
 
 @pytest.mark.parametrize("name", sorted(FREE))

@@ -26,8 +26,9 @@ def promised():
 
 
 def test_directory_holds_what_is_promised(finished):
-    assert len(promised()) == 11
-    assert promised() <= {path.name for path in finished[1].iterdir()}
+    assert len(promised()) == 13
+    measured = {"survival.jsonl", "instruments.jsonl"}  # of recipes that ask for them: test_budget.py
+    assert promised() - measured <= {path.name for path in finished[1].iterdir()}
 
 
 def test_every_file_of_a_run_is_documented(finished):

@@ -15,7 +15,7 @@ from residrop.sampler import derive_key
 
 __all__ = ["Loader"]
 
-_ORDER, _AUGMENT, _STREAM = 1, 2, 3  # first words of the seeds: one purpose never repeats another's draw
+_ORDER, _AUGMENT, _STREAM, _FIXED = 1, 2, 3, 4  # first words of the seeds: one purpose never repeats another's draw
 
 
 class Loader:
@@ -126,6 +126,20 @@ class Loader:
             parts = [list(range(self.num_images)[self._slice(number)]) for number in numbers]
             return self._streamed(self._images, parts, None, 0)
         return self._in_order(self._images, numbers)
+
+    def fixed_batches(self, batches: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give a random part of the images without augmentation, the same at every call and on every rank.
+
+        At most `batches` batches of `size` images (fewer where there are fewer images), for measurements.
+        """
+        order = torch.randperm(self.num_images, generator=generator_for(_FIXED, self._seed))
+        parts = [part for part in order[: batches * size].split(size) if len(part) > 1 or len(order) == 1]
+        if isinstance(self._images, Files):
+            yield from self._streamed(self._images, [part.tolist() for part in parts], None, 0)
+            return
+        for part in parts:
+            index = part.to(self._device)
+            yield self._finish(self._images.pixels.index_select(0, index)), self._images.labels.index_select(0, index)
 
     def images_in(self, number: int) -> int:
         """Number of images in training batch `number`, of all ranks together."""

@@ -77,6 +77,20 @@ def data_parallel(
     return GradientSync(model, group=group, bucket_bytes=max(1, round(bucket_mb * (1 << 20))))
 
 
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Inside, passes through `model` are of no concern to other ranks: one of them can measure something."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    syncs = [hook.sync for hook in hooks if isinstance(hook, _AfterForward) and hook.sync is not None]
+    for sync in syncs:
+        sync._away = True
+    try:
+        yield
+    finally:
+        for sync in syncs:
+            sync._away = False
+
+
 class GradientSync:
     """Handle of `data_parallel`.
 
@@ -90,7 +104,7 @@ class GradientSync:
         self.collectives = self.bytes_sent = self.bytes_skipped = 0
         self._model, self._group, self._bucket_bytes = model, group, bucket_bytes
         self._rules, self._sampler = rules_of(model), sampler_of(model)
-        self._enabled = True
+        self._enabled, self._away = True, False
         self._expected: set[Unit] = set()
         self._fresh = True  # whether the next forward starts a new round
         self._buckets: list[Bucket] | None = None  # of the running backward
@@ -147,6 +161,8 @@ class GradientSync:
 
     def _after_forward(self, output: object) -> None:
         """Add what this forward used to what the next backward waits for."""
+        if self._away:
+            return
         self._expect()
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
@@ -204,6 +220,8 @@ class GradientSync:
 
     def _ready(self, unit: Unit, parameter: Tensor) -> None:
         """A gradient is complete: send its bucket if it was the last one, in the order common to all ranks."""
+        if self._away:
+            return
         if not self._enabled:
             self._expected.add(unit)
             self._fresh = False

@@ -67,7 +67,9 @@ class SampledGraph:
         keys = tuple(rule for rule in drawn if isinstance(rule, Mix | SkipForward | Swapout | UnitDropout))
         if not drawn or len(alive) + len(keys) < len(drawn):
             other = next((rule for rule in drawn if rule not in alive and rule not in keys), None)
-            what = "no rule that draws" if other is None else f"a {type(other).__name__}, a rule of your own"
+            ours = type(other).__module__.startswith("residrop.")
+            kind = "whose numbers are no coins" if ours else "a rule of your own"
+            what = "no rule that draws" if other is None else f"a {type(other).__name__}, {kind}"
             raise ConfigError(
                 f"{type(model).__name__} has {what}, so there is no graph of a sampled pass; leave sampled out"
             )

@@ -20,7 +20,7 @@ from residrop.theory.discrepancy import discrepancy
 from residrop.theory.gates import gated, kept_as_is
 from residrop.theory.sensitivity import sensitivity
 
-__all__ = ["Costs", "costs_of", "survival_for"]
+__all__ = ["Costs", "costs_of", "read_budget", "survival_for"]
 
 Unit = Literal["blocks", "flops", "time"]
 Mode = Literal["uniform", "linear", "sensitivity", "max_regularization"]
@@ -82,7 +82,7 @@ def costs_of(model: nn.Module, unit: Unit, x: Tensor | None = None, *, repeats: 
 def _timed(model: nn.Module, x: Tensor, count: int, repeats: int) -> Costs:
     draws = sampler_of(model).expectation().draws
     rules = rules_of(model)
-    if any(rule.granularity != "block" or not rule.rates for rule in rules):
+    if any(rule.site.granularity != "block" or not rule.rates for rule in rules):
         raise ConfigError("time per block is measured by leaving blocks out; give every block a block-level rule")
 
     def step(absent: int | None) -> float:
@@ -107,7 +107,8 @@ def _timed(model: nn.Module, x: Tensor, count: int, repeats: int) -> Costs:
     return Costs(branches, max(0.0, median(whole) - sum(branches)), "time")
 
 
-def _read(budget: str | float) -> tuple[float, Unit]:
+def read_budget(budget: str | float) -> tuple[float, Unit]:
+    """A budget as `survival_for` takes it, as share and unit; ConfigError if it is not understood."""
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*([0-9.]+)\s*(?:of\s+(blocks|flops|time))?\s*", budget.lower())
         if found is None or found[1].count(".") > 1 or found[1] == ".":
@@ -156,7 +157,7 @@ def survival_for(
     """
     if rule not in ("uniform", "linear", "sensitivity", "max_regularization"):
         raise ConfigError(f"rule is {rule!r}; choose 'uniform', 'linear', 'sensitivity' or 'max_regularization'")
-    share, unit = _read(budget)
+    share, unit = read_budget(budget)
     batches = list(batches)
     costs = costs_of(model, unit, batches[0][0] if batches else None)
     left = share * costs.total - costs.fixed

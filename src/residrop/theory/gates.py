@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from residrop.attach import rules_of, sampler_of, using
+from residrop.distributed.gradients import alone
 from residrop.errors import ConfigError
 from residrop.rules import Rule
 
@@ -80,13 +81,14 @@ def gated(model: nn.Module, gates: Tensor) -> Iterator[None]:
 def kept_as_is(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Inside, batch norm is in training mode or not, as asked, and dropout is off; then all is as it was before.
 
-    Flags, buffers and gradients of parameters are put back.
+    Flags, buffers and gradients of parameters are put back. Other ranks of `data_parallel` are not asked for anything.
     """
     flags = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     with ExitStack() as stack:
         stack.callback(_put_back, flags, buffers, grads)
+        stack.enter_context(alone(model))
         model.train(training)
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -5,6 +5,8 @@ versions.json              software and machine
 dataset.json               classes, image size, digest of the training images
 normalization.safetensors  statistics of the training pixels
 metrics.jsonl              one line per epoch
+survival.jsonl             survival rates that were measured along the way (recipes with a budget)
+instruments.jsonl          sensitivity and discrepancy of the blocks along the way (recipes that watch them)
 curves.png                 learning curves
 tensorboard/               the metrics for TensorBoard
 last.pt                    everything needed to resume
@@ -22,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from residrop.attach import rules_of, set_survival
 from residrop.data import Normalization
 from residrop.errors import RunError
 from residrop.models import create, reads_flat_rows
@@ -33,7 +36,11 @@ from residrop.timing import parse as parse_timing
 from residrop.training.files import replacing
 from residrop.training.recipe import Recipe
 
-__all__ = ["Run", "build_network", "load_run", "write_json"]
+__all__ = ["Run", "build_network", "load_run", "survival_of", "write_json"]
+
+
+_SURVIVAL = "survival_rates"  # in the metadata of weights
+_UNMEASURED = 0.5  # the survival rate before there is another
 
 
 def write_json(path: Path, value: object) -> None:
@@ -55,7 +62,8 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
     """The attached network of a recipe for a data set as `dataset.json` describes it.
 
     `steps` is the length of the training in updates, of which the times of `survival_timing` are shares; without it the
-    network has the rates of the training's end throughout.
+    network has the rates of the training's end throughout. Rates from a budget come with the weights
+    (`Run.load_weights`) or are measured as the training starts.
     """
     options = {
         name: getattr(recipe, name)
@@ -69,12 +77,17 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
     return create(
         recipe.network,
         rule=recipe.rule,
-        survival=recipe.survival,
+        survival=recipe.survival if recipe.budget is None else _UNMEASURED,
         classes=len(dataset["classes"]),
         seed=recipe.seed,
         timing=parse_timing(recipe.survival_timing, training=dataset.get("steps", 0)),
         **options,
     )
+
+
+def survival_of(model: nn.Module) -> list[float]:
+    """The survival rates of a model's rules; 1 for those without coins, the first of those with several rates."""
+    return [rule.rates[0] if rule.rates else 1.0 for rule in rules_of(model)]
 
 
 @dataclass(frozen=True)
@@ -164,8 +177,11 @@ class Run:
         return state
 
     def save_weights(self, name: str, model: nn.Module) -> None:
-        """Save a model's `state_dict` as `name`.safetensors."""
-        self._save_tensors(f"{name}.safetensors", model.state_dict())
+        """Save a model's `state_dict` as `name`.safetensors, with its survival rates if these come from a budget."""
+        rates = None
+        if self.recipe().budget is not None:
+            rates = {_SURVIVAL: json.dumps(survival_of(model))}
+        self._save_tensors(f"{name}.safetensors", model.state_dict(), rates)
 
     def load_weights(self, name: str, model: nn.Module) -> None:
         """Load `name`.safetensors into a model; RunError if missing, damaged or of another network."""
@@ -175,10 +191,20 @@ class Run:
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise RunError(f"{self.path / name}.safetensors does not fit the recipe's network: {first}") from None
+        if self.recipe().budget is not None:
+            self._load_survival(self.path / f"{name}.safetensors", model)
 
-    def _save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _load_survival(self, path: Path, model: nn.Module) -> None:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_SURVIVAL, "")
+        try:
+            set_survival(model, json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path} does not say its survival rates ({error}); train anew") from None
+
+    def _save_tensors(self, name: str, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
         with replacing(self.path / name) as temporary:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
+            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, about)
 
     def _load_tensors(self, name: str) -> dict[str, Tensor]:
         path = self.path / name

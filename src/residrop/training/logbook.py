@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -16,18 +16,29 @@ from residrop.training.files import replacing
 
 __all__ = ["Logbook", "Meter", "draw_curves"]
 
-_SCALARS = ("train_loss", "train_error", "validation_error", "test_error", "lr", "realised_depth", "images_per_second")
+_SCALARS = (
+    *("train_loss", "train_error", "validation_error", "test_error"),
+    *("lr", "realised_depth", "first_gradient", "images_per_second"),
+)
 
 
 class Logbook:
     """Appends one line of metrics per epoch to `metrics.jsonl` and the same scalars to TensorBoard.
 
+    Lines of other files of the run, such as `survival.jsonl`, come in between.
+
     Args:
         path: the run directory; None keeps the lines in memory only (on ranks that do not write).
         history: lines already in force (of the state a run resumes from); lines written after that state are removed.
+        others: the same for other files, by name.
     """
 
-    def __init__(self, path: Path | None, history: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        history: Sequence[Mapping[str, Any]] = (),
+        others: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+    ) -> None:
         self.history: list[dict[str, Any]] = [dict(line) for line in history]
         self._path = self._events = None
         if path is None:
@@ -36,9 +47,11 @@ class Logbook:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = path / "metrics.jsonl"
-        with replacing(self._path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        self._path = path
+        for name, lines in {"metrics": self.history, **others}.items():
+            if lines or name == "metrics":
+                with replacing(path / f"{name}.jsonl") as temporary:
+                    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         last = self.history[-1]["epoch"] if self.history else 0
         self._events = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1)
 
@@ -47,12 +60,17 @@ class Logbook:
         self.history.append(dict(line))
         if self._path is None or self._events is None:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.append("metrics", line)
         for name in _SCALARS:
             if line.get(name) is not None:
                 self._events.add_scalar(name, line[name], line["epoch"])
         self._events.flush()
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Record a line of the file `name`.jsonl."""
+        if self._path is not None:
+            with (self._path / f"{name}.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residrop.attach import depth_of, expected_depth_of, sampler_of, using
+from residrop.attach import depth_of, expected_depth_of, sampler_of, set_survival, using
 from residrop.data import Loader
 from residrop.distributed import GradientSync
 from residrop.errors import RunError
 from residrop.inference import evaluate
+from residrop.residual import Residual
 from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks, Votes
 from residrop.training.logbook import Logbook, Meter
+from residrop.training.measuring import due, rates_now, watched
 from residrop.training.recipe import Recipe
 from residrop.training.setup import precision_context
 
@@ -42,7 +44,8 @@ class Interrupted(Exception):
 class State:
     """Everything that changes along a training. `sums` collects loss and errors of the epoch on the device.
 
-    With several `ranks`, `sync` is the handle of `data_parallel`, and `sums` are those of this rank.
+    With several `ranks`, `sync` is the handle of `data_parallel`, and `sums` are those of this rank. `gradient` is
+    the mean |gradient| of the first weights of block 1, the same on all ranks, over updates in which it is present.
     """
 
     model: nn.Module
@@ -54,8 +57,11 @@ class State:
     epoch_seconds: float = 0.0
     depth: float = 0.0  # summed over the updates of this epoch
     sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    gradient: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # sum, and updates summed
     best: float = math.inf
     history: list[dict[str, Any]] = field(default_factory=list)
+    survival: list[dict[str, Any]] = field(default_factory=list)  # rates measured so far, see `measuring`
+    instruments: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, run: Run) -> None:
         """Write everything needed to resume, on any number of ranks; called by all."""
@@ -68,6 +74,7 @@ class State:
                     "sampler": sampler_of(self.model).state_dict(),
                     **{name: getattr(self, name) for name in _COUNTERS},
                     "sums": sums.cpu(),
+                    "gradient": self.gradient.cpu(),
                 }
             )
 
@@ -80,12 +87,15 @@ class State:
             for name in _COUNTERS:
                 setattr(self, name, saved[name])
             self.sums = saved["sums"].to(self.sums.device) if self.ranks.main else torch.zeros_like(self.sums)
+            self.gradient = saved["gradient"].to(self.sums.device)
+            if self.survival:
+                set_survival(self.model, self.survival[-1]["rates"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise RunError(f"{path} is not the state of this run ({error}); delete it to start this run anew") from None
 
 
 _SAVE, _STOP = 1, 2  # what a rank may ask for after an update
-_COUNTERS = ("update", "seconds", "epoch_seconds", "depth", "best", "history")
+_COUNTERS = ("update", "seconds", "epoch_seconds", "depth", "best", "history", "survival", "instruments")
 
 
 @contextmanager
@@ -130,17 +140,20 @@ def run_epochs(
         RunError: the loss is not finite.
     """
     steps = loader.steps_per_epoch
-    expected = expected_depth_of(state.model)
     autocast = precision_context(recipe, next(state.model.parameters()).device)
     votes = Votes(state.ranks)
+    first = _first_weights(state.model)
     saved_at = shown_at = time.perf_counter()
     while state.update < recipe.epochs * steps:
         epoch = state.update // steps
+        if state.update % steps == 0:
+            _measure(recipe, state, loader, book, epoch, meter)
+        expected = expected_depth_of(state.model)
         state.model.train()
         started = time.perf_counter()
         for x, y in loader.train_batches(epoch, start=state.update % steps):
             lr = recipe.lr_at(state.update / (recipe.epochs * steps))
-            _update(recipe, state, x, y, lr, autocast, loader.images_in(state.update % steps))
+            _update(recipe, state, x, y, lr, autocast, loader.images_in(state.update % steps), first)
             now = time.perf_counter()
             state.epoch_seconds += now - started
             started = now
@@ -156,7 +169,7 @@ def run_epochs(
                 state.save(run)
                 saved_at = started = time.perf_counter()
                 _check_stopped(request, state, run)
-        _end_epoch(recipe, run, state, epoch, steps, others, book, meter, autocast)
+        _end_epoch(recipe, run, state, epoch, steps, others, book, meter, autocast, loader)
         saved_at = time.perf_counter()
         _check_stopped(votes.settle(_STOP if stopped.is_set() else 0), state, run)
 
@@ -184,6 +197,7 @@ def _update(
     lr: float,
     autocast: Callable[[], AbstractContextManager[Any]],
     total: int,
+    first: nn.Parameter,
 ) -> None:
     """One optimizer update: one plan, shared by its micro-batches. `total` counts the images of all ranks."""
     sampler = sampler_of(state.model)
@@ -210,10 +224,41 @@ def _update(
     if state.sync and not parts:  # fewer images than ranks were left
         with using(state.model, sampler.plan(state.update)):
             state.sync.join()
+    plan = sampler.plan(state.update)
+    if first.grad is not None and plan.draws[0].alive is not False:
+        state.gradient[0] += first.grad.abs().mean()
+        state.gradient[1] += 1.0
     state.optimizer.step()
-    state.depth += depth_of(state.model, sampler.plan(state.update))
+    state.depth += depth_of(state.model, plan)
     state.update += 1
     sampler.step = state.update
+
+
+def _first_weights(model: nn.Module) -> nn.Parameter:
+    """The weights of the first convolution (or matrix) of block 1, whose gradients Figure 7 of Huang et al. follows.
+
+    So their text has it; the caption of the figure says "first convolutional layer".
+    """
+    block = next(module for module in model.modules() if isinstance(module, Residual))
+    return next(parameter for parameter in block.branch.parameters() if parameter.ndim > 1)
+
+
+def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch: int, meter: Meter) -> None:
+    """What is measured between two epochs: survival rates if they are due, and what the recipe watches."""
+    if due(recipe, epoch):
+        state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks))
+        state.seconds += state.survival[-1]["seconds"]
+        book.append("survival", state.survival[-1])
+        rates = state.survival[-1]["rates"]
+        meter.line(f"survival rates from budget {recipe.budget}: {', '.join(f'{rate:.2f}' for rate in rates)}")
+    if epoch == 0:
+        _watch(recipe, state, loader, book, epoch)
+
+
+def _watch(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch: int) -> None:
+    if recipe.watch and state.ranks.main:
+        state.instruments.append(watched(recipe, state.model, loader, epoch))
+        book.append("instruments", state.instruments[-1])
 
 
 def _status(recipe: Recipe, state: State, epoch: int, steps: int, expected: float) -> tuple[str, float]:
@@ -226,6 +271,10 @@ def _status(recipe: Recipe, state: State, epoch: int, steps: int, expected: floa
     return text, seen * state.ranks.size / max(state.epoch_seconds, 1e-9)
 
 
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
 def _end_epoch(
     recipe: Recipe,
     run: Run,
@@ -236,6 +285,7 @@ def _end_epoch(
     book: Logbook,
     meter: Meter,
     autocast: Callable[[], AbstractContextManager[Any]],
+    loader: Loader,
 ) -> None:
     _check_finite(state, epoch)
     loss, wrong, seen = state.ranks.total(state.sums).tolist()
@@ -249,21 +299,24 @@ def _end_epoch(
         "train_error": 100.0 * wrong / seen,
         "expected_depth": depth_of(state.model, sampler.expectation(state.update - 1)),
         "realised_depth": state.depth / steps,
+        "first_gradient": _mean(*state.gradient.tolist()),
     }
     if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.epochs:
         # rates still on their way from 1 to their value count as they stand
         with using(state.model, sampler.expectation(state.update)), autocast():
-            for name, loader in others.items():
+            for name, other in others.items():
                 result = evaluate(
-                    state.model, loader.eval_batches(), samples=0, share=(state.ranks.rank, state.ranks.size)
+                    state.model, other.eval_batches(), samples=0, share=(state.ranks.rank, state.ranks.size)
                 )
                 line[f"{name}_error"] = result.deterministic.error
                 line[f"{name}_nll"] = result.deterministic.nll
+        _watch(recipe, state, loader, book, epoch + 1)
     line["seconds"] = state.epoch_seconds
     line["images_per_second"] = seen / max(state.epoch_seconds, 1e-9)
     state.seconds += state.epoch_seconds
     state.epoch_seconds = state.depth = 0.0
     state.sums.zero_()
+    state.gradient.zero_()
     book.write(line)
     state.history = book.history
     if line.get("validation_error", math.inf) < state.best:

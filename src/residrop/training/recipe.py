@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from residrop.data import sources
 from residrop.errors import ConfigError
 from residrop.survival import check_whole
+from residrop.theory.costs import read_budget
 from residrop.timing import parse as parse_timing
 
 __all__ = ["Recipe"]
@@ -38,7 +39,7 @@ class Recipe:
     # --- presence of the blocks ---
     rule: str = "stochastic-depth"
     """How shortcut and branch are combined. One of: constant, stochastic-depth, layer-dropout, depth-dropout,
-    Swapout's rules swapout, skipforward, dropout (no skip), dropout-residual, dropout-sum."""
+    gaussian-depth, Swapout's rules swapout, skipforward, dropout (no skip), dropout-residual, dropout-sum."""
     survival: str | None = None
     """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)",
     "linear(1, 0.5)" or "exponential(0.5)" (None: the schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
@@ -56,6 +57,19 @@ class Recipe:
     """How much of every drop is in force over the training: constant, warmup(0.1), early(0.5), early(0.5, 0.1) with a
     fade, late(0.5), plateau(0.7, 0.1), progressive(5) or points(0:0, 0.1:1). Times are shares of the training; gamma of
     progressive is per training."""
+
+    budget: str | None = None
+    """Find the survival rates instead: share of a full step's work that a step may do on average, such as 0.6,
+    "0.6 of flops" or "0.6 of time" (measured here). Takes the place of survival."""
+    spend: Literal["uniform", "linear", "sensitivity", "max_regularization"] = "uniform"
+    """Which blocks get the budget: all alike, fewer with depth, those the loss needs (SenseMode), or those whose
+    absence regularises most."""
+    per_cost: bool = False
+    """Sensitivity only: count what the loss needs per unit of a block's cost."""
+    least: float = 0.0
+    """Sensitivity only: the smallest survival rate a block may get."""
+    refresh: int = 0
+    """Sensitivity and max_regularization: epochs after which the rates are measured anew (0: only before the first)."""
 
     # --- data ---
     data: str = "digits"
@@ -114,26 +128,29 @@ class Recipe:
     """Memory format of images and weights."""
     workers: int = 2
     """Processes that decode images too large to keep in memory."""
+    watch: tuple[Literal["sensitivity", "discrepancy"], ...] = ()
+    """Measure along the training, too, for residrop analyze: what the loss needs of every block, what absence does."""
     eval_every: int = 1
-    """Epochs between evaluations along training (the last epoch is always evaluated)."""
+    """Epochs between evaluations (and measurements of watch) along training; the last epoch always has them."""
     checkpoint_minutes: float = 10.0
     """Save a resumable state at least this often, besides after every epoch."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batches", "eval_every"):
             check_whole(name, getattr(self, name), least=1)
-        for name in ("validation", "samples", "workers"):
+        for name in ("validation", "samples", "workers", "refresh"):
             check_whole(name, getattr(self, name), least=0)
         check_whole("seed", self.seed)
         if self.limit is not None:
             check_whole("limit", self.limit, least=1)
         for name, kind in get_type_hints(type(self)).items():
             self._check_kind(name, kind)
-        shares = [(name, getattr(self, name)) for name in ("warmup", "momentum")]
+        shares = [(name, getattr(self, name)) for name in ("warmup", "momentum", "least")]
         for name, value in [*shares, *((f"lr_drops[{i}]", drop) for i, drop in enumerate(self.lr_drops))]:
             if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} is {value}; it is a share (or momentum) and lies in [0, 1]")
+                raise ConfigError(f"{name} is {value}; it is a share (rate, momentum) and lies in [0, 1]")
         parse_timing(self.survival_timing, training=1)
+        self._check_budget()
         for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
@@ -147,10 +164,30 @@ class Recipe:
                 f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} equal micro_batches"
             )
 
+    def _check_budget(self) -> None:
+        if self.budget is not None:
+            read_budget(self.budget)
+        measured = self.budget is not None and self.spend in ("sensitivity", "max_regularization")
+        for name, given, allowed in (
+            ("spend", self.spend != "uniform", self.budget is not None),
+            ("refresh", self.refresh > 0, measured),
+            ("per_cost", self.per_cost, measured and self.spend == "sensitivity"),
+            ("least", self.least != 0.0, measured and self.spend == "sensitivity"),
+        ):
+            if given and not allowed:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, and budget {self.budget!r} is spent {self.spend!r}; it needs "
+                    "a budget, such as --budget 0.6 --spend sensitivity"
+                )
+
     def _check_kind(self, name: str, kind: Any) -> None:
         """Refuse a value of another type than the field's; dataclasses do not look, and run files are hand-edited."""
         value, options = getattr(self, name), get_args(kind)
         literals = [word for option in (kind, *options) if get_origin(option) is Literal for word in get_args(option)]
+        if get_origin(kind) is tuple and literals:
+            if not isinstance(value, tuple) or not set(value) <= set(literals):
+                raise ConfigError(f"{name} is {value!r}; choose among {', '.join(map(repr, literals))}")
+            return
         if literals:
             if value not in literals and not (value is None and NoneType in options):
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, literals))}")
@@ -187,16 +224,15 @@ class Recipe:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"recipe has unknown fields {', '.join(unknown)}; it was written by another version")
-        if isinstance(values.get("lr_drops"), list):
-            values = {**values, "lr_drops": tuple(values["lr_drops"])}
-        return cls(**values)
+        listed = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **listed})
 
     def decisive(self) -> dict[str, Any]:
         """The fields that decide the outcome of the run.
 
         Of `data` only the kind counts, since folders move; what is in them is compared by `data_digest`.
         """
-        free = {"samples", "workers", "checkpoint_minutes", "data", "device"}
+        free = {"samples", "workers", "watch", "checkpoint_minutes", "data", "device"}
         if self.select == "last":  # with "best", evaluated epochs are the candidates
             free.add("eval_every")
         fields = {key: value for key, value in self.to_dict().items() if key not in free}

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from residrop.attach import expected_depth_of
+from residrop.attach import expected_depth_of, set_survival
 from residrop.data import Loader
 from residrop.distributed import data_parallel
 from residrop.distributed.ranks import broadcast
 from residrop.errors import RankError, RunError
 from residrop.inference import Evaluation, evaluate
-from residrop.training.checkpoint import Run, build_network, write_json
+from residrop.training.checkpoint import Run, build_network, survival_of, write_json
 from residrop.training.distributed import Ranks, process_group
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import Interrupted, State, run_epochs, stop_signals
@@ -33,6 +33,7 @@ class Outcome:
     train_seconds: float
     expected_depth: float
     history: list[dict[str, Any]]
+    rates: list[float] | None = None  # of the weights reported on, where a budget found them
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `residrop evaluate --json`, the details of both kinds of inference, and what was run where."""
@@ -50,7 +51,8 @@ class Outcome:
             "run": {
                 "network": recipe.network,
                 "width": recipe.width,
-                "survival": recipe.survival,
+                "survival": recipe.survival if recipe.budget is None else self.rates,
+                "budget": recipe.budget,
                 "data": Path(recipe.data).name,  # where it lies on this machine is nobody's business
                 "epochs": recipe.epochs,
                 "seed": recipe.seed,
@@ -115,7 +117,7 @@ def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(ready.device)
     state = State(model, make_optimizer(recipe, model), ranks)
-    state.sums = state.sums.to(ready.device)
+    state.sums, state.gradient = state.sums.to(ready.device), state.gradient.to(ready.device)
     saved = ranks.from_main(run.load_state) if resume else None
     if saved is not None:
         ranks.agree(lambda: state.restore(saved, run.path / "last.pt"))
@@ -127,7 +129,8 @@ def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Con
     others = dict(ready.loaders)
     loader = others.pop("train")
     ranks, total = state.ranks, ready.dataset["steps"]
-    book = Logbook(run.path if ranks.main else None, state.history)
+    lines = {"survival": state.survival, "instruments": state.instruments}
+    book = Logbook(run.path if ranks.main else None, state.history, lines)
     try:
         with (
             Meter(total, state.update, recipe.rule, console=console, quiet=quiet) as meter,
@@ -167,14 +170,17 @@ def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
 def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Console, quiet: bool) -> Outcome:
     model, ranks = state.model, state.ranks
 
-    def weights() -> None:
+    def weights() -> list[float]:
         if recipe.select == "best" and (run.path / "best.safetensors").exists():
             run.load_weights("best", model)
         run.save_weights("model", model)
+        return survival_of(model)
 
-    ranks.from_main(weights)
+    rates = ranks.from_main(weights)
     if ranks.size > 1:
         broadcast((*model.parameters(), *model.buffers()))
+        if recipe.budget is not None:
+            set_survival(model, rates)
     autocast = precision_context(recipe, next(model.parameters()).device)
     with autocast(), Meter(test.num_images, 0, "evaluating", console=console, quiet=quiet) as meter:
         evaluation = evaluate(
@@ -191,6 +197,7 @@ def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Conso
         train_seconds=state.seconds,
         expected_depth=expected_depth_of(model),
         history=state.history,
+        rates=None if recipe.budget is None else rates,
     )
     ranks.from_main(lambda: write_json(run.path / "evaluation.json", outcome.to_dict()))
     return outcome

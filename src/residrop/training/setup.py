@@ -60,6 +60,8 @@ def _computes_bf16(device: torch.device) -> bool:
 def resolve(recipe: Recipe) -> Recipe:
     """The recipe with what it leaves to defaults and to the machine filled in, as a run directory keeps it."""
     survival = entry_of(recipe.rule).survival if recipe.survival is None else recipe.survival
+    if recipe.budget is not None:
+        survival = None
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16" if _computes_bf16(choose_device(recipe.device)) else "fp32"

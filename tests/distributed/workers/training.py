@@ -162,6 +162,17 @@ def joined():
     ]
 
 
+def budget():
+    """Rates measured on rank 0 are those of all, in training and in the evaluation of the best epoch."""
+    recipe = RECIPE.replace(survival=None, budget="0.5", spend="sensitivity", refresh=1, validation=40, select="best")
+    outcome = train(recipe, PLACE / "budget", **QUIET)
+    return {
+        "rates": everywhere(outcome.rates),
+        "depths": everywhere([line["realised_depth"] for line in outcome.history]),
+        "evaluations": everywhere(outcome.evaluation.to_dict()),
+    }
+
+
 CHECKS = {
     "uninterrupted": uninterrupted,
     "stopped": stopped,
@@ -171,6 +182,7 @@ CHECKS = {
     "votes": votes,
     "shares": shares,
     "joined": joined,
+    "budget": budget,
 }
 
 if __name__ == "__main__":
