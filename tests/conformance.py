@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from reference import live_rows, unit_coins
+from reference import live_rows, normal_of, row_normals, unit_coins
 from residrop import (
     ConstantDepth,
     DepthDropout,
+    GaussianDepth,
     Mix,
     Residual,
     Rule,
@@ -105,9 +106,48 @@ def _stochastic_depth() -> list[Case]:
     return cases
 
 
+def _number(gain: float) -> Callable[[Draw, tuple[int, ...]], Pair]:
+    def weights(draw: Draw, shape: tuple[int, ...]) -> Pair:
+        assert draw.key is not None
+        (p,) = draw.rates
+        return 1.0, gain * (p + (p * (1 - p)) ** 0.5 * normal_of(draw.key))
+
+    return weights
+
+
+def _row_numbers(gain: float) -> Callable[[Draw, tuple[int, ...]], Pair]:
+    def weights(draw: Draw, shape: tuple[int, ...]) -> Pair:
+        assert draw.key is not None
+        (p,) = draw.rates
+        xi = row_normals(draw.key, shape[0]).view(-1, *[1] * (len(shape) - 1))
+        return 1.0, gain * (p + (p * (1 - p)) ** 0.5 * xi)
+
+    return weights
+
+
+def _gaussian_depth() -> list[Case]:
+    p = 0.6
+    gain = {"test": 1.0, "train": 1 / p, "none": 1.0}
+    at_test = {"test": p, "train": 1.0, "none": 1.0}
+    return [
+        Case(
+            f"gaussian-depth-{granularity}-{rescale}",
+            lambda g=granularity, r=rescale: GaussianDepth(p, granularity=g, rescale=r),
+            (_number if granularity == "block" else _row_numbers)(gain[rescale]),
+            (1.0, at_test[rescale]),
+            (1.0, gain[rescale] * p),
+            granularity,
+            f"0.6, granularity='{granularity}', rescale='{rescale}'",
+        )
+        for granularity in ("block", "row")
+        for rescale in ("test", "train", "none")
+    ]
+
+
 CASES = [
     Case("constant", ConstantDepth, lambda draw, shape: (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), None, ""),
     *_stochastic_depth(),
+    *_gaussian_depth(),
     Case("depth-dropout", lambda: DepthDropout(0.6), _block(1.0), (1.0, 1.0), (1.0, 0.6), "block", "0.6"),
     Case(
         "swapout",

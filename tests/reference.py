@@ -1,6 +1,7 @@
 """The laws of residrop's coins once more, in slow Python integers: written from the definitions, sharing no code."""
 
 from math import floor, prod
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -58,3 +59,14 @@ def live_rows(key: int, rate: float, total: int) -> list[int]:
     live = whole + (key_of(key, 1) < (rate * total - whole) * 2**64)
     start = key_of(key, 2) * total // 2**64
     return [(start + i) % total for i in range(live)]
+
+
+def normal_of(key: int) -> float:
+    """The standard normal number of a block: the quantile of the upper 52 bits of a word, taken in their middle."""
+    return NormalDist().inv_cdf((key_of(key, 1) // 2**12 + 0.5) / 2**52)
+
+
+def row_normals(key: int, total: int) -> Tensor:
+    """float64 Tensor[total]: the standard normal number of every row."""
+    numbers = [NormalDist().inv_cdf((unit_word(key, row) + 0.5) / 2**32) for row in range(total)]
+    return torch.tensor(numbers, dtype=torch.float64)

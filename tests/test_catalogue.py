@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 import residrop
-from residrop import ConstantDepth, DepthDropout, Residual, SkipForward, StochasticDepth, Swapout, UnitDropout, attach
+from residrop import (
+    ConstantDepth,
+    DepthDropout,
+    GaussianDepth,
+    Residual,
+    SkipForward,
+    StochasticDepth,
+    Swapout,
+    UnitDropout,
+    attach,
+)
 from residrop.catalogue import RULES, entry_of, make_rule
 from residrop.errors import ConfigError
 from residrop.survival import parse
@@ -37,6 +47,7 @@ def test_names_are_pinned():
         "stochastic-depth",
         "layer-dropout",
         "depth-dropout",
+        "gaussian-depth",
         "swapout",
         "mix",
         "skipforward",
@@ -66,6 +77,7 @@ def test_entry_builds_with_its_default_schedule(name, depth):
         ("stochastic-depth", StochasticDepth(0.5, "block", "test")),
         ("layer-dropout", StochasticDepth(0.5, "block", "test")),
         ("depth-dropout", DepthDropout(0.5)),
+        ("gaussian-depth", GaussianDepth(0.5, "block", "test")),
         ("swapout", Swapout(0.5, 0.5)),
         ("skipforward", SkipForward(0.5, "branch")),
         ("dropout", UnitDropout(0.5, "branch")),
@@ -87,6 +99,7 @@ def test_entry_builds_its_rule(name, rule):
         ("stochastic-depth", "linear_decay(0.5)"),
         ("layer-dropout", "linear(1, 0.5)"),
         ("depth-dropout", "uniform(0.5)"),
+        ("gaussian-depth", "linear_decay(0.5)"),
         ("swapout", "linear(1, 0.5)"),
         ("skipforward", "linear(1, 0.5)"),
         ("dropout", "linear(1, 0.5)"),

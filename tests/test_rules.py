@@ -19,6 +19,7 @@ from helpers import assert_mean
 from residrop import (
     ConstantDepth,
     DepthDropout,
+    GaussianDepth,
     Mix,
     Plan,
     Residual,
@@ -679,6 +680,7 @@ def test_shared_rule_counts_once():
     [
         (StochasticDepth, "survival"),
         (DepthDropout, "survival"),
+        (GaussianDepth, "survival"),
         (Swapout, "theta_1"),
         (SkipForward, "theta_1"),
         (UnitDropout, "theta_1"),
@@ -705,6 +707,9 @@ def test_second_theta_refused():
         (lambda: StochasticDepth(0.5, scope="all"), "scope is 'all'; choose one of 'shared', 'per_rank'"),
         (lambda: StochasticDepth(0.5, scope=""), "scope is ''"),
         (lambda: Swapout(0.5, scope="rank"), "scope is 'rank'"),
+        (lambda: GaussianDepth(0.5, "unit"), "granularity is 'unit'; choose one of 'block', 'row'"),
+        (lambda: GaussianDepth(0.5, rescale="both"), "rescale is 'both'; choose one of 'test', 'train', 'none'"),
+        (lambda: GaussianDepth(0.5, scope="all"), "scope is 'all'; choose one of 'shared', 'per_rank'"),
         (lambda: SkipForward(0.5, of="x"), "of is 'x'; choose one of 'branch', 'shortcut'"),
         (lambda: UnitDropout(0.5, on="x"), "on is 'x'; choose one of 'branch', 'residual', 'sum'"),
         (lambda: Mix(()), "Mix has 0 thetas; give one for the shortcut"),
@@ -718,8 +723,8 @@ def test_options_refused_at_construction(build, message):
 
 
 def test_default_scopes():
-    assert StochasticDepth(0.5).scope == DepthDropout(0.5).scope == "shared"
-    assert StochasticDepth(0.5, "row").scope == Swapout(0.5).scope == "per_rank"
+    assert StochasticDepth(0.5).scope == DepthDropout(0.5).scope == GaussianDepth(0.5).scope == "shared"
+    assert StochasticDepth(0.5, "row").scope == Swapout(0.5).scope == GaussianDepth(0.5, "row").scope == "per_rank"
     assert StochasticDepth(0.5, scope="per_rank").site.scope == "per_rank"
     assert Swapout(0.5, scope="shared").site.scope == "shared"
     assert UnitDropout(0.5, scope="shared").scope == SkipForward(0.5, scope="shared").scope == "shared"
@@ -732,8 +737,8 @@ SMALL = [0.0004, 0.123456789, 1 - 2**-40, linear_decay(54)[0]]
 @pytest.mark.parametrize("rate", SMALL)
 @pytest.mark.parametrize(
     "build",
-    [StochasticDepth, DepthDropout, Swapout, SkipForward, UnitDropout, lambda rate: Mix((rate, 0.5))],
-    ids=["StochasticDepth", "DepthDropout", "Swapout", "SkipForward", "UnitDropout", "Mix"],
+    [StochasticDepth, DepthDropout, GaussianDepth, Swapout, SkipForward, UnitDropout, lambda rate: Mix((rate, 0.5))],
+    ids=["StochasticDepth", "DepthDropout", "GaussianDepth", "Swapout", "SkipForward", "UnitDropout", "Mix"],
 )
 def test_repr_shows_the_exact_rate(build, rate):
     shown = repr(build(rate)).split("(")[1].split(")")[0].split(",")[0]
@@ -935,7 +940,9 @@ def test_using_refuses_plan_of_other_length(length):
 
 
 @pytest.mark.parametrize(
-    "rule", [Swapout(0.7, 0.4), Mix((0.5, 0.5)), SkipForward(0.5), UnitDropout(0.5)], ids=lambda rule: repr(rule)
+    "rule",
+    [Swapout(0.7, 0.4), Mix((0.5, 0.5)), SkipForward(0.5), UnitDropout(0.5), GaussianDepth(0.5)],
+    ids=lambda rule: repr(rule),
 )
 def test_using_refuses_coins_for_unit_rules(rule):
     """One coin per block means nothing to a rule of units; it must not fall back to some other law silently."""

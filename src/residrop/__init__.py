@@ -11,6 +11,7 @@ from residrop.compiling import compile as compile
 from residrop.compiling import compile_branches as compile_branches
 from residrop.errors import InactiveWarning as InactiveWarning
 from residrop.errors import UsageError as UsageError
+from residrop.gaussian import GaussianDepth as GaussianDepth
 from residrop.inference import AdaptivePrediction as AdaptivePrediction
 from residrop.inference import Prediction as Prediction
 from residrop.inference import Sampled as Sampled

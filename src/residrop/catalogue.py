@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from residrop.errors import ConfigError
+from residrop.gaussian import GaussianDepth
 from residrop.rules import ConstantDepth, DepthDropout, Rule, StochasticDepth
 from residrop.survival import check_rate
 from residrop.units import Mix, SkipForward, Swapout, UnitDropout
@@ -44,6 +45,12 @@ RULES: dict[str, _Entry] = {
         "uniform(0.5)",
         ("scope",),
         "uniform dropping over trainable shortcuts, for speed (Guo & Gould 2016)",
+    ),
+    "gaussian-depth": _Entry(
+        GaussianDepth,
+        "linear_decay(0.5)",
+        ("granularity", "rescale", "scope"),
+        "branches times Gaussian numbers with the coins' mean and variance (after Hayou & Ayed 2021, Theorem 2)",
     ),
     "swapout": _Entry(
         Swapout,

@@ -22,7 +22,17 @@ from residrop.kernels import signed, use_compiler
 from residrop.sampler import derive_key
 from residrop.survival import check_rate
 
-__all__ = ["coins_of", "mix", "row_mask", "skip_forward", "swapout", "unit_dropout", "unit_mask", "use_compiler"]
+__all__ = [
+    "coins_of",
+    "mix",
+    "row_mask",
+    "row_normal",
+    "skip_forward",
+    "swapout",
+    "unit_dropout",
+    "unit_mask",
+    "use_compiler",
+]
 
 
 def _words(like: Tensor, key: int, word: int, first: int = 0) -> Tensor:
@@ -320,3 +330,14 @@ def unit_dropout(x: Tensor, theta: float, key: Key) -> Tensor:
 def row_mask(rows: int, rate: float, key: int, device: torch.device | str = "cpu") -> Tensor:
     """Bool Tensor[rows]: independent coins, True with probability `rate` (exact Bernoulli rows)."""
     return unit_mask(torch.empty(rows, device=device), rate, key)
+
+
+def row_normal(rows: int, key: int) -> Tensor:
+    """float64 Tensor[rows] on the CPU: independent standard normal numbers, quantiles of 32-bit uniforms (|xi| < 6.4).
+
+    Args:
+        rows: how many.
+        key: 64-bit key, as in `Draw.key`.
+    """
+    words = _words(torch.empty(rows), key, 0).long().bitwise_and_(0xFFFFFFFF)
+    return torch.special.ndtri((words.double() + 0.5) * 2.0**-32)

@@ -101,11 +101,11 @@ class Observation:
     def skipped_flops(self) -> float | None:
         """Share in [0, 1] of the FLOPs of all branches that was not computed; None without `flops` or before a step.
 
-        Masked units are computed all the same: unit-level rules skip nothing.
+        What is multiplied is computed all the same: unit-level rules and `GaussianDepth` skip nothing.
         """
         if self._flops is None or self._steps == 0:
             return None
-        computed = [1.0 if r.granularity == "unit" else s for r, s in zip(self._rules, self.survival, strict=True)]
+        computed = [s if _droppable(r.site) else 1.0 for r, s in zip(self._rules, self.survival, strict=True)]
         done = sum(cost * share for cost, share in zip(self._flops, computed, strict=True))
         return 1.0 - done / total if (total := sum(self._flops)) > 0 else 0.0
 
@@ -143,7 +143,7 @@ class Observation:
 
 def _share(rule: Rule, draw: Draw, rows: int | None) -> float:
     """Share of the batch that enters a branch which is no matter of one coin."""
-    if rule.granularity != "row" or draw.key is None or not rows:
+    if rule.site.granularity != "row" or draw.key is None or not rows:
         return rule.presence(draw)
     if getattr(rule, "rows", "window") == "bernoulli":
         rate = (draw.rates or rule.rates)[0]
@@ -164,8 +164,8 @@ def branch_flops(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, ...]
 
     A branch costs what model(*args, **kwargs) needs with this branch alone, less what it needs without any. These L + 1
     forwards, nearly empty, run in eval mode and without gradients: nothing is drawn, no statistics move, and training
-    flags are as before. Rules that never leave out a branch (constant depth, unit level) count 0. The counter knows
-    matrix products, convolutions and attention, and sees nothing of compiled graphs: measure before compiling.
+    flags are as before. Rules that never leave out a branch (constant depth, unit level, Gaussian) count 0. The counter
+    knows matrix products, convolutions and attention, and sees nothing of compiled graphs: measure before compiling.
 
     Args:
         model: an attached model.
@@ -194,7 +194,7 @@ def branch_flops(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, ...]
 
 
 def _droppable(site: Site) -> bool:
-    return bool(site.rates) and site.granularity != "unit"
+    return bool(site.rates) and site.granularity in ("block", "row")
 
 
 def _alone(site: Site, present: bool) -> Draw:

@@ -14,6 +14,7 @@ from residrop import sampler_of
 from residrop.errors import ConfigError
 from residrop.theory import (
     discrepancy,
+    exact_curvature,
     flat_discrepancy,
     gated,
     regularizer,
@@ -264,3 +265,79 @@ def test_theorem_1_in_a_number():
 def test_bad_input(call, message):
     with pytest.raises(ConfigError, match=message):
         call(stable(4), task())
+
+
+def test_many_outputs_give_what_few_give(monkeypatch):
+    model = residrop.create("resnet-8", rule="stochastic-depth", survival=0.5, classes=40, seed=0).double()
+    batches = [(torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.tensor([1, 35, 7]))]
+    by_block = discrepancy(model, batches).curvature
+    original = torch.autograd.grad
+    passes = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kw: passes.append(args) or original(*args, **kw))
+    discrepancy(model, batches)
+    assert len(passes) < 10
+    monkeypatch.setattr(torch.autograd, "grad", original)
+    model.eval()
+    gates = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
+    with gated(model, gates):
+        y = model(batches[0][0])
+    zetas = torch.stack([torch.autograd.grad(y[:, i].sum(), gates, retain_graph=True)[0] for i in range(40)], dim=2)
+    p = y.detach().softmax(dim=1)
+    hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected = torch.einsum("nlo,nop,nlp->nl", zetas, hessian, zetas).mean(dim=0)
+    torch.testing.assert_close(by_block, expected, rtol=1e-6, atol=0)
+
+
+# The exact Hessian
+
+
+def smooth(blocks):
+    """A network whose outputs bend in delta: tanh in the place of ReLU."""
+    model = stable(blocks, width=16)
+    for block in model.blocks:
+        block.branch.relu = nn.Tanh()
+    return model
+
+
+@pytest.mark.parametrize("loss", [squared, F.cross_entropy], ids=["squared", "cross-entropy"])
+@pytest.mark.parametrize("at", [None, [0.5, 0.8, 0.3, 1.0, 0.6]], ids=["ones", "rates"])
+def test_gauss_newton_is_the_exact_hessian_of_networks_of_relus(loss, at):
+    model, (x, targets) = stable(5), task()
+    targets = targets if loss is squared else targets.argmax(dim=1)
+    batches = [(x[:4], targets[:4]), (x[4:], targets[4:])]
+    exact = exact_curvature(model, batches, loss, at=at)
+    torch.testing.assert_close(exact, discrepancy(model, batches, loss, at=at).curvature, rtol=1e-5, atol=1e-7)
+
+
+def test_gauss_newton_is_the_exact_hessian_of_a_convolutional_network():
+    model = residrop.create("resnet-8", rule="stochastic-depth", survival=0.5, seed=0).double()
+    batches = [(torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.tensor([1, 5, 7]))]
+    torch.testing.assert_close(
+        exact_curvature(model, batches), discrepancy(model, batches).curvature, rtol=1e-4, atol=0
+    )
+
+
+def test_exact_curvature_is_that_of_the_loss_where_outputs_bend():
+    model, (x, targets) = smooth(4), task()
+    found = exact_curvature(model, [(x, targets)], squared)
+    step = 1e-3
+
+    def loss(block, shift):
+        gates = torch.ones(4, dtype=torch.float64)
+        gates[block] += shift
+        with gated(model, gates), torch.no_grad():
+            return squared(model(x), targets)
+
+    differences = [(loss(b, step) - 2 * loss(b, 0.0) + loss(b, -step)) / step**2 for b in range(4)]
+    torch.testing.assert_close(found, torch.stack(differences), rtol=1e-3, atol=1e-4)
+    newton = discrepancy(model, [(x, targets)], squared).curvature
+    assert ((newton - found).abs() > 0.02 * found.abs()).any()
+    assert newton[-1] == pytest.approx(found[-1].item(), rel=1e-4)  # nothing bends after the last block
+
+
+def test_exact_curvature_refuses_what_it_cannot_use():
+    model = stable(3)
+    with pytest.raises(ConfigError, match="no batch"):
+        exact_curvature(model, [])
+    with pytest.raises(ConfigError, match="2 rates"):
+        exact_curvature(model, [task()], squared, at=[0.5, 0.5])

@@ -57,8 +57,8 @@ def apply(
             and output of one shape, and gets the generic rule x + b (block(x) - x).
         branches: False puts every block under one generic rule, even if its branches are known.
         granularity: `block` or `row`; None is the rule's default, or that of the model's own drop modules.
-        rescale: None is "train" for stochastic depth, as in these models' own drop modules: a pretrained model's eval
-            mode stays as it is. "test" is eq. 5 of Huang et al. 2016.
+        rescale: None is "train" for stochastic (and Gaussian) depth, as in these models' own drop modules: a
+            pretrained model's eval mode stays as it is. "test" is eq. 5 of Huang et al. 2016.
         seed: seed of all draws.
         timing: as in `residrop.attach`.
         whole: names of block arguments that all rows share, which row level must not cut.
@@ -161,7 +161,7 @@ def _take_away(model: nn.Module) -> None:
 
 def _make(rule: str | Callable[[float], Rule], own: Own, options: dict[str, Any]) -> Rule:
     if isinstance(rule, str):
-        if rule == "stochastic-depth":
+        if rule in ("stochastic-depth", "gaussian-depth"):
             own = own._replace(rescale=own.rescale or "train")
             inherited = {"granularity": own.granularity, "rescale": own.rescale}
             options = {**options, **{name: value for name, value in inherited.items() if options[name] is None}}

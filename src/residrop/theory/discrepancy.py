@@ -17,7 +17,7 @@ from residrop.attach import rules_of
 from residrop.errors import ConfigError
 from residrop.theory.gates import gated, kept_as_is
 
-__all__ = ["Discrepancy", "discrepancy", "flat_discrepancy", "regularizer"]
+__all__ = ["Discrepancy", "discrepancy", "exact_curvature", "flat_discrepancy", "regularizer"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -60,6 +60,22 @@ def _curvatures(loss: Loss, outputs: Tensor, targets: Tensor, zetas: Tensor) -> 
     return torch.stack(found, dim=1)
 
 
+def _zetas(outputs: Tensor, gates: Tensor) -> Tensor:
+    """dy / d delta, Tensor[n, L, o] from Tensor[n, o] and Tensor[n, L]: a backward pass for each output, or each block.
+
+    Where blocks are fewer, it is read off the gradient of u^T y by the gates, which is linear in u.
+    """
+    if outputs.shape[1] <= 2 * gates.shape[1]:
+        columns = [
+            torch.autograd.grad(outputs[:, i].sum(), gates, retain_graph=True)[0] for i in range(outputs.shape[1])
+        ]
+        return torch.stack(columns, dim=2)
+    u = torch.zeros_like(outputs, requires_grad=True)
+    (slopes,) = torch.autograd.grad(outputs, gates, u, create_graph=True)
+    rows = [torch.autograd.grad(slopes[:, i].sum(), u, retain_graph=True)[0] for i in range(gates.shape[1])]
+    return torch.stack(rows, dim=1).to(gates.dtype)
+
+
 def discrepancy(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -67,12 +83,12 @@ def discrepancy(
     *,
     at: Sequence[float] | None = None,
 ) -> Discrepancy:
-    """h_l of every block, by one backward pass for each output: dy/d delta_l is never formed by differencing.
+    """h_l of every block, by a backward pass for each output (or block): dy/d delta_l is never formed by differencing.
 
     Batch norm is in eval mode, as inputs must not know of each other. Nothing about the model changes.
 
     Args:
-        model: a model with rules, Tensor[n, ...] to Tensor[n, o] with few outputs o.
+        model: a model with rules, Tensor[n, ...] to Tensor[n, o].
         batches: pairs of input and target.
         loss: from output Tensor[n, o] and target to Tensor[], twice differentiable; the mean over rows or the sum.
         at: delta around which to expand, one number per block: None is 1 (the paper); the survival rates p are
@@ -93,16 +109,57 @@ def discrepancy(
                 outputs = model(x)
             if outputs.ndim != 2:
                 raise ConfigError(f"the model gives Tensor{list(outputs.shape)}; discrepancies need Tensor[n, outputs]")
-            columns = [
-                torch.autograd.grad(outputs[:, i].sum(), gates, retain_graph=True)[0] for i in range(outputs.shape[1])
-            ]
-            zetas = torch.stack(columns, dim=2)
+            zetas = _zetas(outputs, gates)
             found.append(_curvatures(loss, outputs, y, zetas.to(outputs.dtype)).double())
     if not found:
         raise ConfigError("no batch was given; discrepancies need at least one")
     every = torch.cat(found)
     spread = every.std(dim=0) / len(every) ** 0.5 if len(every) > 1 else torch.full_like(every[0], torch.nan)
     return Discrepancy(every.mean(dim=0), spread, len(every))
+
+
+def exact_curvature(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Loss = F.cross_entropy,
+    *,
+    at: Sequence[float] | None = None,
+) -> Tensor:
+    """d^2 loss / d delta_l^2, what h_l stands for: the loss differentiated twice, with no Gauss-Newton in between.
+
+    The difference to `discrepancy` is the curvature of the outputs in delta_l. There is none in networks of matrices
+    and ReLUs, almost everywhere. One backward pass through the gradient for each block: for small networks, as a check.
+
+    Args:
+        model: as of `discrepancy`.
+        batches: as of `discrepancy`.
+        loss: the mean over rows.
+        at: as of `discrepancy`.
+
+    Returns:
+        float64 Tensor[L], mean over inputs.
+
+    Raises:
+        ConfigError: no batch, or another number of rates than of rules.
+    """
+    count = len(rules_of(model))
+    if at is not None and len(at) != count:
+        raise ConfigError(f"{len(at)} rates were given to expand around for {count} blocks; give one per block")
+    centre = torch.ones(count) if at is None else torch.tensor(list(at), dtype=torch.float32)
+    total, inputs = torch.zeros(count, dtype=torch.float64), 0
+    with kept_as_is(model, training=False), torch.enable_grad():
+        for x, y in batches:
+            gates = centre.to(x.device).clone().requires_grad_()
+            with gated(model, gates):
+                value = loss(model(x), y)
+            (slope,) = torch.autograd.grad(value, gates, create_graph=True)
+            for block in range(count):
+                (row,) = torch.autograd.grad(slope[block], gates, retain_graph=True)
+                total[block] += float(row[block]) * len(x)
+            inputs += len(x)
+    if inputs == 0:
+        raise ConfigError("no batch was given; curvatures need at least one")
+    return total / inputs
 
 
 def regularizer(curvature: Tensor, rates: Sequence[float]) -> float:
