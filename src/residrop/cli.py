@@ -1,4 +1,4 @@
-"""The command line: `residrop train | compare | evaluate | predict | recalibrate | export | recipes | bench`."""
+"""The command line: `residrop train | compare | evaluate | predict | recalibrate | export | analyze | ...`."""
 
 import contextlib
 import io
@@ -14,12 +14,14 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from residrop import commands
+from residrop.analyze.command import ANALYZE, INSTRUMENTS, analyze_command
 from residrop.bench.command import BENCHMARKS, QUICK, BenchSkip, bench_skip_command
 from residrop.bench.inference_command import QUICK_INFERENCE, BenchInference, bench_inference_command
 from residrop.bench.swapout_command import QUICK_SWAPOUT, BenchSwapout, bench_swapout_command
 from residrop.errors import ConfigError, RunError, UsageError
 from residrop.evaluating import Wanted, evaluate_command
 from residrop.export_command import Export, Recalibrate, Weights, check_weights, export_command, recalibrate_command
+from residrop.reproduce_command import Reproduce, reproduce_command
 from residrop.training import Interrupted, Recipe, preset
 from residrop.training.distributed import SaidElsewhere, launched_ranks
 
@@ -36,7 +38,9 @@ commands:
   predict      class, probability, uncertainty of image files          residrop predict runs/digits-001 photo.png
   recalibrate  fit batch norm to prediction in one pass                residrop recalibrate runs/digits-001
   export       write a run as a file without residrop                  residrop export runs/digits-001 --to model.onnx
+  analyze      what random presence does to a network              residrop analyze survival runs/digits-001
   recipes      list the papers' protocols, networks and rules          residrop recipes
+  reproduce    tables and figures of the papers, beside ours           residrop reproduce swapout/table-2
   bench        time against peers and limits, side by side             residrop bench skip --quick
 
 residrop COMMAND --help explains every option. Without options, train and compare use the digits that come with
@@ -258,6 +262,10 @@ def _export(arguments: Sequence[str], prog: str) -> int:
     return export_command(_parse(Export, arguments, prog))
 
 
+def _reproduce(arguments: Sequence[str], prog: str) -> int:
+    return reproduce_command(_parse(Reproduce, arguments, prog))
+
+
 def _recipes(arguments: Sequence[str], prog: str) -> int:
     args = _parse(Recipes, arguments, prog)
     what = next((name for name in ("networks", "rules", "data") if getattr(args, name)), "recipes")
@@ -282,6 +290,16 @@ def _bench(arguments: Sequence[str], prog: str) -> int:
     return command(_parse(kind, arguments[1:], f"{prog} {name}", quick if "--quick" in arguments else kind()))
 
 
+def _analyze(arguments: Sequence[str], prog: str) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(ANALYZE, end="")
+        return 0
+    name = arguments[0]
+    if name not in INSTRUMENTS:
+        raise ConfigError(f"instrument {name!r} is unknown; choose {' or '.join(INSTRUMENTS)}")
+    return analyze_command(name, _parse(INSTRUMENTS[name], arguments[1:], f"{prog} {name}"))
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "train": _train,
     "compare": _compare,
@@ -289,7 +307,9 @@ _COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "predict": _predict,
     "recalibrate": _recalibrate,
     "export": _export,
+    "analyze": _analyze,
     "recipes": _recipes,
+    "reproduce": _reproduce,
     "bench": _bench,
 }
 

@@ -33,7 +33,7 @@ def check_target(target: str | None) -> None:
     if target in (None, "-"):
         return
     path = Path(target)
-    place = next(folder for folder in path.absolute().parents if folder.exists())
+    place = next((folder for folder in path.absolute().parents if folder.exists()), path)
     if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"--json {target} cannot be written; give another file")
 
