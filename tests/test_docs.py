@@ -1,0 +1,343 @@
+"""The pages: their code runs, their command lines parse, their numbers are measured, and the site builds offline."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+import torch.distributed as dist
+import tyro
+
+import residrop
+from residrop import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+CONTINUED = ("extend.md",)  # pages whose blocks build on those before; elsewhere every block stands alone
+OPTIONAL = ("timm", "transformers", "accelerate", "lightning")
+
+
+# Python
+
+
+def python_of(page: Path) -> list[tuple[int, str]]:
+    """Code of a page and the line it begins at, line by line where the page has it: tracebacks point into the page."""
+    text = page.read_text()
+    blocks = []
+    for found in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        above = text[: found.start(1)].count("\n")
+        blocks.append((above + 1, "\n" * above + found[1]))
+    if page.name not in CONTINUED:
+        return blocks
+    whole = ""
+    for _, code in blocks:
+        whole += code[whole.count("\n") :]
+    return [(blocks[0][0], whole)]
+
+
+CODE = [
+    pytest.param(page, code, id=f"{page.relative_to(ROOT)}:{line}") for page in PAGES for line, code in python_of(page)
+]
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """A folder, a process group of one and a catalogue that no other test sees."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    rules = dict(residrop.RULES)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield lambda: [monkeypatch.setenv(*pair) for pair in torchrun.items()]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    residrop.RULES.clear()
+    residrop.RULES.update(rules)
+
+
+@pytest.mark.parametrize(("page", "code"), CODE)
+def test_python_of_the_pages_runs(page, code, alone):
+    for library in OPTIONAL:
+        if re.search(rf"^(import|from) {library}\b", code, re.MULTILINE):
+            pytest.importorskip(library)
+    if "init_process_group" in code:
+        alone()
+    names = {"__name__": page.stem}
+    exec(compile(code, str(page), "exec"), names)
+    assert "residrop" in names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "code"), python_of(DOCS / "distributed.md"))
+def test_code_of_the_distributed_page_runs_on_two_processes(line, code, tmp_path):
+    pytest.importorskip("transformers" if "transformers" in code else "torch")
+    (tmp_path / "block.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "block.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_code_is_where_the_page_has_it():
+    page = DOCS / "extend.md"
+    lines = page.read_text().splitlines()
+    ((_, code),) = python_of(page)
+    written = [(number, line) for number, line in enumerate(code.splitlines()) if line]
+    assert len(written) > 60
+    assert all(lines[number] == line for number, line in written)
+
+
+# Shell
+
+
+def shell_of(page: Path) -> list[str]:
+    """Command lines of a page that call residrop: in blocks, and in the text."""
+    text = page.read_text()
+    blocks = re.findall(r"^```(?!python)\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    calls = [part.strip() for line in lines for part in line.split("&&")]
+    return [line for line in [*calls, *re.findall(r"`([^`\n]+)`", text)] if re.match(r"(torchrun .* )?residrop ", line)]
+
+
+SHELL = sorted({line for page in PAGES for line in shell_of(page)})
+STANDS_FOR = {"NAME": "digits", "[NAME]": "digits", "...": ""}
+
+
+class Parsed(Exception):
+    pass
+
+
+def words_of(line: str) -> list[str]:
+    """Arguments that residrop is given; those only that stand for any number of others are left out."""
+    words = shlex.split(re.split(r"residrop ", line, maxsplit=1)[1].split(" | ")[0], comments=True)
+    words = [STANDS_FOR.get(word, word) for word in words if word != "--resume"]  # which asks for a directory
+    words = [word for word in words if word]
+    return [*words, "--help"] if len(words) == 1 else [*words, *(["model.onnx"] if words[-1] == "--to" else [])]
+
+
+@pytest.fixture
+def parsing(monkeypatch):
+    """Commands end when their arguments are read; returns the exit code."""
+    read = tyro.cli
+
+    def only_read(*args, **kwargs):
+        read(*args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(tyro, "cli", only_read)
+
+    def code(words):
+        try:
+            return cli.main(words)
+        except Parsed:
+            return 0
+        except SystemExit as stop:
+            return stop.code
+
+    return code
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_command_lines_of_the_pages_are_understood(line, parsing, capsys):
+    assert parsing(words_of(line)) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("residrop train --epochs 3", 0),
+        ("residrop train --epoch 3", 2),
+        ("residrop train --recipe unknown", 2),
+        ("residrop trains", 2),
+        ("residrop export RUN --to", 0),
+        ("residrop export RUN --too a", 2),
+        ("residrop recipes [NAME]", 0),
+        ("torchrun --nproc-per-node 2 -m residrop train --rule many words", 2),
+        ("torchrun --nproc-per-node 2 -m residrop train ...", 0),
+    ],
+)
+def test_command_check_catches(line, code, parsing, capsys):
+    assert parsing(words_of(line)) == code, capsys.readouterr().err
+
+
+# Numbers
+
+BLOCK = {"rule": "stochastic-depth", "granularity": "block", "survival": "uniform(0.5)", "variant": "residrop"}
+DECAY = {**BLOCK, "survival": "linear_decay(0.5)"}
+PEER = {**BLOCK, "variant": "torchvision StochasticDepth"}
+BOTH = ({"model": "resnet-56"}, {"model": "resnet-110"})
+TWENTY = {"model": "resnet-20 W x1"}
+THREE = [{"rule": "constant"}, {"rule": "stochastic-depth"}, {"rule": "swapout"}]
+TEN_EPOCHS = [{"rule": "constant"}] + [{"rule": "stochastic-depth", "expected_depth": depth} for depth in (8.5, 6.5)]
+WIRED = [{"network": "resnet-56", "wiring": wiring} for wiring in ("data_parallel", "find_unused_parameters")]
+QUOTED = [  # page, its words, file in results/, what tells each row, the value's name
+    (
+        "choose",
+        "{:.2f} of constant depth on ResNet-56, {:.2f} on ResNet-110",
+        "skip",
+        [BLOCK | one for one in BOTH],
+        "relative_to_constant",
+    ),
+    (
+        "choose",
+        "linear decay to 0.5 | {:.2f} and {:.2f} |",
+        "skip",
+        [DECAY | one for one in BOTH],
+        "relative_to_constant",
+    ),
+    ("choose", "uniform 0.5 | {:.2f} and {:.2f} |", "skip", [PEER | one for one in BOTH], "relative_to_constant"),
+    (
+        "choose",
+        "{:.2f} of constant depth, {:.2f} once compiled",
+        "swapout",
+        [TWENTY | {"variant": f"residrop, {how}"} for how in ("eager", "compiled")],
+        "relative_to_constant",
+    ),
+    ("choose", "`swapout` | {:.2f}%, {:.2f}%, {:.2f}% |", "digits_compare", THREE, "deterministic_error"),
+    ("choose", "30 samples | {:.2f}%, {:.2f}%, {:.2f}% |", "digits_compare", THREE, "sampled_error"),
+    ("choose", "30 samples | {:.2f}%, ", "digits_compare", [{"rule": "depth-dropout"}], "deterministic_error"),
+    ("choose", "%, {:.2f}% | the same", "digits_compare", [{"rule": "depth-dropout"}], "sampled_error"),
+    ("choose", "0.5 | {:.2f}%, {:.2f}%, {:.2f}% |", "cifar10_10epochs", TEN_EPOCHS, "deterministic_error"),
+    ("distributed", "{:.2f} MiB of gradients instead of {:.2f}", "wirings", WIRED, "bytes"),
+]
+
+
+@pytest.mark.parametrize(("page", "words", "file", "rows", "name"), QUOTED)
+def test_quoted_numbers_are_those_measured(page, words, file, rows, name):
+    measured = json.loads((ROOT / "results" / f"{file}_cpu_202611.json").read_text())["entries"]
+    values = []
+    for row in rows:
+        (found,) = [one for one in measured if all(one.get(key) == pytest.approx(row[key]) for key in row)]
+        values.append(found[name] / (2**20 if name == "bytes" else 1))
+    text = " ".join((DOCS / f"{page}.md").read_text().split())
+    assert words.format(*values) in text
+
+
+# The site
+
+
+class Tags(HTMLParser):
+    """Ids, links and loaded resources of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.ids |= {given[name] for name in ("id", "name") if name in given}
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        elif tag == "link":
+            self.loaded.append(given.get("href", ""))
+        else:
+            self.loaded += [given[name] for name in ("src", "srcset", "poster", "data") if name in given]
+
+    def handle_data(self, data: str) -> None:
+        self.loaded += loaded_by_style(data)
+
+
+def loaded_by_style(text: str) -> list[str]:
+    """What style sheets load; the drawings that they hold are no resources."""
+    return [
+        url for url in re.findall(r"""(?:url\(|@import )\s*["']?([^"')\s]+)""", text) if not url.startswith("data:")
+    ]
+
+
+def from_elsewhere(site: Path) -> list[str]:
+    """Scripts, styles, fonts, images that pages or their style sheets load from the network."""
+    loaded = [(page, url) for page in site.rglob("*.html") for url in Tags(page.read_text()).loaded]
+    loaded += [(sheet, url) for sheet in site.rglob("*.css") for url in loaded_by_style(sheet.read_text())]
+    return [f"{page.relative_to(site)}: {url}" for page, url in loaded if re.match(r"(https?:)?//", url)]
+
+
+def broken_links(site: Path) -> list[str]:
+    """Links within the site to files or anchors that are not there."""
+    pages = {page.resolve(): Tags(page.read_text()) for page in site.rglob("*.html")}
+    broken = []
+    for page, tags in pages.items():
+        for link in tags.links:
+            scheme, host, path, _, anchor = urlsplit(link)
+            if scheme or host:
+                continue
+            root = site if path.startswith("/") else page.parent
+            target = (root / unquote(path).lstrip("/")).resolve() if path else page
+            ids = pages[target].ids if target in pages else set()
+            if not target.is_file() or (anchor and not anchor.startswith("__") and unquote(anchor) not in ids):
+                broken.append(f"{page.relative_to(site.resolve())}: {link}")
+    return broken
+
+
+def public_names() -> dict[str, str]:
+    """Every name that the package and its public folders export, and where it is defined."""
+    found = {}
+    for folder in ("", "distributed", "inference", "theory"):
+        module = ".".join(filter(None, ["residrop", folder]))
+        tree = ast.parse((ROOT / "src" / "residrop" / folder / "__init__.py").read_text())
+        for node in tree.body:
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                value = getattr(sys.modules[module], alias.name)
+                path = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else None
+                found[f"{module}.{alias.name}"] = path or f"{module}.{alias.name}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
+    # not --quiet, under which nothing is left to be strict about
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+def test_site_is_whole_and_needs_no_network(site, capsys):
+    """One test, so that several processes of pytest-xdist build it once."""
+    assert from_elsewhere(site) == []
+    assert broken_links(site) == []
+    documented = set().union(*(Tags(page.read_text()).ids for page in (site / "api").glob("*.html")))
+    missing = [name for name, path in public_names().items() if path not in documented]
+    assert missing == [], f"give them a line in docs/api/: {missing}"
+    page = Tags((site / "cli.html").read_text())
+    cli.main(["--help"])
+    listed = re.findall(r"^  (\w+)  +\S.*  residrop ", capsys.readouterr().out, re.MULTILINE)
+    assert len(listed) >= 8
+    assert set(listed) <= page.ids
+    pages = {page.relative_to(DOCS).with_suffix(".html") for page in DOCS.rglob("*.md")}
+    reached = {link for link in Tags((site / "index.html").read_text()).links if not urlsplit(link).scheme}
+    assert {str(page) for page in pages} <= {urlsplit(link).path for link in reached} | {"index.html"}
+
+
+def test_site_checks_catch(tmp_path):
+    (tmp_path / "a.html").write_text(
+        """<h1 id="top">A</h1><a href="#top"></a><a href="b.html#here"></a><a href="https://arxiv.org/abs/1"></a>
+        <a href="b.html#gone"></a><a href="c.html"></a><img src="a.png"><script src="//cdn.org/x.js"></script>
+        <link href="https://fonts.org/f.css">
+        <style>@import "https://fonts.org/g.css"; a {background: url(data:)}</style>"""
+    )
+    (tmp_path / "b.html").write_text("""<p id="here"></p><a href="./a.html"></a><a href="/a.html#top"></a>""")
+    (tmp_path / "s.css").write_text("""@font-face {src: url('http://fonts.org/h.woff')} b {src: url("local.woff")}""")
+    assert broken_links(tmp_path) == ["a.html: b.html#gone", "a.html: c.html"]
+    assert len(from_elsewhere(tmp_path)) == 4
