@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -161,12 +161,18 @@ def _progress(console: Console, total: int, what: str) -> Iterator[Callable[[], 
         yield lambda: bar.advance(task)
 
 
+def _timing(unit: Unit, target: Target, console: Console) -> AbstractContextManager[Callable[[], None]]:
+    return _progress(console, 5 * len(target.rates) if unit == "time" else 0, "timing blocks")
+
+
 def _depth(a: AnalyzeDepth, target: Target, console: Console) -> dict[str, Any]:
-    return measure_depth(target, a.unit, a.beta)
+    with _timing(a.unit, target, console) as tell:
+        return measure_depth(target, a.unit, a.beta, tell=tell)
 
 
 def _survival(a: AnalyzeSurvival, target: Target, console: Console) -> dict[str, Any]:
-    return measure_survival(target, a.budgets, a.unit, a.least)
+    with _timing(a.unit, target, console) as tell:
+        return measure_survival(target, a.budgets, a.unit, a.least, tell=tell)
 
 
 def _gradients(a: AnalyzeGradients, target: Target, console: Console) -> dict[str, Any]:

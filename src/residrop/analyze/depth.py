@@ -17,9 +17,11 @@ from residrop.theory import cost_law, costs_of, depth_bound, depth_bound_probabi
 __all__ = ["draw_depth", "measure_depth", "table_of_depth"]
 
 
-def measure_depth(target: Target, unit: Literal["blocks", "flops", "time"], beta: float) -> dict[str, Any]:
+def measure_depth(
+    target: Target, unit: Literal["blocks", "flops", "time"], beta: float, *, tell: Any = None
+) -> dict[str, Any]:
     """Exact laws of depth and cost under the target's rates, and under uniform and linear ones of the same sum."""
-    costs = costs_of(target.model, unit, target.x)
+    costs = costs_of(target.model, unit, target.x, tell=tell)
     blocks, budget = len(target.rates), math.fsum(target.rates)
     modes = {"its own": target.rates, "uniform": uniform_at(blocks, budget)}
     with contextlib.suppress(ConfigError):  # linear decay cannot drop that much
@@ -85,11 +87,13 @@ def table_of_depth(found: dict[str, Any]) -> Table:
 
 def draw_depth(found: dict[str, Any], path: Path) -> None:
     """The laws of the work of a step, and the rates they come from."""
+    total = found["fixed"] + sum(found["costs"])
     with panels(path, 2, f"{found['target']}: depth of a step") as (left, right):
         for number, row in enumerate(found["rows"]):
             places, heights = np.array(row["values"]), np.array(row["probabilities"])
-            if len(places) > 150:  # many different sums: a histogram
-                heights, edges = np.histogram(places, bins=60, weights=heights)
+            if len(places) > found["blocks"] + 1:  # unequal costs make many sums close to each other
+                bins = min(60, found["blocks"] + 1)
+                heights, edges = np.histogram(places, bins, range=(found["fixed"] / total, 1.0), weights=heights)
                 places = (edges[:-1] + edges[1:]) / 2
             left.plot(places, heights, drawstyle="steps-mid", color=f"C{number}", label=row["mode"])
             left.axvline(row["work_mean"], color=f"C{number}", linestyle=":")

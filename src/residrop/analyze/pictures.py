@@ -19,6 +19,7 @@ def panels(path: Path, count: int, title: str) -> Iterator[list[Any]]:
         ConfigError: the file cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import AutoLocator, MaxNLocator
 
     across = count if count < 3 else 2
     down = -(-count // across)
@@ -29,6 +30,8 @@ def panels(path: Path, count: int, title: str) -> Iterator[list[Any]]:
         unused.set_axis_off()
     for one in axes[:count]:
         one.grid(alpha=0.25)
+        if one.get_xlabel().startswith(("block", "epoch")) and isinstance(one.xaxis.get_major_locator(), AutoLocator):
+            one.xaxis.set_major_locator(MaxNLocator(integer=True))
         if one.get_legend_handles_labels()[0]:
             one.legend(frameon=False, fontsize=9)
     figure.suptitle(title)

@@ -18,10 +18,15 @@ __all__ = ["draw_survival", "measure_survival", "table_of_survival"]
 
 
 def measure_survival(
-    target: Target, budgets: Sequence[float], unit: Literal["blocks", "flops", "time"], least: float
+    target: Target,
+    budgets: Sequence[float],
+    unit: Literal["blocks", "flops", "time"],
+    least: float,
+    *,
+    tell: Any = None,
 ) -> dict[str, Any]:
     """Scores, discrepancies and costs of the blocks, and rates at every budget in every mode that can meet it."""
-    costs = costs_of(target.model, unit, target.x)
+    costs = costs_of(target.model, unit, target.x, tell=tell)
     scores = sensitivity(target.model, target.batches, target.loss)
     removal = removal_losses(target.model, target.batches, target.loss)
     curvature = discrepancy(target.model, target.batches, target.loss).curvature

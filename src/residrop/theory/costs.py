@@ -45,7 +45,14 @@ class Costs(NamedTuple):
         return self.fixed + sum(self.branches)
 
 
-def costs_of(model: nn.Module, unit: Unit, x: Tensor | None = None, *, repeats: int = 5) -> Costs:
+def costs_of(
+    model: nn.Module,
+    unit: Unit,
+    x: Tensor | None = None,
+    *,
+    repeats: int = 5,
+    tell: Callable[[], None] | None = None,
+) -> Costs:
     """The cost of each branch and of the rest, for a batch.
 
     Time is measured: medians over `repeats` of what forward and backward take longer than without one block, block by
@@ -56,6 +63,7 @@ def costs_of(model: nn.Module, unit: Unit, x: Tensor | None = None, *, repeats: 
         unit: see `Costs`.
         x: the batch, on the device of the model; for "flops" and "time".
         repeats: for "time".
+        tell: for "time", called after each of L * `repeats` pairs of steps, for a progress bar.
 
     Raises:
         ConfigError: an unknown unit, no batch, or no rules.
@@ -76,10 +84,10 @@ def costs_of(model: nn.Module, unit: Unit, x: Tensor | None = None, *, repeats: 
         with kept_as_is(model, training=False), torch.no_grad(), gated(model, torch.ones(count)), counter:
             model(x)
         return Costs(branches, float(counter.get_total_flops()) - sum(branches), unit)
-    return _timed(model, x, count, repeats)
+    return _timed(model, x, count, repeats, tell)
 
 
-def _timed(model: nn.Module, x: Tensor, count: int, repeats: int) -> Costs:
+def _timed(model: nn.Module, x: Tensor, count: int, repeats: int, tell: Callable[[], None] | None) -> Costs:
     draws = sampler_of(model).expectation().draws
     rules = rules_of(model)
     if any(rule.site.granularity != "block" or not rule.rates for rule in rules):
@@ -103,6 +111,8 @@ def _timed(model: nn.Module, x: Tensor, count: int, repeats: int) -> Costs:
                 full = step(None)
                 whole.append(full)
                 seconds[absent].append(full - step(absent))
+                if tell is not None:
+                    tell()
     branches = tuple(max(1e-9, median(found)) for found in seconds)
     return Costs(branches, max(0.0, median(whole) - sum(branches)), "time")
 

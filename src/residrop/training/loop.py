@@ -246,6 +246,8 @@ def _first_weights(model: nn.Module) -> nn.Parameter:
 def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch: int, meter: Meter) -> None:
     """What is measured between two epochs: survival rates if they are due, and what the recipe watches."""
     if due(recipe, epoch):
+        if "time" in str(recipe.budget):
+            meter.line("timing every block for the budget; this takes some ten steps a block")
         state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks))
         state.seconds += state.survival[-1]["seconds"]
         book.append("survival", state.survival[-1])
