@@ -1,12 +1,11 @@
 """Microseconds that the plan of a step costs, for 54 blocks at most 50: python benchmarks/draw.py [--json FILE]."""
 
 import argparse
-import json
-import platform
 import time
 from pathlib import Path
 from statistics import median
 
+from residrop import ledger
 from residrop.sampler import DepthSampler, Site
 from residrop.survival import linear_decay
 
@@ -32,7 +31,8 @@ for granularity in ("block", "row", "unit"):
             "blocks": arguments.blocks,
             "microseconds": 1e6 * median(times),
         }
-        rows.append({**row, "python": platform.python_version(), "machine": platform.machine()})
+        rows.append(row)
         print(f"{granularity:<6} {timing:<16} {row['microseconds']:6.1f} us a plan of {arguments.blocks} blocks")
 if arguments.json:
-    arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    command = f"python benchmarks/draw.py --blocks {arguments.blocks}"
+    ledger.save(arguments.json, "Time to plan one step", command, rows)

@@ -5,8 +5,6 @@ expectation with the statistics of training, after `residrop.recalibrate` in eac
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 import torch
 
 import residrop
+from residrop import ledger
 from residrop.data import Loader, load
 from residrop.inference import score
 from residrop.training import Recipe, load_run, train
@@ -141,9 +140,6 @@ def rows_of(name, seed):
             "largest_change": done.largest_change if done else 0.0,
             "variance_of_sums": ratios["sums"] if done else 1.0,
             "variance_in_branches": ratios["branches"] if done else 1.0,
-            "torch": torch.__version__,
-            "residrop": residrop.__version__,
-            "machine": platform.machine(),
         }
 
 
@@ -170,6 +166,15 @@ def draw(path, rows):
     figure.savefig(path)
 
 
+def command():
+    """How to repeat it, without the places of files."""
+    options = ("network", "epochs", "limit", "test_limit", "batches", "seeds", "samples")
+    given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) != parser.get_default(name)}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+    models = f"--models {' '.join(arguments.models)}"
+    return " ".join(["python benchmarks/recalibration.py", f"--data {'digits' if DIGITS else 'PATH'}", *words, models])
+
+
 rows = []
 for name in arguments.models:
     for seed in range(arguments.seeds):
@@ -180,7 +185,6 @@ for name in arguments.models:
                 f"change {row['change']:+6.2f} ± {row['change_se']:.2f}  NLL {row['nll']:.4f}  ECE {row['ece']:5.2f}%"
             )
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+            ledger.save(arguments.json, f"Recalibrated batch norm on {NAME}", command(), rows)
 if arguments.plot:
     draw(arguments.plot, rows)

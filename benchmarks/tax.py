@@ -6,8 +6,6 @@ ratio is the median over steps of the ratio of two neighbouring steps, with its 
 
 import argparse
 import copy
-import json
-import platform
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ import torchvision
 from torch.nn import functional as F
 
 import residrop
+from residrop import ledger
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=40)
@@ -75,11 +74,10 @@ for name, plain, ruled, pixels, batch_size in pairs():
             "steps": arguments.steps,
             "relative_to_plain": middle,
             "quartiles": [low, high],
-            "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
         }
     )
     print(f"{name:<28} {middle:.4f} of the plain step (quartiles {low:.4f} to {high:.4f})")
 if arguments.json:
-    arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    command = f"python benchmarks/tax.py --steps {arguments.steps}"
+    ledger.save(arguments.json, "Cost of rules that drop nothing", command, rows)

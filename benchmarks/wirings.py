@@ -9,8 +9,6 @@ find_unused_parameters, DDP around every branch, composable `replicate` on every
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import residrop
+from residrop import ledger
 from residrop.distributed import data_parallel
 
 
@@ -150,8 +149,6 @@ def measure(network: str, steps: int) -> list[dict[str, object]]:
                 "seconds": statistics.median(times),
                 "relative_to_none": statistics.median(ratios),
                 "parameter_bytes": sum(p.nbytes for p in models["none"].parameters()),
-                "torch": torch.__version__,
-                "machine": platform.machine(),
             }
         )
     return found
@@ -172,7 +169,10 @@ def main() -> None:
                 f"{row['bytes'] / 2**20:7.2f} MiB {1000 * row['seconds']:7.1f} ms {row['relative_to_none']:5.2f}x"
             )
         if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+            command = (
+                f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/wirings.py --steps {arguments.steps}"
+            )
+            ledger.save(arguments.json, "Data-parallel wirings", command, rows)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ from residrop.bench.swapout_command import QUICK_SWAPOUT, BenchSwapout, bench_sw
 from residrop.errors import ConfigError, RunError, UsageError
 from residrop.evaluating import Wanted, evaluate_command
 from residrop.export_command import Export, Recalibrate, Weights, check_weights, export_command, recalibrate_command
+from residrop.report_command import Report, report_command
 from residrop.reproduce_command import Reproduce, reproduce_command
 from residrop.training import Interrupted, Recipe, preset
 from residrop.training.distributed import SaidElsewhere, launched_ranks
@@ -41,6 +42,7 @@ commands:
   analyze      what random presence does to a network              residrop analyze survival runs/digits-001
   recipes      list the papers' protocols, networks and rules          residrop recipes
   reproduce    tables and figures of the papers, beside ours           residrop reproduce swapout/table-2
+  report       what was measured, as Markdown and one HTML page        residrop report
   bench        time against peers and limits, side by side             residrop bench skip --quick
 
 residrop COMMAND --help explains every option. Without options, train and compare use the digits that come with
@@ -149,22 +151,6 @@ class Predict:
     """Write the predictions to this file as JSON (- for standard output)."""
 
 
-@dataclass(frozen=True)
-class Recipes:
-    """List recipes (the papers' protocols), or show one in full."""
-
-    name: Annotated[str | None, tyro.conf.Positional] = None
-    """Recipe to show with all its fields."""
-    networks: bool = False
-    """List the networks instead."""
-    rules: bool = False
-    """List the rules instead."""
-    data: bool = False
-    """List the data sources instead."""
-    json: str | None = None
-    """Write the listing to this file as JSON (- for standard output)."""
-
-
 _Args = TypeVar("_Args")
 
 
@@ -266,8 +252,12 @@ def _reproduce(arguments: Sequence[str], prog: str) -> int:
     return reproduce_command(_parse(Reproduce, arguments, prog))
 
 
+def _report(arguments: Sequence[str], prog: str) -> int:
+    return report_command(_parse(Report, arguments, prog))
+
+
 def _recipes(arguments: Sequence[str], prog: str) -> int:
-    args = _parse(Recipes, arguments, prog)
+    args = _parse(commands.Recipes, arguments, prog)
     what = next((name for name in ("networks", "rules", "data") if getattr(args, name)), "recipes")
     return commands.recipes_command(args.name, what, args.json)
 
@@ -310,6 +300,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str], str], int]] = {
     "analyze": _analyze,
     "recipes": _recipes,
     "reproduce": _reproduce,
+    "report": _report,
     "bench": _bench,
 }
 

@@ -5,10 +5,12 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +32,7 @@ from residrop.training.run import check_same
 from residrop.training.setup import choose_device, precision_context, prepare
 
 __all__ = [
+    "Recipes",
     "compare_command",
     "free_directory",
     "predict_command",
@@ -37,6 +40,22 @@ __all__ = [
     "recipes_command",
     "train_command",
 ]
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List recipes (the papers' protocols), or show one in full."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """Recipe to show with all its fields."""
+    networks: bool = False
+    """List the networks instead."""
+    rules: bool = False
+    """List the rules instead."""
+    data: bool = False
+    """List the data sources instead."""
+    json: str | None = None
+    """Write the listing to this file as JSON (- for standard output)."""
 
 
 def free_directory(name: str) -> Path:

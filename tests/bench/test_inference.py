@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from residrop import ledger
 from residrop.bench.inference import CASES, Case, InferenceSettings, bench_inference
 from residrop.cli import main
 from residrop.errors import ConfigError
@@ -156,13 +157,15 @@ def test_table_and_json(cli, tmp_path):
     flat = " ".join(out.split())
     assert "resnet-8, stochastic-depth linear_decay(0.5): 2 samples, batch of 2 at 32 px, 1 steps" in flat
     assert "naive" in out
-    rows = json.loads((tmp_path / "found.json").read_text())
+    document = json.loads((tmp_path / "found.json").read_text())
+    ledger.check(document)
+    rows = document["entries"]
     assert [row["variant"] for row in rows] == VARIANTS
     code, out, _ = cli(
         "--no-compile", *TINY[3:], "--cases", "tiny", "tiny-swapout", "--batch-size", 2, 1, "--quick", "--json", "-"
     )
     assert code == 0
-    found = [(row["model"], row["batch_size"]) for row in json.loads(out)[::3]]
+    found = [(row["model"], row["batch_size"]) for row in json.loads(out)["entries"][::3]]
     assert found == [(model, size) for size in (2, 1) for model in ("resnet-8", "resnet-ours-8")]
 
 
@@ -170,7 +173,7 @@ def test_interrupted_command_prints_what_it_has(cli, clock, tmp_path):
     clock([1.0] * 6 + [KeyboardInterrupt()])  # a step of warm-up, one that counts, then the next case
     code, _, err = cli(*TINY, "--cases", "tiny", "tiny-swapout", "--json", tmp_path / "found.json")
     assert code == 130
-    assert len(json.loads((tmp_path / "found.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "found.json").read_text())["entries"]) == 3
     assert "interrupted; 3 rows were measured" in err
 
 

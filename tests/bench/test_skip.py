@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import residrop
+from residrop import ledger
 from residrop.attach import depth_of, sampler_of
 from residrop.bench import Comparison, Settings, bench_skip
 from residrop.bench.networks import has_timm, network
@@ -234,7 +235,13 @@ def test_table_and_json_file(cli, tmp_path):
     assert code == 0
     assert "resnet-8, 0.5: batch of 4 at 32 px, fp32, contiguous, 1 steps" in out
     assert "index gather" in out
-    rows = json.loads((tmp_path / "skip.json").read_text())
+    document = json.loads((tmp_path / "skip.json").read_text())
+    ledger.check(document)
+    assert (
+        document["command"]
+        == "residrop bench skip --models resnet-8 --survival 0.5 --batch-size 4 --steps 1 --contiguous"
+    )
+    rows = document["entries"]
     assert [(row["variant"], row["granularity"]) for row in rows] == VARIANTS
     assert {row["memory_format"] for row in rows} == {"contiguous"}
 
@@ -244,7 +251,7 @@ def test_json_on_standard_output_is_nothing_else(cli):
         "skip", *TINY[:2], "--survival", "0.5", "0.9", "--quick", "--batch-size", 4, "--steps", 1, "--json", "-"
     )
     assert code == 0
-    rows = json.loads(out)
+    rows = json.loads(out)["entries"]
     assert len(rows) == 2 * len(VARIANTS)
     assert {(row["survival"], row["batch_size"], row["steps"]) for row in rows} == {("0.5", 4, 1), ("0.9", 4, 1)}
 
@@ -256,7 +263,7 @@ def test_interrupted_command_prints_what_it_has(cli, clock, tmp_path):
     assert code == 130
     assert "resnet-8, 0.5" in out
     assert "resnet-8, 0.9" not in out
-    assert len(json.loads((tmp_path / "skip.json").read_text())) == count
+    assert len(json.loads((tmp_path / "skip.json").read_text())["entries"]) == count
     assert f"interrupted; {count} rows were measured" in err
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from residrop import kernels
+from residrop import kernels, ledger
 from residrop.bench import swapout
 from residrop.bench.swapout import SwapoutSettings, bench_steps, bench_swapout
 from residrop.cli import main
@@ -78,6 +78,8 @@ def test_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "residrop, compiled" in out
     assert "resnet-20 W x1" in out
-    assert len(json.loads(target.read_text())) == 9
+    document = json.loads(target.read_text())
+    ledger.check(document)
+    assert len(document["entries"]) == 9
     assert main(["bench", "swapout", "--shapes", "8,x"]) == 2
     assert "give sizes such as" in capsys.readouterr().err

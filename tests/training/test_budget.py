@@ -236,3 +236,19 @@ def test_set_survival_during_training_is_a_run_at_the_new_rates():
     for _ in range(6):
         losses = [F.cross_entropy(each.train()(x), y) for each in (model, same)]
         assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(("budget", "dtype"), [("0.6 of time", torch.bfloat16), ("0.6 of flops", None)])
+def test_time_is_measured_in_the_arithmetic_of_the_training(tiny, tmp_path, monkeypatch, budget, dtype):
+    seen = []
+    original = loop.rates_now
+
+    def spy(*args):
+        enabled = torch.is_autocast_enabled("cpu")
+        seen.append(torch.get_autocast_dtype("cpu") if enabled else None)
+        return original(*args)
+
+    monkeypatch.setattr(loop, "rates_now", spy)
+    train(tiny(survival=None, budget=budget, epochs=1, precision="bf16"), tmp_path, quiet=True)
+    assert seen == [dtype]
+    assert 0.0 < lines_of(tmp_path, "survival")[0]["rates"][0] < 1.0

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from residrop.bench.gather import gather
+from residrop.bench.gather import command_of, gather
 from residrop.bench.networks import network
 from residrop.bench.show import progress, table_of
 from residrop.bench.skip import MODELS, Settings, bench_skip
@@ -79,6 +79,8 @@ QUICK = BenchSkip(
 def bench_skip_command(args: BenchSkip) -> int:
     """Measure, print a table per network and survival, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
+    said = command_of("residrop bench skip", args, QUICK if args.quick else BenchSkip())
+    said += " --quick" if args.quick else ""
     settings = Settings(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -91,4 +93,5 @@ def bench_skip_command(args: BenchSkip) -> int:
     for name in args.models:  # all of them before the first is measured
         network(name)
     with progress(Console(stderr=True, markup=False), len(args.models) * len(args.survival)) as (on_start, on_step):
-        return gather(args.json, bench_skip(args.models, args.survival, settings, on_start, on_step), table_of)
+        parts = bench_skip(args.models, args.survival, settings, on_start, on_step)
+        return gather(args.json, parts, table_of, "Skipping against peers and the ideal", said)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from residrop.bench.gather import gather, steps_bar
+from residrop.bench.gather import command_of, gather, steps_bar
 from residrop.bench.inference import CASES, InferenceSettings, bench_inference
 from residrop.errors import ConfigError
 from residrop.output import check_target
@@ -55,6 +55,8 @@ QUICK_INFERENCE = BenchInference(cases=("resnet-56", "resnet-20-w2"), samples=5,
 def bench_inference_command(args: BenchInference) -> int:
     """Measure, print a table per case and batch size, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
+    said = command_of("residrop bench inference", args, QUICK_INFERENCE if args.quick else BenchInference())
+    said += " --quick" if args.quick else ""
     if not args.cases or not args.batch_size:
         raise ConfigError("no case or no batch size was given; name at least one of each")
     device = choose_device(args.device)
@@ -72,7 +74,7 @@ def bench_inference_command(args: BenchInference) -> int:
     total = len(args.cases) * sum(one.warmup + one.steps for one in every)
     with steps_bar("sampled inference", total) as on_step:
         parts = (found for settings in every for found in bench_inference(args.cases, settings, on_step))
-        return gather(args.json, parts, _table)
+        return gather(args.json, parts, _table, "Cost of sampled inference", said)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

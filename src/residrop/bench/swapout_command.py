@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from residrop.bench.gather import gather, steps_bar
+from residrop.bench.gather import command_of, gather, steps_bar
 from residrop.bench.swapout import NETWORKS, SHAPES, SwapoutSettings, bench_steps, bench_swapout
 from residrop.errors import ConfigError
 from residrop.output import check_target
@@ -66,6 +66,8 @@ def _shape(text: str) -> tuple[int, ...]:
 def bench_swapout_command(args: BenchSwapout) -> int:
     """Measure, print a table each, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
+    said = command_of("residrop bench swapout", args, QUICK_SWAPOUT if args.quick else BenchSwapout())
+    said += " --quick" if args.quick else ""
     shapes = [_shape(text) for text in args.shapes]
     settings = SwapoutSettings(
         steps=args.steps,
@@ -79,7 +81,7 @@ def bench_swapout_command(args: BenchSwapout) -> int:
     total = (len(shapes) + len(networks)) * (settings.warmup + settings.steps)
     with steps_bar("swapout (the first steps compile)", total) as on_step:
         parts = chain(bench_swapout(shapes, settings, on_step), bench_steps(networks, settings, on_step))
-        return gather(args.json, parts, _table)
+        return gather(args.json, parts, _table, "Cost of swapout against addition", said)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

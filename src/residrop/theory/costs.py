@@ -55,8 +55,8 @@ def costs_of(
 ) -> Costs:
     """The cost of each branch and of the rest, for a batch.
 
-    Time is measured: medians over `repeats` of what forward and backward take longer than without one block, block by
-    block, taking turns. On a machine that does other things it is uncertain by what they take.
+    Time is measured: how much longer forward and backward take than without one block, block by block, taking turns, of
+    each the shortest of `repeats`. A machine that does other things at all times makes it uncertain nevertheless.
 
     Args:
         model: a model with rules, not compiled.
@@ -102,19 +102,19 @@ def _timed(model: nn.Module, x: Tensor, count: int, repeats: int, tell: Callable
             torch.accelerator.synchronize(x.device)
         return time.perf_counter() - started
 
-    seconds: list[list[float]] = [[] for _ in range(count)]
-    whole: list[float] = []
+    full: list[list[float]] = [[] for _ in range(count)]
+    without: list[list[float]] = [[] for _ in range(count)]
     with kept_as_is(model, training=True), torch.enable_grad():
         step(None)
         for _ in range(repeats):
             for absent in range(count):
-                full = step(None)
-                whole.append(full)
-                seconds[absent].append(full - step(absent))
+                full[absent].append(step(None))
+                without[absent].append(step(absent))
                 if tell is not None:
                     tell()
-    branches = tuple(max(1e-9, median(found)) for found in seconds)
-    return Costs(branches, max(0.0, median(whole) - sum(branches)), "time")
+    whole = median(map(min, full))  # each the least of as many steps as below, so that neither is favoured
+    branches = tuple(max(1e-9, whole - min(found)) for found in without)
+    return Costs(branches, max(0.0, whole - sum(branches)), "time")
 
 
 def read_budget(budget: str | float) -> tuple[float, Unit]:

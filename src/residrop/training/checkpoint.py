@@ -36,7 +36,7 @@ from residrop.timing import parse as parse_timing
 from residrop.training.files import replacing
 from residrop.training.recipe import Recipe
 
-__all__ = ["Run", "build_network", "load_run", "survival_of", "write_json"]
+__all__ = ["Run", "build_network", "load_run", "survival_of", "versions", "write_json"]
 
 
 _SURVIVAL = "survival_rates"  # in the metadata of weights
@@ -104,7 +104,7 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
-            write_json(path / "versions.json", _versions())
+            write_json(path / "versions.json", versions())
             write_json(path / "dataset.json", {**dataset, "normalization": normalization.mode})
             tensors = {"mean": normalization.mean, "std": normalization.std}
             run._save_tensors("normalization.safetensors", tensors)
@@ -233,7 +233,8 @@ def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
     return run, model.eval()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Software and machine, as a run directory keeps them: no paths, no host names."""
     packages = ("residrop", "torch", "torchvision", "numpy")
     return {
         **{name: version(name) for name in packages},

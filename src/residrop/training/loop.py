@@ -147,7 +147,7 @@ def run_epochs(
     while state.update < recipe.epochs * steps:
         epoch = state.update // steps
         if state.update % steps == 0:
-            _measure(recipe, state, loader, book, epoch, meter)
+            _measure(recipe, state, loader, book, epoch, meter, autocast)
         expected = expected_depth_of(state.model)
         state.model.train()
         started = time.perf_counter()
@@ -243,12 +243,22 @@ def _first_weights(model: nn.Module) -> nn.Parameter:
     return next(parameter for parameter in block.branch.parameters() if parameter.ndim > 1)
 
 
-def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch: int, meter: Meter) -> None:
+def _measure(
+    recipe: Recipe,
+    state: State,
+    loader: Loader,
+    book: Logbook,
+    epoch: int,
+    meter: Meter,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
     """What is measured between two epochs: survival rates if they are due, and what the recipe watches."""
     if due(recipe, epoch):
-        if "time" in str(recipe.budget):
+        timed = "time" in str(recipe.budget)
+        if timed:
             meter.line("timing every block for the budget; this takes some ten steps a block")
-        state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks))
+        with autocast() if timed else nullcontext():  # time is that of the steps to come
+            state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks))
         state.seconds += state.survival[-1]["seconds"]
         book.append("survival", state.survival[-1])
         rates = state.survival[-1]["rates"]

@@ -2,8 +2,14 @@
 
 import json
 import multiprocessing
-from collections.abc import Mapping
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +17,70 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from residrop.errors import UsageError
+from residrop.errors import RunError, UsageError
 from residrop.training.loop import Interrupted
 from residrop.training.recipe import Recipe
 from residrop.training.run import check_same, train
 
 __all__ = ["train_all"]
 
-
-def _threads(count: int) -> None:
-    torch.set_num_threads(count)
+_stopping: Event | None = None  # of a worker: set when no further training may begin
 
 
-def _train(recipe: Recipe, path: Path) -> dict[str, Any] | str:
-    """What evaluation.json holds in the end, or the error or interruption as a text."""
+def _start(threads: int, stopping: Event) -> None:
+    """In a new worker. Ctrl-C reaches it from the parent, once, and not from the terminal, too: two end a training
+    without saving it. So it leaves the terminal's process group, and has to see for itself that the parent is gone.
+    """
+    global _stopping
+    _stopping = stopping
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(2.0)
+    os.kill(os.getpid(), signal.SIGTERM)  # a training saves its state first
+
+
+def _train(recipe: Recipe, path: Path) -> dict[str, Any] | str | None:
+    """What evaluation.json holds in the end, the error as a text, or None if it was stopped."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if _stopping is not None and _stopping.is_set():
+            return None
         return train(recipe, path, resume=True, quiet=True).to_dict()
-    except (UsageError, Interrupted) as error:
+    except (Interrupted, KeyboardInterrupt):
+        return None
+    except UsageError as error:
         return str(error)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train_all(
-    recipes: Mapping[str, Recipe], out: Path, *, workers: int = 2, console: Console | None = None
+    recipes: Mapping[str, Recipe],
+    out: Path,
+    *,
+    workers: int = 2,
+    console: Console | None = None,
+    on_finished: Callable[[str, dict[str, Any]], object] = lambda name, found: None,
+    quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Train every recipe into `out`/name, `workers` at a time, the threads of this process shared among them.
 
     Runs that are complete are read, those that were stopped are continued. Ctrl-C stops all of them after saving.
+
+    Args:
+        recipes: what to train, by name.
+        out: folder of the run directories.
+        workers: processes, at least 1.
+        console: where progress is written (default: standard error); `quiet` writes nothing.
+        on_finished: called with the name of a run and what its `evaluation.json` holds as soon as it is finished;
+            first for those that were complete before.
 
     Returns:
         What `evaluation.json` holds, by name.
@@ -51,36 +95,68 @@ def train_all(
         check_same(recipe, out / name, resume=True)
         if (out / name / "evaluation.json").exists():
             found[name] = json.loads((out / name / "evaluation.json").read_text())
+            on_finished(name, found[name])
     todo = {name: recipe for name, recipe in recipes.items() if name not in found}
+    if not todo:
+        return {name: found[name] for name in recipes}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    failed: dict[str, str] = {}
-    with (
-        Progress(*columns, console=console, transient=True) as progress,
-        ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_threads,
-            initargs=(max(1, torch.get_num_threads() // workers),),
-        ) as pool,
-    ):
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         task = progress.add_task("runs", total=len(recipes), completed=len(found))
-        futures: dict[Future[dict[str, Any] | str], str] = {
+
+        def finished(name: str, result: dict[str, Any]) -> None:
+            found[name] = result
+            progress.advance(task)
+            if not quiet:
+                error, seconds = result["deterministic_error"], result["train_seconds"]
+                console.print(f"{name}: error {error:.2f}% in expectation, {seconds:.0f} s of training")
+            on_finished(name, result)
+
+        failed = _train_rest(todo, out, workers, finished)
+    if failed:
+        name, text = next(iter(failed.items()))
+        raise UsageError(f"{len(failed)} of {len(recipes)} runs failed; {name}: {text}")
+    return {name: found[name] for name in recipes}
+
+
+def _train_rest(
+    todo: Mapping[str, Recipe], out: Path, workers: int, finished: Callable[[str, dict[str, Any]], object]
+) -> dict[str, str]:
+    """Train what is left; returns the errors by name."""
+    context = multiprocessing.get_context("spawn")
+    stopping, failed = context.Event(), dict[str, str]()
+    workers = min(workers, len(todo))
+    share = max(1, torch.get_num_threads() // workers)
+    others = {child.pid for child in multiprocessing.active_children()}
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(share, stopping)) as pool:
+        futures: dict[Future[dict[str, Any] | str | None], str] = {
             pool.submit(_train, recipe, out / name): name for name, recipe in todo.items()
         }
         try:
             for future in as_completed(futures):
                 name, result = futures[future], future.result()
+                if result is None:
+                    raise KeyboardInterrupt
                 if isinstance(result, str):
                     failed[name] = result
-                    continue
-                found[name] = result
-                progress.advance(task)
-                error, seconds = result["deterministic_error"], result["train_seconds"]
-                console.print(f"{name}: error {error:.2f}% in expectation, {seconds:.0f} s of training")
-        except KeyboardInterrupt:  # the processes were told, too
+                else:
+                    finished(name, result)
+        except BaseException as error:
+            _stop(stopping, others)
             pool.shutdown(wait=True, cancel_futures=True)
-            raise Interrupted(f"stopped; the same command continues the runs in {out}") from None
-    if failed:
-        name, text = next(iter(failed.items()))
-        raise UsageError(f"{len(failed)} of {len(recipes)} runs failed; {name}: {text}")
-    return {name: found[name] for name in recipes}
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"stopped; the same command continues the runs in {out}") from None
+            if isinstance(error, BrokenProcessPool):
+                raise RunError(
+                    "a training was ended from outside (out of memory? try fewer workers); the same command continues "
+                    f"the runs in {out}"
+                ) from None
+            raise
+    return failed
+
+
+def _stop(stopping: Event, others: Set[int | None]) -> None:
+    """Let every worker save its training; none begins another. `others` are processes that are no workers."""
+    stopping.set()
+    for child in multiprocessing.active_children():
+        if child.pid is not None and child.pid not in others:
+            os.kill(child.pid, signal.SIGINT)
