@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
-from residrop import sampler_of, set_survival, using
+from residrop import ledger, sampler_of, set_survival, using
 from residrop.errors import UsageError
 from residrop.sampler import Plan
 from residrop.training import Interrupted, Recipe, load_run, preset
@@ -147,7 +147,6 @@ def rows_of(results: dict[str, dict]) -> list[dict]:
                 "train_seconds": found["train_seconds"],
                 "rates": history(arguments.runs / name),
                 "recipe": found["run"]["recipe"],
-                "versions": found["run"]["versions"],
             }
         )
     return rows
@@ -210,7 +209,12 @@ def main() -> int:
         )
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        ledger.save(
+            arguments.json,
+            f"Survival rates from a budget: {arguments.network} on {NAME}",
+            "python benchmarks/budgets.py --data PATH",
+            rows,
+        )
     if arguments.plot:
         draw(rows, arguments.plot)
     return 0

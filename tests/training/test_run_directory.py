@@ -72,6 +72,7 @@ def test_tensorboard_holds_the_metrics(finished):
     events = EventAccumulator(str(finished[1] / "tensorboard"))
     events.Reload()
     tags = {"train_loss", "train_error", "validation_error", "test_error", "lr", "realised_depth", "images_per_second"}
+    tags.add("first_gradient")
     assert set(events.Tags()["scalars"]) == tags
     history = finished[2].history
     for tag in tags:

@@ -25,6 +25,7 @@ from residrop.training.run import check_same, train
 __all__ = ["train_all"]
 
 _stopping: Event | None = None  # of a worker: set when no further training may begin
+_orphan = False  # of a worker: whether the process that started it is gone
 
 
 def _start(threads: int, stopping: Event) -> None:
@@ -41,9 +42,11 @@ def _start(threads: int, stopping: Event) -> None:
 
 
 def _leave_with(parent: int) -> None:
+    global _orphan
     while os.getppid() == parent:
         time.sleep(2.0)
-    os.kill(os.getpid(), signal.SIGTERM)  # a training saves its state first
+    _orphan = True
+    os.kill(os.getpid(), signal.SIGTERM)  # ends what waits for work; a training saves its state first
 
 
 def _train(recipe: Recipe, path: Path) -> dict[str, Any] | str | None:
@@ -58,6 +61,8 @@ def _train(recipe: Recipe, path: Path) -> dict[str, Any] | str | None:
     except UsageError as error:
         return str(error)
     finally:
+        if _orphan:
+            os._exit(1)  # nobody asks for the result, and there may be more to train in the queue
         signal.signal(signal.SIGINT, before)
 
 

@@ -1,0 +1,134 @@
+"""Reading a folder of documents, and recording in it what was measured of a table or figure."""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from residrop.errors import RunError
+from residrop.ledger.schema import OPTIONAL, SCHEMA, check, identity
+from residrop.training.checkpoint import write_json
+
+__all__ = ["load", "read", "record"]
+
+Entry = dict[str, Any]
+Document = dict[str, Any]
+
+
+def load(path: Path) -> Document:
+    """A checked document; RunError if the file is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it, or delete it and measure again") from None
+    check(found, str(path))
+    return found
+
+
+def read(folder: Path) -> list[Entry]:
+    """All entries of all documents of a folder, in order of file names; none if there is no folder.
+
+    Each has, beside its own, what its document says: `what`, `command`, `date`, `device`, `versions`, and `file`.
+
+    Raises:
+        RunError: a file is no document of the ledger.
+    """
+    entries: list[Entry] = []
+    for path in sorted(folder.glob("*.json")):
+        found = load(path)
+        around = {name: found[name] for name in ("what", "command", "date", "device", "versions")}
+        entries += [{**around, "file": path.name, **entry} for entry in found["entries"]]
+    return entries
+
+
+def record(
+    folder: Path,
+    place: str,
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    what: str,
+    command: str,
+    device: str,
+    found: Mapping[str, str],
+) -> Path:
+    """Write entries of one table or figure, all of one scale and variant, into the file of that name.
+
+    The file is named from table, variant, kind of device and scale, "swapout_table-2_cpu_scale0.05.json"; those of
+    another machine or of other versions go to a file of their own, "..._2.json". Paper entries get their seeds merged
+    with those that are there, the newer value counting; other entries are replaced by newer ones. The file is replaced
+    at once, so that nobody reads half of it.
+
+    Args:
+        folder: made if it is missing.
+        place: id of the table or figure, "swapout/table-2".
+        entries: at least one.
+        what: one line.
+        command: how to repeat it; "{seeds}" in it becomes the largest number of seeds.
+        device: as `describe_device` has it.
+        found: versions.
+
+    Returns:
+        The file.
+
+    Raises:
+        RunError: entries that are none, a damaged file, or a folder that cannot be written.
+    """
+    first = entries[0]
+    scale = first["scale"]
+    parts = [place.replace("/", "_"), first["variant"], device.partition(" ")[0], f"scale{scale:g}"]
+    path = _file_for(folder, "_".join(part for part in parts if part), device, found)
+    before: list[Entry] = load(path)["entries"] if path.exists() else []
+    merged = {identity(entry): entry for entry in before}
+    for entry in entries:
+        key = identity(entry)
+        merged[key] = _merged(merged[key], dict(entry)) if key in merged else dict(entry)
+    seeds = max(len(entry.get("seeds", ())) for entry in merged.values())
+    made = {
+        "schema": SCHEMA,
+        "what": what,
+        "command": command.replace("{seeds}", str(max(1, seeds))),
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "versions": dict(found),
+        "entries": list(merged.values()),
+    }
+    check(made, str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, made)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); choose another --ledger") from None
+    return path
+
+
+def _file_for(folder: Path, stem: str, device: str, found: Mapping[str, str]) -> Path:
+    """The first file of that stem that does not exist or holds what was measured by the same machine and versions."""
+
+    def same(path: Path) -> bool:
+        there = load(path)
+        return there["device"] == device and _core(there["versions"]) == _core(found)
+
+    number = 1
+    while True:
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}_{number}.json")
+        if not path.exists() or same(path):
+            return path
+        number += 1
+
+
+def _core(found: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in found.items() if name != "threads"}  # how many is chosen run by run
+
+
+def _merged(old: Entry, new: Entry) -> Entry:
+    if new["kind"] != "paper":
+        return new
+    lists = [name for name in ("measured", "wall_seconds", "standard_errors") if name in old and name in new]
+    rows = {seed: [one[name][i] for name in lists] for one in (old, new) for i, seed in enumerate(one["seeds"])}
+    seeds = sorted(rows)
+    return {
+        **{name: value for name, value in new.items() if name not in OPTIONAL or name in lists},
+        "seeds": seeds,
+        **{name: [rows[seed][i] for seed in seeds] for i, name in enumerate(lists)},
+    }
