@@ -1,0 +1,33 @@
+"""Which entries of the ledger belong to which row of a paper."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from residrop.papers.rows import Paper, Row, Table
+from residrop.papers.work import Settings, fits, read_under
+
+__all__ = ["Entries", "Entry", "Placed", "belonging"]
+
+Entry = Mapping[str, Any]
+Entries = Sequence[Entry]
+Placed = tuple[Table, Row, str | None, Entry]  # with the name of the reading, None for the recommended one
+
+
+def belonging(paper: Paper, entries: Entries) -> list[Placed]:
+    """Entries of a paper that belong to a row as its recipe now is, each with its table, row and reading."""
+    found: list[Placed] = []
+    for table in paper.tables:
+        for row in table.rows:
+            name = f"{table.id}/{row.key}"
+            mine = [entry for entry in entries if entry["kind"] == "paper" and entry["id"] == name]
+            if not mine:
+                continue
+            readings = [(None, row.recipe)]
+            readings += [(one.name, read_under(table, row, one)) for one in paper.variants if one.applies(table, row)]
+            for variant, recipe in readings:
+                found += [
+                    (table, row, variant, entry)
+                    for entry in mine
+                    if fits(entry, name, recipe, Settings(scale=entry["scale"], variant=variant))
+                ]
+    return found
