@@ -38,7 +38,7 @@ parser.add_argument("--refresh", type=int, default=2, help="epochs between measu
 parser.add_argument("--workers", type=int, default=2, help="runs at a time")
 parser.add_argument("--runs", type=Path, default=Path("runs/budgets"), help="where runs are kept")
 parser.add_argument("--time", action=argparse.BooleanOptionalAction, default=True, help="time steps at the end")
-parser.add_argument("--steps", type=int, default=40, help="timed, of each run")
+parser.add_argument("--steps", type=int, default=16, help="timed, of each run")
 parser.add_argument("--json", type=Path)
 parser.add_argument("--plot", type=Path, help="draw error against budget and against time")
 arguments = parser.parse_args()
@@ -93,6 +93,12 @@ def history(path: Path) -> list[list[float]]:
     return [json.loads(line)["rates"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def typical_plan(model: torch.nn.Module, rates: list[float], first: int) -> Plan:
+    """Of a hundred plans one whose depth is nearest to the expected one: few steps are timed, so their depth counts."""
+    plans = (sampler_of(model).plan(step) for step in range(first, first + 100))
+    return min(plans, key=lambda plan: abs(sum(bool(draw.alive) for draw in plan.draws) - sum(rates)))
+
+
 def relative_time(path: Path, steps: int) -> float:
     """Median time of steps under a run's rates over that of full ones made in turn; rates of its whole course."""
     run, model = load_run(path)
@@ -118,10 +124,12 @@ def relative_time(path: Path, steps: int) -> float:
 
     full = Plan.of([True] * len(course[0]))
     spent, whole = [], []
-    for step in range(-2, steps):
-        set_survival(model, course[step % len(course)])
-        pair = seconds(sampler_of(model).plan(step + 2)), seconds(full)
-        if step >= 0:
+    for number in range(-1, steps):
+        rates = course[number % len(course)]
+        set_survival(model, rates)
+        plan = typical_plan(model, rates, first=500 * (number + 1))
+        pair = seconds(plan), seconds(full)
+        if number >= 0:
             spent.append(pair[0])
             whole.append(pair[1])
     return sum(spent) / sum(whole)

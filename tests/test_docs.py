@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import socket
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -226,6 +227,32 @@ def test_quoted_numbers_are_those_measured(page, words, file, rows, name):
         values.append(found[name] / (2**20 if name == "bytes" else 1))
     text = " ".join((DOCS / f"{page}.md").read_text().split())
     assert words.format(*values) in text
+
+
+def test_budget_study_is_the_one_measured():
+    rows = json.loads((ROOT / "results" / "budgets_cifar10_cpu_202611.json").read_text())["entries"]
+
+    def cell(mode, budget):
+        mine = [row for row in rows if (row["mode"], row["budget"]) == (mode, budget)]
+        errors, times = ([row[key] for row in mine] for key in ("error", "relative_time"))
+        if not mine:
+            return "-"
+        return f"{statistics.mean(errors):.1f} ± {statistics.stdev(errors):.1f} ({statistics.mean(times):.2f})"
+
+    text = (DOCS / "theory.md").read_text()
+    modes = ("uniform", "linear", "SenseMode", "adaptive", "cost-aware")
+    for budget in (0.3, 0.5, 0.7, 0.9):
+        assert f"| {budget:g} | {' | '.join(cell(mode, budget) for mode in modes)} |" in text
+    assert f"whose error is {cell('full depth', 1.0).partition(' (')[0]}." in " ".join(text.split())
+    once, again = (
+        [
+            statistics.mean(row["error"] for row in rows if (row["mode"], row["budget"]) == (mode, budget))
+            for budget in (0.3, 0.5, 0.7, 0.9)
+        ]
+        for mode in ("SenseMode", "adaptive")
+    )
+    behind = [b - a for a, b in zip(once, again, strict=True)]
+    assert f"{min(behind):.1f} to {max(behind):.1f} points behind" in " ".join(text.split())
 
 
 # The site

@@ -18,6 +18,7 @@ from residrop.analyze.command import ANALYZE, INSTRUMENTS, analyze_command
 from residrop.bench.command import BENCHMARKS, QUICK, BenchSkip, bench_skip_command
 from residrop.bench.inference_command import QUICK_INFERENCE, BenchInference, bench_inference_command
 from residrop.bench.swapout_command import QUICK_SWAPOUT, BenchSwapout, bench_swapout_command
+from residrop.bench.throughput_command import QUICK_THROUGHPUT, BenchThroughput, bench_throughput_command
 from residrop.errors import ConfigError, RunError, UsageError
 from residrop.evaluating import Wanted, evaluate_command
 from residrop.export_command import Export, Recalibrate, Weights, check_weights, export_command, recalibrate_command
@@ -266,6 +267,7 @@ _BENCHMARKS: dict[str, tuple[type[Any], Any, Callable[[Any], int]]] = {
     "skip": (BenchSkip, QUICK, bench_skip_command),
     "swapout": (BenchSwapout, QUICK_SWAPOUT, bench_swapout_command),
     "inference": (BenchInference, QUICK_INFERENCE, bench_inference_command),
+    "throughput": (BenchThroughput, QUICK_THROUGHPUT, bench_throughput_command),
 }
 
 

@@ -47,6 +47,16 @@ def test_fit_shapes(images, mode, mean, std):
     assert tuple(normalization.std.shape) == std
 
 
+@pytest.mark.parametrize("mode", REFERENCES)
+def test_memory_format_does_not_change_a_bit(images, mode):
+    normalization = fit(images, mode)
+    pixels = images.pixels[:7]
+    plain = pixels.to(torch.float32).div(255).sub(normalization.mean).div(normalization.std)
+    assert torch.equal(normalization(pixels), plain)
+    assert torch.equal(normalization(pixels.contiguous(memory_format=torch.channels_last)), plain)
+    assert torch.equal(normalization(pixels[0]), plain[0])
+
+
 def test_call_keeps_the_memory_format_and_the_pixels(images):
     pixels = images.pixels[:7].contiguous(memory_format=torch.channels_last)
     before = pixels.clone()

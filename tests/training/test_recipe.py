@@ -56,6 +56,7 @@ OTHER = {
     "seed": 1,
     "samples": 5,
     "precision": "fp32",
+    "compile": True,
     "device": "cpu",
     "channels_last": False,
     "workers": 0,
@@ -300,6 +301,19 @@ def test_fingerprint_does_not_change_with(name):
 
 def test_fingerprint_does_not_change_with_the_folder_of_the_data():
     assert base(data="cifar10:/a").fingerprint() == base(data="cifar10:/b").fingerprint()
+
+
+def test_fingerprint_of_a_recipe_that_is_not_compiled_is_that_of_before():
+    # ledgers hold hashes that were made when recipes had no such field
+    fields = {**Recipe().decisive()}
+    assert "compile" not in fields
+    assert Recipe(compile=True).decisive() == {**fields, "compile": True}
+
+
+@pytest.mark.parametrize("changes", [{"budget": "0.5"}, {"watch": ("discrepancy",)}], ids=["budget", "watch"])
+def test_compile_is_refused_with_what_measures_branches(changes):
+    with pytest.raises(ConfigError, match="compile is on"):
+        Recipe(compile=True, **changes)
 
 
 def test_fingerprint_is_stable_across_processes():

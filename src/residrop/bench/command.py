@@ -21,6 +21,7 @@ benchmarks:
   skip       time and memory of skipping, against masks and the ideal     residrop bench skip --quick
   swapout    cost of swapout, against the addition it replaces            residrop bench swapout --quick
   inference  cost of sampled inference, against passes one by one         residrop bench inference --quick
+  throughput images/s of training, against a plain loop and convolutions  residrop bench throughput --quick
 
 residrop bench NAME --help explains every option.
 """

@@ -33,7 +33,7 @@ from residrop.training.measuring import due, rates_now, watched
 from residrop.training.recipe import Recipe
 from residrop.training.setup import precision_context
 
-__all__ = ["Interrupted", "State", "run_epochs", "stop_signals"]
+__all__ = ["Interrupted", "State", "run_epochs", "stop_signals", "updates"]
 
 
 class Interrupted(Exception):
@@ -142,18 +142,15 @@ def run_epochs(
     steps = loader.steps_per_epoch
     autocast = precision_context(recipe, next(state.model.parameters()).device)
     votes = Votes(state.ranks)
-    first = _first_weights(state.model)
     saved_at = shown_at = time.perf_counter()
     while state.update < recipe.epochs * steps:
         epoch = state.update // steps
         if state.update % steps == 0:
-            _measure(recipe, state, loader, book, epoch, meter, autocast)
+            _measure(recipe, state, loader, book, epoch, meter)
         expected = expected_depth_of(state.model)
         state.model.train()
         started = time.perf_counter()
-        for x, y in loader.train_batches(epoch, start=state.update % steps):
-            lr = recipe.lr_at(state.update / (recipe.epochs * steps))
-            _update(recipe, state, x, y, lr, autocast, loader.images_in(state.update % steps), first)
+        for _ in updates(recipe, state, loader, epoch, state.update % steps):
             now = time.perf_counter()
             state.epoch_seconds += now - started
             started = now
@@ -172,6 +169,20 @@ def run_epochs(
         _end_epoch(recipe, run, state, epoch, steps, others, book, meter, autocast, loader)
         saved_at = time.perf_counter()
         _check_stopped(votes.settle(_STOP if stopped.is_set() else 0), state, run)
+
+
+def updates(recipe: Recipe, state: State, loader: Loader, epoch: int, start: int = 0) -> Iterator[None]:
+    """Make the updates of an epoch from number `start` on, one at every `next`.
+
+    That is all of a step but the looks at clock and signals between two of them; `residrop bench throughput` times it.
+    """
+    steps = loader.steps_per_epoch
+    autocast = precision_context(recipe, next(state.model.parameters()).device)
+    first = _first_weights(state.model)
+    for number, (x, y) in enumerate(loader.train_batches(epoch, start), start):
+        lr = recipe.lr_at(state.update / (recipe.epochs * steps))
+        _update(recipe, state, x, y, lr, autocast, loader.images_in(number), first)
+        yield
 
 
 def _check_finite(state: State, epoch: int) -> None:
@@ -209,8 +220,9 @@ def _update(
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     parts = list(zip(x.chunk(recipe.micro_batches), y.chunk(recipe.micro_batches), strict=True)) if len(x) else []
+    plan = sampler.plan(state.update)
     for part, (images, labels) in enumerate(parts):
-        with using(state.model, sampler.plan(state.update, part=part)), autocast():
+        with using(state.model, sampler.plan(state.update, part=part) if part else plan), autocast():
             logits = state.model(images)
             loss = F.cross_entropy(logits.float(), labels)
         with state.sync.no_sync() if state.sync and part + 1 < len(parts) else nullcontext():
@@ -222,9 +234,8 @@ def _update(
                 (loss.double() * len(images), wrong.double(), torch.ones_like(wrong) * len(images))
             )
     if state.sync and not parts:  # fewer images than ranks were left
-        with using(state.model, sampler.plan(state.update)):
+        with using(state.model, plan):
             state.sync.join()
-    plan = sampler.plan(state.update)
     if first.grad is not None and plan.draws[0].alive is not False:
         state.gradient[0] += first.grad.abs().mean()
         state.gradient[1] += 1.0
@@ -243,21 +254,14 @@ def _first_weights(model: nn.Module) -> nn.Parameter:
     return next(parameter for parameter in block.branch.parameters() if parameter.ndim > 1)
 
 
-def _measure(
-    recipe: Recipe,
-    state: State,
-    loader: Loader,
-    book: Logbook,
-    epoch: int,
-    meter: Meter,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> None:
+def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch: int, meter: Meter) -> None:
     """What is measured between two epochs: survival rates if they are due, and what the recipe watches."""
     if due(recipe, epoch):
         timed = "time" in str(recipe.budget)
         if timed:
             meter.line("timing every block for the budget; this takes some ten steps a block")
-        with autocast() if timed else nullcontext():  # time is that of the steps to come
+        autocast = precision_context(recipe, next(state.model.parameters()).device) if timed else nullcontext
+        with autocast():  # time is that of the steps to come
             state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks))
         state.seconds += state.survival[-1]["seconds"]
         book.append("survival", state.survival[-1])

@@ -122,6 +122,8 @@ class Recipe:
     """Sampled passes of stochastic inference in the final evaluation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; auto takes bf16 autocast where the device computes it in hardware."""
+    compile: bool = False
+    """Compile the branches of the network: minutes at the start, faster steps, other roundings."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     channels_last: bool = True
@@ -151,6 +153,10 @@ class Recipe:
                 raise ConfigError(f"{name} is {value}; it is a share (rate, momentum) and lies in [0, 1]")
         parse_timing(self.survival_timing, training=1)
         self._check_budget()
+        if self.compile and (self.budget is not None or self.watch):
+            raise ConfigError(
+                "compile is on, and what a budget or watch measures needs branches as they are; leave one out"
+            )
         for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):
@@ -233,6 +239,8 @@ class Recipe:
         Of `data` only the kind counts, since folders move; what is in them is compared by `data_digest`.
         """
         free = {"samples", "workers", "watch", "checkpoint_minutes", "data", "device"}
+        if not self.compile:
+            free.add("compile")  # recipes are known by hashes that are older than this field
         if self.select == "last":  # with "best", evaluated epochs are the candidates
             free.add("eval_every")
         fields = {key: value for key, value in self.to_dict().items() if key not in free}

@@ -8,19 +8,21 @@ import torch
 from rich.console import Console
 
 from residrop.attach import expected_depth_of, set_survival
+from residrop.compiling import compile_branches
 from residrop.data import Loader
 from residrop.distributed import data_parallel
 from residrop.distributed.ranks import broadcast
 from residrop.errors import RankError, RunError
 from residrop.inference import Evaluation, evaluate
 from residrop.training.checkpoint import Run, build_network, survival_of, write_json
-from residrop.training.distributed import Ranks, process_group
+from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import Interrupted, State, run_epochs, stop_signals
+from residrop.training.memory import keep_memory
 from residrop.training.recipe import Recipe
 from residrop.training.setup import Prepared, make_optimizer, precision_context, prepare, resolve
 
-__all__ = ["Outcome", "check_same", "train"]
+__all__ = ["Outcome", "check_same", "start", "train"]
 
 
 @dataclass(frozen=True)
@@ -110,18 +112,27 @@ def _same_data(ranks: Ranks, ready: Prepared) -> Prepared:
     return ready
 
 
-def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool) -> State:
-    """The network, its optimizer and, with `resume`, what was saved of them; the same on all ranks."""
+def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE) -> State:
+    """The network of a recipe as it is trained, and its optimizer, at the beginning."""
+    keep_memory(ready.device)
     model = build_network(recipe, ready.dataset)
     if recipe.channels_last and any(parameter.ndim == 4 for parameter in model.parameters()):
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(ready.device)
+    if recipe.compile:
+        compile_branches(model)
     state = State(model, make_optimizer(recipe, model), ranks)
     state.sums, state.gradient = state.sums.to(ready.device), state.gradient.to(ready.device)
+    return state
+
+
+def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool) -> State:
+    """As `start`, with what was saved under `resume`; the same on all ranks."""
+    state = start(recipe, ready, ranks)
     saved = ranks.from_main(run.load_state) if resume else None
     if saved is not None:
         ranks.agree(lambda: state.restore(saved, run.path / "last.pt"))
-    state.sync = data_parallel(model)
+    state.sync = data_parallel(state.model)
     return state
 
 

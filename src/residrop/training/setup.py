@@ -1,7 +1,9 @@
 """What a training is made of before it starts: device, precision, batches, optimizer."""
 
 import hashlib
+import os
 import platform
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -149,6 +151,10 @@ class Prepared:
     dataset: dict[str, Any]
 
 
+def _compilers() -> tuple[str, ...]:
+    return os.environ.get("CXX", "g++"), "g++", "clang++"
+
+
 def prepare(recipe: Recipe, ranks: Ranks = ALONE) -> Prepared:
     """Load a recipe's data and check that its network can be built for them; nothing is written.
 
@@ -158,6 +164,8 @@ def prepare(recipe: Recipe, ranks: Ranks = ALONE) -> Prepared:
         UsageError: anything about the recipe or its data that would stop a training.
     """
     device = choose_device(recipe.device)
+    if recipe.compile and device.type == "cpu" and not any(map(shutil.which, _compilers())):
+        raise ConfigError("compile is on, which needs a C++ compiler on the CPU; install g++, or leave --compile out")
     if recipe.batch_size < ranks.size:
         raise ConfigError(
             f"batch_size is {recipe.batch_size}, the images of an update on all {ranks.size} processes; "
