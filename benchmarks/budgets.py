@@ -32,7 +32,7 @@ parser.add_argument("--name", help="of the data in the results (default: digits 
 parser.add_argument("--network", default="stable-resnet-20")
 parser.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
 parser.add_argument("--seeds", type=int, default=2)
-parser.add_argument("--epochs", type=int, default=10)
+parser.add_argument("--epochs", type=int, default=8)
 parser.add_argument("--limit", type=int, default=10_000, help="training images, the same for every seed")
 parser.add_argument("--refresh", type=int, default=2, help="epochs between measurements of adaptive rates")
 parser.add_argument("--workers", type=int, default=2, help="runs at a time")
