@@ -124,6 +124,24 @@ def paper() -> Paper:
             ),
         ),
     )
+    rates = Figure(
+        paper="toy",
+        name="figure-6",
+        title="Error by survival rate",
+        x="p_L",
+        y="error (%)",
+        curves=(
+            Curve(
+                label="uniform",
+                plotted="error",
+                points=(
+                    Point(x=0.5, recipe=RANDOM.replace(survival="uniform(0.5)")),
+                    Point(x=0.8, recipe=RANDOM.replace(survival="uniform(0.8)")),
+                    Point(x=1.0, recipe=PLAIN),
+                ),
+            ),
+        ),
+    )
     return Paper(
         name="toy",
         title="Toys",
@@ -132,9 +150,22 @@ def paper() -> Paper:
         venue="here",
         arxiv=None,
         tables=(errors, times, again),
-        figures=(learning, relative, samples, law, Figure(paper="toy", name="figure-5", title="A", note="a drawing")),
+        figures=(
+            learning,
+            relative,
+            samples,
+            law,
+            rates,
+            Figure(paper="toy", name="figure-5", title="A", note="a drawing"),
+        ),
         variants=(
             Variant(name="slower", changes={"lr": 0.02}, why="not stated", concerns=("table-1/random",)),
+            Variant(
+                name="smaller",
+                networks={"resnet-8": "resnet-14"},
+                why="takes another network",
+                concerns=("table-1", "figure-1", "figure-2", "figure-6"),
+            ),
             Variant(name="milder", changes={"survival": "0.9"}, why="not stated", concerns=("table-3",)),
         ),
         claims=(

@@ -1,7 +1,7 @@
 """`residrop reproduce`: the papers' tables and figures, measured here beside what was published."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,13 +15,13 @@ from residrop import ledger
 from residrop.errors import ConfigError
 from residrop.output import check_target, console_for, write
 from residrop.papers import PAPERS
-from residrop.papers.claims import Judged, judge
+from residrop.papers.claims import Judged, Measured, judge
 from residrop.papers.estimate import Estimator, as_text
 from residrop.papers.figures import Context, Line, draw, entries_of, lines_of
 from residrop.papers.rows import Figure, Row, Table
 from residrop.papers.runner import Plan, Runner, default_workers
 from residrop.papers.status import Status, missing, overview
-from residrop.papers.work import Settings
+from residrop.papers.work import Settings, variant_of
 from residrop.training.checkpoint import versions
 
 __all__ = ["Reproduce", "read_duration", "reproduce_command"]
@@ -50,7 +50,10 @@ class Reproduce:
     scale: float = 1.0
     """Share of the full schedule in (0, 1]: epochs are scaled, everything else is a share of them."""
     variant: str | None = None
-    """Another reading of an ambiguous text, by name; an unknown name lists those of the paper."""
+    """Another reading of an ambiguous text, or the same on a smaller network (resnet-20, w1), by name; an unknown name
+    lists those of the paper."""
+    points: tuple[float, ...] = ()
+    """Of a figure whose points are trainings: positions to train (default: all)."""
     data: str | None = None
     """Where the data are: parquet:PATH, folder:PATH or the PATH of a folder (default: as the recipe names them).
     Numbers of other data than the paper's are shown and not recorded."""
@@ -85,13 +88,16 @@ def reproduce_command(args: Reproduce) -> int:
         data=args.data,
         device=args.device,
         steps=args.steps,
+        points=args.points,
     )
     budget = None if args.budget is None else read_duration(args.budget)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"workers is {args.workers}; give at least 1 training at a time")
     if args.target is None:
-        if args.rows or args.variant or args.budget or args.data:
-            raise ConfigError("--rows, --variant, --data and --budget are for one table or figure; name it first")
+        if args.rows or args.points or args.variant or args.budget or args.data:
+            raise ConfigError(
+                "--rows, --points, --variant, --data and --budget are for one table or figure; name it first"
+            )
         return _list_missing(args) if args.missing else _list(args)
     if args.missing:
         raise ConfigError("--missing lists what is missing of all tables; leave the name of the table out")
@@ -146,7 +152,7 @@ def _table(plan: Plan, runner: Runner, args: Reproduce, console: Console) -> dic
     console.print(grid)
     if table.note:
         console.print(f"note: {table.note}")
-    judged = [judge(claim, lambda name: runner.values(f"{table.paper}/{name}")) for claim in _claims(table)]
+    judged = [judge(claim, lambda name: runner.measured(f"{table.paper}/{name}")) for claim in _claims(table)]
     for one in judged:
         _show_claim(one, console)
     return {
@@ -214,7 +220,7 @@ def _show_claim(one: Judged, console: Console) -> None:
     )
     for pair in one.pairs:
         if pair.difference is not None:
-            error = "one seed, no standard error" if pair.error is None else f"± {pair.error:.2f} standard error"
+            error = "no standard error" if pair.error is None else f"± {pair.error:.2f} standard error"
             console.print(f"  {pair.verdict}: {pair.smaller} - {pair.larger} = {pair.difference:+.2f} ({error})")
 
 
@@ -230,16 +236,18 @@ def _figure(plan: Plan, runner: Runner, console: Console) -> dict[str, Any]:
     figure, settings = plan.target, runner.settings
     assert isinstance(figure, Figure)
 
-    def values(name: str) -> Sequence[float]:
-        return runner.values(f"{figure.paper}/{name}")
+    def measured(name: str) -> Measured:
+        return runner.measured(f"{figure.paper}/{name}")
 
-    lines = lines_of(figure, Context(settings, runner.source, runner.runs, runner.bench, values))
+    variant = variant_of(figure.paper, settings.variant)
+    lines = lines_of(figure, Context(settings, runner.source, runner.runs, runner.bench, measured, variant))
     scaled = any(curve.instrument is None for curve in figure.curves)
     scale = settings.scale if scaled else 1.0
     stamp = f"{runner.device}; {settings.seeds} seed(s); schedule x {scale:g}" if scaled else runner.device
-    name = f"{figure.id.replace('/', '_')}_scale{scale:g}.png"
+    stamp += f"; variant {variant.name}" if variant else ""
+    name = "_".join(filter(None, (figure.id.replace("/", "_"), settings.variant, f"scale{scale:g}.png")))
     if lines:
-        runner.keep(figure, entries_of(figure, lines, scale), versions())
+        runner.keep(figure, entries_of(figure, lines, scale, settings.variant), versions())
         draw(runner.runs / name, figure, lines, stamp)
         console.print(f"{figure.id}: {figure.title}, {len(lines)} of {len(figure.curves)} curves")
         console.print(f"picture: {runner.runs / name}")
@@ -250,7 +258,13 @@ def _figure(plan: Plan, runner: Runner, console: Console) -> dict[str, Any]:
     for claim in PAPERS[figure.paper].claims:
         if claim.where == figure.name:
             console.print(f"claim open, look at the picture: {claim.text}")
-    return {"id": figure.id, "title": figure.title, "scale": scale, "lines": entries_of(figure, lines, scale)}
+    return {
+        "id": figure.id,
+        "title": figure.title,
+        "scale": scale,
+        "variant": settings.variant,
+        "lines": entries_of(figure, lines, scale, settings.variant),
+    }
 
 
 def _ends(line: Line) -> str:
@@ -279,7 +293,7 @@ def _list(args: Reproduce) -> int:
 def _status_cells(one: Status) -> tuple[str, ...]:
     if one.drawing:
         return one.id, one.title, "", "a drawing, no data", "", ""
-    scaled = ", ".join(f"{count} at {scale:g}" for scale, count in one.scaled.items())
+    scaled = ", ".join(one.shortened)
     counts = (str(count) if count else "" for count in (one.open, one.quoted))
     return one.id, one.title, str(one.full) if one.full else "", scaled, *counts
 

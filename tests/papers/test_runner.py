@@ -1,6 +1,7 @@
 """What is planned, run, shared, recorded and judged, on trainings of a second."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,12 +9,12 @@ from rich.console import Console
 from residrop import ledger
 from residrop.errors import ConfigError, RunError
 from residrop.papers import Claim, find
-from residrop.papers.claims import judge
+from residrop.papers.claims import Measured, judge
 from residrop.papers.estimate import Estimator, as_text
-from residrop.papers.figures import Context, lines_of
+from residrop.papers.figures import Context, entries_of, lines_of
 from residrop.papers.runner import Runner, default_workers, value_of
 from residrop.papers.status import missing, overview
-from residrop.papers.work import DATA, Settings, source_of, training
+from residrop.papers.work import DATA, Settings, source_of, training, variant_of
 from residrop.training import Interrupted
 from toy_paper import PLAIN, RANDOM, installed, train_here
 
@@ -87,12 +88,44 @@ def test_scales_and_variants_are_apart(make, tmp_path):
     entries = [entry for entry in ledger.read(tmp_path / "results") if entry["variant"] == "slower"]
     assert {entry["id"] for entry in entries} == {"toy/table-1/random"}  # not table-3, which it does not concern
     assert entries[0]["recipe"] != RANDOM.fingerprint()
-    assert len(runner.values("toy/table-1/random")) == 1
-    assert runner.values("toy/table-1/plain") == []
+    assert len(runner.measured("toy/table-1/random").values) == 1
+    assert not runner.measured("toy/table-1/plain").values
     fill(make(), "toy/table-1", "plain")
-    assert len(make(variant="slower").values("toy/table-1/plain")) == 1  # it has but one reading
+    assert len(make(variant="slower").measured("toy/table-1/plain").values) == 1  # it has but one reading
     (row,) = (one for one in overview(ledger.read(tmp_path / "results")) if one.id == "toy/table-1")
     assert (row.full, row.scaled, row.open, row.quoted) == (0, {0.25: 2}, 0, 1)
+    assert row.variants == {"slower at 0.25": 1}
+    assert row.shortened == ["2 at 0.25", "1 (slower at 0.25)"]
+
+
+def test_a_variant_may_take_another_network(make, tmp_path):
+    runner = make(variant="smaller")
+    plan = fill(runner, "toy/table-1")
+    assert [one.recipe.network for one in plan.trainings.values()] == ["resnet-14"] * 2
+    assert {entry["variant"] for entry in ledger.read(tmp_path / "results")} == {"smaller"}
+    assert len(runner.measured("toy/table-1/plain").values) == 1
+    assert not make().measured("toy/table-1/plain").values
+    assert len(make().plan("toy/table-1").trainings) == 2
+    with pytest.raises(ConfigError, match="no reading of them"):
+        make(variant="smaller").plan("toy/table-3")
+
+
+def test_a_variant_concerns_only_networks_that_it_knows(toy):
+    (smaller,) = (one for one in toy.variants if one.name == "smaller")
+    table = toy.tables[0]
+    assert [row.key for row in table.rows if smaller.applies(table, row)] == ["plain", "random"]
+    row = table.row("plain")
+    other = replace(row, recipe=row.recipe.replace(network="resnet-20"))
+    assert not smaller.applies(table, other)
+
+
+def test_errors_over_the_images_are_recorded(make, tmp_path):
+    plan = fill(make(), "toy/table-1")
+    runs = {one.recipe.rule: tmp_path / "runs" / name / "evaluation.json" for name, one in plan.trainings.items()}
+    details = {rule: json.loads(path.read_text())["details"] for rule, path in runs.items()}
+    found = {(entry["id"], entry["metric"]): entry["standard_errors"] for entry in ledger.read(tmp_path / "results")}
+    assert found["toy/table-1/plain", "error"] == [details["constant"]["deterministic"]["error_se"]]
+    assert found["toy/table-1/random", "sampled_error"] == [details["stochastic-depth"]["sampled"]["error_se"]]
 
 
 def test_runs_are_named_by_recipe_scale_and_seed():
@@ -140,6 +173,9 @@ def test_ctrl_c_loses_nothing_that_is_finished(make, monkeypatch, tmp_path):
         ({}, "toy/figure-1", ("plain",), "curves, no rows"),
         ({}, "toy/figure-5", (), "a drawing"),
         ({"variant": "slower"}, "toy/figure-1", (), "leave --variant out"),
+        ({"points": (0.3,)}, "toy/figure-6", (), "no point at 0.3; it has 0.5, 0.8, 1"),
+        ({"points": (0.5,)}, "toy/figure-1", (), "it has none"),
+        ({"points": (0.5,)}, "toy/table-1", (), "leave --points out"),
         ({"scale": 0.0}, "toy/table-1", (), "scale is 0.0"),
         ({"scale": 1.1}, "toy/table-1", (), "scale is 1.1"),
         ({"seeds": 0}, "toy/table-1", (), "seeds"),
@@ -164,7 +200,7 @@ def test_other_data_are_shown_and_not_recorded(make, monkeypatch, tmp_path):
     assert runner.source.kind is None
     assert runner.source.found == "1442 + 355 images of 10 classes, 1 x 8 x 8"
     fill(runner, "toy/table-1", "plain")
-    assert len(runner.values("toy/table-1/plain")) == 1
+    assert len(runner.measured("toy/table-1/plain").values) == 1
     assert not (tmp_path / "results").exists()
     assert all(path.name.endswith("-other-data") for path in (tmp_path / "runs").iterdir())
     assert make(data="digits").plan("toy/table-1", ["plain"]).trainings
@@ -297,27 +333,45 @@ def test_claims():
     claim = Claim(text="", where="t", pairs=(("t/a", "t/b"), ("t/b", "t/c")))
 
     def verdicts(**values):
-        found = judge(claim, lambda name: values.get(name[2:], []))
+        found = judge(claim, lambda name: Measured(*values.get(name[2:], ([],))))
         return [pair.verdict for pair in found.pairs], found.verdict
 
-    assert verdicts(a=[1.0], b=[2.0], c=[3.0]) == (["seen", "seen"], "seen")
-    assert verdicts(a=[1.0], b=[2.0]) == (["seen", "open"], "open")
-    assert verdicts(a=[3.0], b=[2.0]) == (["not seen", "open"], "not seen")
-    assert verdicts(a=[1.0, 1.2], b=[2.0, 2.2], c=[2.1, 2.3]) == (["seen", "open"], "open")
-    pair = judge(claim, lambda name: {"a": [1.0, 2.0], "b": [2.0, 4.0]}.get(name[2:], [])).pairs[0]
+    assert verdicts(a=([1.0],), b=([2.0],), c=([3.0],)) == (["seen", "seen"], "seen")
+    assert verdicts(a=([1.0],), b=([2.0],)) == (["seen", "open"], "open")
+    assert verdicts(a=([3.0],), b=([2.0],)) == (["not seen", "open"], "not seen")
+    assert verdicts(a=([1.0, 1.2],), b=([2.0, 2.2],), c=([2.1, 2.3],)) == (["seen", "open"], "open")
+    assert verdicts(a=([1.0], [0.3]), b=([2.0], [0.3]), c=([2.8], [0.3])) == (["seen", "open"], "open")
+    pair = judge(claim, lambda name: Measured({"a": [1.0, 2.0], "b": [2.0, 4.0]}.get(name[2:], []))).pairs[0]
     assert pair.difference == -1.5
     assert pair.error == pytest.approx((0.5 / 2 + 2.0 / 2) ** 0.5)
-    assert judge(Claim(text="", where="f"), lambda name: []).verdict == "open"
+    assert judge(Claim(text="", where="f"), lambda name: Measured()).verdict == "open"
+
+
+@pytest.mark.parametrize(
+    ("values", "errors", "error"),
+    [
+        ([], [], None),
+        ([3.0], [], None),
+        ([3.0], [0.4], 0.4),
+        ([3.0, 3.0], [0.3, 0.4], 0.25),  # equal seeds: what the images leave open
+        ([3.0, 5.0], [0.3, 0.4], 1.0),  # of the seeds, being larger
+        ([3.0, 5.0], [0.3], 1.0),  # not of both known
+    ],
+)
+def test_standard_errors_are_over_seeds_or_images(values, errors, error):
+    found = Measured(values, errors).error
+    assert found == (None if error is None else pytest.approx(error))
 
 
 # Figures
 
 
 def context(runner):
-    def values(name):
-        return runner.values(f"toy/{name}")
+    def measured(name):
+        return runner.measured(f"toy/{name}")
 
-    return Context(runner.settings, runner.source, runner.runs, runner.bench, values)
+    variant = variant_of("toy", runner.settings.variant)
+    return Context(runner.settings, runner.source, runner.runs, runner.bench, measured, variant)
 
 
 def test_curves_are_those_of_the_runs(make, tmp_path):
@@ -337,9 +391,35 @@ def test_points_are_rows(make):
     runner = make()
     plan = fill(runner, "toy/figure-2")
     (line,) = lines_of(plan.target, context(runner))
-    plain, random = (runner.values(f"toy/table-1/{key}")[0] for key in ("plain", "random"))
+    plain, random = (runner.measured(f"toy/table-1/{key}").values[0] for key in ("plain", "random"))
     assert line.y == pytest.approx([0.0, 100.0 * (random / plain - 1.0)])
     assert line.x == [0.0, 0.5]
+
+
+def test_figures_under_a_variant_are_those_of_its_runs(make):
+    runner = make(variant="smaller")
+    plan = fill(runner, "toy/figure-1")
+    assert {one.recipe.network for one in plan.trainings.values()} == {"resnet-14"}
+    lines = lines_of(plan.target, context(runner))
+    assert [line.recipe for line in lines] == [one.full.fingerprint() for one in plan.trainings.values()]
+    assert {entry["variant"] for entry in entries_of(plan.target, lines, 0.25, "smaller")} == {"smaller"}
+    assert lines_of(plan.target, context(make())) == []  # the paper's own network is not trained
+    (line,) = lines_of(find("toy/figure-2"), context(runner))  # of the same rows
+    assert line.y[0] == 0.0
+    assert not runner.plan("toy/figure-2").trainings
+
+
+def test_points_may_be_chosen(make):
+    runner = make(points=(0.8, 1.0))
+    plan = fill(runner, "toy/figure-6")
+    assert [(one.recipe.rule, one.recipe.survival) for one in plan.trainings.values()] == [
+        ("stochastic-depth", "uniform(0.8)"),
+        ("constant", None),
+    ]
+    (line,) = lines_of(plan.target, context(runner))
+    assert line.x == [0.8, 1.0]
+    assert len(line.error) == 2  # over the test images, having one seed
+    assert len(make().plan("toy/figure-6").trainings) == 3
 
 
 def test_nothing_is_drawn_before_it_is_trained(make):

@@ -216,9 +216,43 @@ def test_quoted_rows_further_metrics_and_readings(place):
     quoted = [line.label for line in find(where).rows if not line.own]
     assert [column(table, "measured")[label] for label in quoted] == ["quoted"] * len(quoted) != []
     assert (
-        column(page.tables["depth-dropout-table-1"][0], "measured")["dropout ratio 0.25 (reading: two-halves)"]
+        column(page.tables["depth-dropout-table-1"][0], "measured")["dropout ratio 0.25 (variant: two-halves)"]
         == "9.00"
     )
+
+
+def test_smaller_networks_stand_apart_and_are_judged_alone(place):
+    pair = {"0.0": [20.0], "0.25": [24.0]}
+    errors = {"standard_errors": [0.5]}
+    put(place, TABLE, *(entry(TABLE, key, one, scale=0.03, variant="resnet-20", **errors) for key, one in pair.items()))
+    page = page_of(place)
+    (table,) = page.tables["depth-dropout-table-1"]
+    assert (
+        column(table, "scale 0.03")["dropout ratio 0.25 (variant: resnet-20)"] == "24.00 ± 0.50 se (1 seed, 5 epochs)"
+    )
+    text = page.texts["depth-dropout-table-1"]
+    assert "Variant resnet-20: not the paper's network" in text
+    assert "Claim not seen (scale 0.03, variant resnet-20)" in text
+    assert "without standard errors" not in text
+    (status,) = [row for one in page.tables["status"] for row in one if row[0] == "table-1" and row[2]]
+    assert status[1:4] == ["", "2 (resnet-20 at 0.03)", "4"]
+    (claims,) = page.tables["claims"]
+    assert [row[1:4] for row in claims[1:]] == [["scale 0.03, variant resnet-20", "not seen", "1 not seen of 3"]]
+
+
+def test_figures_of_variants_are_drawn_apart(place):
+    curve = {
+        "kind": "measurement", "figure": "stochastic-depth/figure-7", "curve": "constant depth", "x": [1.0, 2.0],
+        "y": [0.5, 0.25], "error": None, "predicted": None, "scale": 0.01, "seeds": [0], "recipe": None, "note": "",
+    }  # fmt: skip
+    for variant in (None, "resnet-20"):
+        put(place, "stochastic-depth/figure-7", {**curve, "variant": variant})
+    page = page_of(place)
+    text = page.texts["stochastic-depth-figure-7"]
+    assert text.count("scale 0.01: schedules shortened") == 2
+    assert text.count("variant resnet-20") == 1
+    (status,) = [row for one in page.tables["status"] for row in one if row[0] == "figure-7"]
+    assert status[1:4] == ["", "1 at 0.01, 1 (resnet-20 at 0.01)", "1"]
 
 
 def test_two_devices_are_two_lines(place):

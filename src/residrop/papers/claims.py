@@ -4,14 +4,33 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from residrop.papers.rows import Claim
 
-__all__ = ["Judged", "Pair", "Verdict", "judge"]
+__all__ = ["Judged", "Measured", "Pair", "Verdict", "judge"]
 
 Verdict = Literal["seen", "not seen", "open"]
-Values = Sequence[float]
+
+
+class Measured(NamedTuple):
+    """What is known of a row.
+
+    Attributes:
+        values: measured numbers, one per seed; none if it is not measured.
+        errors: the standard error of each, over test images or samples; none where it is not known.
+    """
+
+    values: Sequence[float] = ()
+    errors: Sequence[float] = ()
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean: over seeds or over images, the larger of what is known; None if nothing is."""
+        count = len(self.values)
+        found = [math.hypot(*self.errors) / count] if count and len(self.errors) == count else []
+        found += [stdev(self.values) / math.sqrt(count)] if count > 1 else []
+        return max(found, default=None)
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,7 @@ class Pair:
         smaller: the row that is claimed to have the smaller value.
         larger: the other.
         difference: mean of `smaller` less mean of `larger`: negative if as claimed; None if one is not measured.
-        error: its standard error over seeds; None with one seed on either side.
+        error: its standard error, see `Measured.error`; None where it is not known of both.
     """
 
     smaller: str
@@ -54,20 +73,18 @@ class Judged:
         return "seen" if found == {"seen"} else "open"
 
 
-def judge(claim: Claim, values: Callable[[str], Values]) -> Judged:
+def judge(claim: Claim, known: Callable[[str], Measured]) -> Judged:
     """Compare a claim with measured values.
 
     Args:
         claim: of a paper.
-        values: from a row ("table-1/key") to its measured numbers, one per seed; none if it is not measured.
+        known: from a row ("table-1/key") to what is known of it.
     """
-    return Judged(claim, tuple(_compared(a, b, values(a), values(b)) for a, b in claim.pairs))
+    return Judged(claim, tuple(_compared(a, b, known(a), known(b)) for a, b in claim.pairs))
 
 
-def _compared(smaller: str, larger: str, a: Values, b: Values) -> Pair:
-    if not a or not b:
+def _compared(smaller: str, larger: str, a: Measured, b: Measured) -> Pair:
+    if not a.values or not b.values:
         return Pair(smaller, larger, None, None)
-    error = None
-    if len(a) > 1 and len(b) > 1:
-        error = math.hypot(stdev(a) / math.sqrt(len(a)), stdev(b) / math.sqrt(len(b)))
-    return Pair(smaller, larger, fmean(a) - fmean(b), error)
+    error = None if a.error is None or b.error is None else math.hypot(a.error, b.error)
+    return Pair(smaller, larger, fmean(a.values) - fmean(b.values), error)

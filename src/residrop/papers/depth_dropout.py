@@ -263,6 +263,12 @@ _FIGURES = (
 _DROPPED = tuple(f"table-1/{ratio}" for ratio in _RATIOS[1:])
 _VARIANTS = (
     Variant(
+        name="resnet-20",
+        networks={_BASELINE.network: "resnet-20", _NETWORK: "depth-dropout-resnet-20"},
+        why="not the paper's network but one of 20 layers, which a CPU can train",
+        concerns=("table-1", "figure-2a", "figure-3a"),
+    ),
+    Variant(
         name="two-halves",
         changes={"micro_batches": 2},
         why="two GPUs of 64 images each: batch norm, as Caffe then had it, sees 64 images",

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from residrop.errors import RunError
 from residrop.inference import error_curve
+from residrop.papers.claims import Measured
 from residrop.papers.instruments import trace
-from residrop.papers.rows import Curve, Figure
+from residrop.papers.rows import Curve, Figure, Variant
 from residrop.papers.timings import Bench
 from residrop.papers.work import Settings, Source, training
 from residrop.training import load_run
@@ -32,7 +33,7 @@ class Line(NamedTuple):
         label: as in the figure.
         x: positions.
         y: values, means over seeds; NaN where there is none.
-        error: standard errors (over seeds, repetitions or samples), or None.
+        error: standard errors (over seeds, test images, repetitions or samples), or None.
         predicted: the theory's values, or None.
         seeds: number of seeds.
         recipe: fingerprint at full scale, or None.
@@ -56,7 +57,12 @@ class Context(NamedTuple):
     source: Source | None
     runs: Path
     bench: Bench
-    values: Callable[[str], Sequence[float]]  # of "table-1/key": measured numbers, one per seed
+    measured: Callable[[str], Measured]  # of a row, "table-1/key"
+    variant: Variant | None = None
+
+    def read(self, recipe: Recipe) -> Recipe:
+        """A recipe under the variant."""
+        return recipe if self.variant is None else self.variant.of(recipe)
 
 
 def lines_of(figure: Figure, context: Context) -> list[Line]:
@@ -75,18 +81,19 @@ def _line(figure: Figure, curve: Curve, context: Context) -> Line:
     if curve.recipe is None:
         raise RunError(f"{figure.id}: curve {curve.label!r} has neither recipe nor points nor instrument")
     runs = _runs_of(curve.recipe, context)
+    recipe = context.read(curve.recipe)
     kinds = {
         "error_by_samples": _by_samples,
         "standard_error_by_samples": _by_samples,
         "test_error_by_hours": _by_hours,
         "error": _at_the_end,
     }
-    return kinds.get(curve.plotted, _by_epoch)(curve, curve.recipe, runs, context)
+    return kinds.get(curve.plotted, _by_epoch)(curve, recipe, runs, context)
 
 
 def _runs_of(recipe: Recipe, context: Context) -> list[Run]:
     """The finished runs of a recipe, by seed."""
-    settings = context.settings
+    settings, recipe = context.settings, context.read(recipe)
     every = [training(recipe, seed, settings, context.source) for seed in range(settings.seeds)]
     paths = [context.runs / one.name for one in every]
     return [Run.open(path) for path in paths if (path / "evaluation.json").exists()]
@@ -116,7 +123,7 @@ def _by_epoch(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Contex
 
 def _by_hours(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Context) -> Line:
     """Hours are iterations times the measured time of one, or where the paper does not print it, those of the run."""
-    each = [fmean(values) for name in curve.rows if (values := context.values(name))]
+    each = [fmean(values) for name in curve.rows if (values := context.measured(name).values)]
     if not runs or (curve.rows and not each):
         return _averaged(curve, recipe, [], [])
     steps = runs[0].dataset()["steps"] / runs[0].recipe().epochs
@@ -135,11 +142,18 @@ def _replotted(curve: Curve) -> Curve:
 
 def _at_the_end(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Context) -> Line:
     """A level line through the axis of p_L."""
-    return _averaged(curve, recipe, [0.0, 1.0], [[_error(run)] * 2 for run in runs])
+    found = _at_last(runs)
+    y, error = [fmean(found.values)] * 2 if runs else [], found.error
+    mark = recipe.replace(seed=0).fingerprint()
+    x = [0.0, 1.0] if runs else []
+    return Line(curve.label, x, y, None if error is None else [error] * 2, None, len(runs), mark, "")
 
 
-def _error(run: Run) -> float:
-    return json.loads((run.path / "evaluation.json").read_text())["deterministic_error"]
+def _at_last(runs: Sequence[Run]) -> Measured:
+    """Errors of inference in expectation, one per run, with their standard errors over the test images."""
+    found = [json.loads((run.path / "evaluation.json").read_text()) for run in runs]
+    errors = [one["details"]["deterministic"]["error_se"] for one in found]
+    return Measured([one["deterministic_error"] for one in found], errors)
 
 
 def _by_samples(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Context) -> Line:
@@ -175,29 +189,35 @@ def _by_samples(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Cont
 
 
 def _of_points(curve: Curve, context: Context) -> Line:
-    """Values of rows or of trainings of their own; a point without a number is NaN."""
+    """Values of rows or of trainings of their own; points without a number are left out."""
     x: list[float] = []
-    columns: list[Sequence[float]] = []
+    found: list[Measured] = []
     for point in curve.points:
-        places = context.values(point.x_row) if point.x_row else ()
-        x.append(fmean(places) if places else point.x)
         if point.recipe is not None:
-            columns.append([_error(run) for run in _runs_of(point.recipe, context)])
+            one = _at_last(_runs_of(point.recipe, context))
         else:
-            columns.append(context.values(point.row or ""))
-    base = fmean(columns[0]) if columns[0] else math.nan
+            one = context.measured(point.row or "")
+        if one.values:
+            places = context.measured(point.x_row).values if point.x_row else ()
+            x.append(fmean(places) if places else point.x)
+            found.append(one)
+    y, errors = [fmean(one.values) for one in found], [one.error for one in found]
     if curve.plotted == "relative_error":
-        columns = [[100.0 * (value / base - 1.0) for value in column] for column in columns]
-    y = [fmean(column) if column else math.nan for column in columns]
-    several = all(len(column) > 1 for column in columns)
-    error = [stdev(column) / math.sqrt(len(column)) for column in columns] if several else None
-    return Line(curve.label, x, y, error, None, min(map(len, columns)), None, curve.note)
+        base = context.measured(curve.points[0].row or "").values
+        if not base:
+            return Line(curve.label, [], [], None, None, 0, None, "")
+        factor = 100.0 / fmean(base)
+        y = [factor * value - 100.0 for value in y]
+        errors = [None if error is None else factor * error for error in errors]
+    known = [error for error in errors if error is not None]
+    error = known if len(known) == len(y) else None
+    return Line(curve.label, x, y, error, None, min((len(one.values) for one in found), default=0), None, curve.note)
 
 
 # Keeping and drawing
 
 
-def entries_of(figure: Figure, lines: Sequence[Line], scale: float) -> list[dict[str, Any]]:
+def entries_of(figure: Figure, lines: Sequence[Line], scale: float, variant: str | None = None) -> list[dict[str, Any]]:
     """Lines as entries of the ledger; a number that there is not is null."""
 
     def kept(values: list[float] | None) -> list[float | None] | None:
@@ -215,7 +235,7 @@ def entries_of(figure: Figure, lines: Sequence[Line], scale: float) -> list[dict
             "scale": scale,
             "seeds": list(range(line.seeds)),
             "recipe": line.recipe,
-            "variant": None,
+            "variant": variant,
             "note": line.note,
         }
         for line in lines

@@ -255,27 +255,32 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Another reading of an ambiguous text. The rows' own recipes are the recommended reading.
+    """Another reading of an ambiguous text, or the same on a smaller network. The rows' own recipes are the recommended
+    reading.
 
     Attributes:
         name: unique within its paper.
         changes: fields of `Recipe` that differ.
         why: one line.
-        concerns: tables ("table-1") and rows ("table-1/key") it is meant for.
+        concerns: tables ("table-1"), rows ("table-1/key") and figures ("figure-7") it is meant for.
+        networks: for each network of the paper the one that is taken instead; others are not concerned. None: as it is.
     """
 
     name: str
-    changes: Setting = field(hash=False)
+    changes: Setting = field(default_factory=_nothing, hash=False)
     why: str
     concerns: tuple[str, ...]
+    networks: Mapping[str, str] | None = field(default=None, hash=False)
 
     def applies(self, table: Table, row: Row) -> bool:
         """Whether it is another reading of this row's training; never of a row without a recipe."""
-        return row.recipe is not None and (table.name in self.concerns or f"{table.name}/{row.key}" in self.concerns)
+        named = table.name in self.concerns or f"{table.name}/{row.key}" in self.concerns
+        return named and row.recipe is not None and (self.networks is None or row.recipe.network in self.networks)
 
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe under this reading."""
-        return recipe.replace(**self.changes)
+        networks = self.networks or {}
+        return recipe.replace(network=networks.get(recipe.network, recipe.network)).replace(**self.changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from rich.console import Console
 from residrop import ledger
 from residrop.errors import ConfigError
 from residrop.papers import PAPERS, find
+from residrop.papers.claims import Measured
 from residrop.papers.estimate import Estimator
 from residrop.papers.instruments import measure
 from residrop.papers.rows import Figure, Metric, Table
@@ -42,6 +43,7 @@ __all__ = ["LeftOut", "Plan", "Runner", "default_workers", "value_of"]
 Entry = dict[str, Any]
 
 _KEYS: dict[Metric, str] = {"error": "deterministic_error", "sampled_error": "sampled_error"}  # in evaluation.json
+_DETAILS: dict[Metric, str] = {"error": "deterministic", "sampled_error": "sampled"}
 
 
 class LeftOut(NamedTuple):
@@ -72,6 +74,12 @@ class Plan:
     measured: list[tuple[Wanted, list[int]]] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _error_over_images(found: Mapping[str, Any], metric: Metric) -> float | None:
+    """Standard error of a test error over the test images, of what evaluation.json holds."""
+    one = found["details"][_DETAILS[metric]]
+    return None if one is None else one["error_se"]
 
 
 def value_of(row_id: str) -> int:
@@ -125,12 +133,12 @@ class Runner:
             recipe, settings = row.recipe, replace(settings, variant=None)
         return [entry for entry in self.known if fits(entry, row_id, recipe, settings)]
 
-    def values(self, row_id: str) -> list[float]:
-        """Measured numbers of a row in its own metric, one per seed: of this device, or else of one other."""
+    def measured(self, row_id: str) -> Measured:
+        """What is known of a row in its own metric: of this device, or else of one other."""
         metric = PAPERS[row_id.partition("/")[0]].row(row_id.partition("/")[2]).metric
         found = [entry for entry in self.of(row_id) if entry["metric"] == metric]
         found.sort(key=lambda entry: (entry["device"] != self.device, -len(entry["seeds"])))
-        return found[0]["measured"] if found else []
+        return Measured(found[0]["measured"], found[0].get("standard_errors", ())) if found else Measured()
 
     # Planning
 
@@ -147,6 +155,8 @@ class Runner:
             plan = Plan(target, wanted_of_figure(target, self.settings))
             self._add_recipes(plan, target)
         else:
+            if self.settings.points:
+                raise ConfigError(f"{name} is a table and has rows, no points; leave --points out")
             plan = Plan(target, wanted_of(target, keys, self.settings))
         self._keep_those_of_the_data(plan)
         for wanted in plan.wanted:
@@ -164,9 +174,7 @@ class Runner:
         return plan
 
     def _add_recipes(self, plan: Plan, figure: Figure) -> None:
-        if self.settings.variant is not None:
-            raise ConfigError("figures are drawn of the recommended reading; leave --variant out")
-        for recipe in recipes_of_figure(figure):
+        for recipe in recipes_of_figure(figure, self.settings):
             for seed in range(self.settings.seeds):
                 one = training(recipe, seed, self.settings, self.source)
                 plan.trainings[one.name] = one
@@ -297,6 +305,8 @@ class Runner:
                 entry["wall_seconds"] = [found["train_seconds"]]
                 entry |= {"epochs": one.recipe.epochs, "recipe": one.full.fingerprint()}
                 entry["variant"] = self.settings.variant
+                if (error := _error_over_images(found, metric)) is not None:
+                    entry["standard_errors"] = [error]
                 tables[table.id] = table
                 by_table.setdefault(table.id, []).append(entry)
         for name, entries in by_table.items():

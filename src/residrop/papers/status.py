@@ -1,6 +1,7 @@
 """What of the papers is measured, and what would be worth measuring next."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from residrop.papers import PAPERS, all_rows
 from residrop.papers.estimate import Estimator
 from residrop.papers.rows import Figure, Row, Table
 from residrop.papers.runner import value_of
-from residrop.papers.work import Settings, Wanted, fits
+from residrop.papers.work import Settings, Wanted, fits, read_under
 from residrop.training.recipe import Recipe
 
 __all__ = ["Missing", "Status", "missing", "overview"]
@@ -25,6 +26,7 @@ class Status:
         title: what it shows.
         full: rows measured at full scale (figures: lines).
         scaled: by scale, rows measured with a shortened schedule.
+        variants: by variant and scale ("resnet-20 at 0.01"), rows (curves) measured that way.
         open: rows that can be measured and are not, at any scale.
         quoted: rows that cannot be run here: quoted from other work.
         drawing: a figure without data.
@@ -34,9 +36,16 @@ class Status:
     title: str
     full: int
     scaled: dict[float, int]
+    variants: dict[str, int]
     open: int
     quoted: int
     drawing: bool = False
+
+    @property
+    def shortened(self) -> list[str]:
+        """What is measured other than in full, in words: "4 at 0.01", "2 (resnet-20 at 0.01)"."""
+        scaled = [f"{count} at {scale:g}" for scale, count in self.scaled.items()]
+        return scaled + [f"{count} ({how})" for how, count in self.variants.items()]
 
 
 def overview(entries: Entries) -> list[Status]:
@@ -56,23 +65,48 @@ def _of_table(table: Table, entries: Entries) -> Status:
         table.title,
         full=sum(1.0 in scales for scales in every),
         scaled={scale: sum(scale in scales for scales in every) for scale in below},
+        variants=_under_variants(table, entries),
         open=sum(not scales for scales in every),
         quoted=len(table.rows) - len(every),
     )
 
 
 def _of_figure(figure: Figure, entries: Entries) -> Status:
-    found = [(entry["curve"], entry["scale"]) for entry in entries if entry.get("figure") == figure.id]
+    every = [entry for entry in entries if entry.get("figure") == figure.id]
+    found = [(entry["curve"], entry["scale"]) for entry in every if entry.get("variant") is None]
     drawn = {scale: {curve for curve, of in found if of == scale} for _, scale in found}
     return Status(
         figure.id,
         figure.title,
         full=len(drawn.get(1.0, ())),
         scaled={scale: len(drawn[scale]) for scale in sorted(drawn, reverse=True) if scale < 1.0},
+        variants=_counted(
+            (entry["curve"], entry["variant"], entry["scale"]) for entry in every if entry.get("variant")
+        ),
         open=sum(all(curve.label not in labels for labels in drawn.values()) for curve in figure.curves),
         quoted=0,
         drawing=not figure.curves,
     )
+
+
+def _under_variants(table: Table, entries: Entries) -> dict[str, int]:
+    found: list[tuple[str, str, float]] = []
+    for variant in PAPERS[table.paper].variants:
+        for row in table.rows:
+            name = f"{table.id}/{row.key}"
+            recipe = read_under(table, row, variant)
+            found += [
+                (name, variant.name, entry["scale"])
+                for entry in entries
+                if entry["kind"] == "paper" and entry["metric"] == row.metric and recipe is not None
+                if fits(entry, name, recipe, Settings(scale=entry["scale"], variant=variant.name))
+            ]
+    return _counted(found)
+
+
+def _counted(found: Iterable[tuple[str, str, float]]) -> dict[str, int]:
+    """Rows or curves by variant and scale, each once."""
+    return dict(sorted(Counter(f"{variant} at {scale:g}" for _, variant, scale in set(found)).items()))
 
 
 def _measurable(row: Row) -> bool:

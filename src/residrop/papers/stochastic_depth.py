@@ -138,7 +138,17 @@ _STOCHASTIC = (
     *(f"table-1/stochastic-{data}" for data in COLUMNS),
     *(f"section-4/stochastic-{what}" for what in ("cifar10-plain", "cifar100-plain", "1202", "imagenet-90")),
 )
+_SMALLER = tuple(
+    Variant(
+        name=network,
+        networks={"resnet-110": network},
+        why=f"not the paper's network but one of {network.removeprefix('resnet-')} layers, which a CPU can train",
+        concerns=("table-1", "section-4", "figure-3-left", "figure-3-right", "figure-7", "figure-8-left"),
+    )
+    for network in ("resnet-20", "resnet-32")
+)
 _VARIANTS = (
+    *_SMALLER,
     Variant(
         name="release-gamma",
         changes={"bn_gamma_init": "uniform"},

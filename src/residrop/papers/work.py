@@ -61,6 +61,7 @@ class Settings:
         data: where the data are, if not where the recipe says.
         device: as in a recipe.
         steps: timed updates of timing rows.
+        points: positions of a figure's points that are to be trained; all, if none.
     """
 
     scale: float = 1.0
@@ -69,6 +70,7 @@ class Settings:
     data: str | None = None
     device: str = "auto"
     steps: int = 15
+    points: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 < self.scale <= 1.0:
@@ -164,7 +166,7 @@ def wanted_of(table: Table, keys: Sequence[str], settings: Settings) -> list[Wan
 
 
 def wanted_of_figure(figure: Figure, settings: Settings) -> list[Wanted]:
-    """The rows that a figure's points and axes take their values from."""
+    """The rows that a figure's points and axes take their values from; under a variant only those that are trained."""
     names = [point.row for curve in figure.curves for point in curve.points]
     names += [point.x_row for curve in figure.curves for point in curve.points]
     names += [name for curve in figure.curves for name in curve.rows]
@@ -172,16 +174,30 @@ def wanted_of_figure(figure: Figure, settings: Settings) -> list[Wanted]:
     for name in dict.fromkeys(filter(None, names)):
         table_name, _, key = name.partition("/")
         table = find(f"{figure.paper}/{table_name}")
-        if isinstance(table, Table):
+        if isinstance(table, Table) and (settings.variant is None or table.row(key).recipe is not None):
             found += wanted_of(table, [key], settings)
     return found
 
 
-def recipes_of_figure(figure: Figure) -> list[Recipe]:
-    """The trainings that a figure's curves and points draw by themselves."""
+def recipes_of_figure(figure: Figure, settings: Settings) -> list[Recipe]:
+    """The trainings that a figure's curves and points draw by themselves, under the variant; of the points those that
+    are asked for.
+
+    Raises:
+        ConfigError: an unknown variant or one that does not concern the figure, or no point where one was asked for.
+    """
+    variant = variant_of(figure.paper, settings.variant)
+    if variant is not None and figure.name not in variant.concerns:
+        raise ConfigError(f"variant {variant.name!r} is no reading of {figure.id}; leave --variant out")
+    points = [point for curve in figure.curves for point in curve.points]
+    places = {point.x for point in points}
+    if unknown := set(settings.points) - places:
+        there = ", ".join(f"{place:g}" for place in sorted(places)) or "none"
+        raise ConfigError(f"{figure.id} has no point at {min(unknown):g}; it has {there}: choose other --points")
     every = [curve.recipe for curve in figure.curves]
-    every += [point.recipe for curve in figure.curves for point in curve.points]
-    return list(dict.fromkeys(recipe for recipe in every if recipe is not None))
+    every += [point.recipe for point in points if not settings.points or point.x in settings.points]
+    found = dict.fromkeys(recipe for recipe in every if recipe is not None)
+    return list(found) if variant is None else list(dict.fromkeys(map(variant.of, found)))
 
 
 def training(recipe: Recipe, seed: int, settings: Settings, source: Source | None) -> Training:

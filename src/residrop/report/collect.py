@@ -69,27 +69,29 @@ def collect(folder: Path | None, runs: Sequence[Path] = ()) -> Report:
 def _summary(entries: Entries, found: Sequence[Status]) -> Text:
     every = [one for one in found if "/figure-" not in one.id]
     full, scaled = sum(one.full for one in every), sum(max(one.scaled.values(), default=0) for one in every)
-    count = full + sum(one.open for one in every)
+    smaller = sum(max(one.variants.values(), default=0) for one in every)
     dates = sorted({entry["date"] for entry in entries})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     files = len({entry["file"] for entry in entries})
+    text = f"Of the papers' rows, {full} are measured in full and {scaled} with a shortened schedule"
+    text += f", {smaller} with a shortened schedule on a smaller network" if smaller else ""
+    left = sum(one.open for one in every)
     return Text(
-        f"Of the papers' rows, {full} are measured in full and {scaled} with a shortened schedule; "
-        f"{count - full} are {MISSING} at any scale. {files} documents, measured {span}."
+        f"{text}; {left} are {MISSING} on the paper's network at any scale. {files} documents, measured {span}."
     )
 
 
 def _status(found: Sequence[Status]) -> Iterator[Block]:
     yield Text(
         "Rows of tables and curves of figures: measured in full, measured with a shortened schedule (how many at which "
-        "scale), not yet measured at any scale, and quoted from other work. residrop reproduce measures more, such as "
-        "residrop reproduce swapout/table-2.",
+        "scale, on which smaller network), not yet measured at any scale, and quoted from other work. residrop "
+        "reproduce measures more, such as residrop reproduce swapout/table-2.",
         "aside",
     )
     head = ("table or figure", "in full", "scaled", "not yet", "quoted", "what it shows")
     for paper in PAPERS.values():
         mine = [one for one in found if one.id.startswith(f"{paper.name}/")]
-        links = {_name(one): slug(one.id) for one in mine if "/figure-" not in one.id or one.full or one.scaled}
+        links = {_name(one): slug(one.id) for one in mine if "/figure-" not in one.id or one.full or one.shortened}
         yield Text(f"{paper.authors} {paper.year}, {paper.name}/")
         yield Grid(head, tuple(map(_row_of, mine)), links=links, words=frozenset({5}))
 
@@ -99,7 +101,7 @@ def _name(one: Status) -> str:
 
 
 def _row_of(one: Status) -> tuple[str, ...]:
-    scaled = ", ".join(f"{count} at {scale:g}" for scale, count in one.scaled.items())
+    scaled = ", ".join(one.shortened)
     counts = (str(count) if count else "" for count in (one.open, one.quoted))
     return _name(one), str(one.full) if one.full else "", scaled, *counts, one.title
 

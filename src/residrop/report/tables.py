@@ -14,6 +14,7 @@ __all__ = ["digits_of", "section_of_paper", "with_spread"]
 
 _COMPARED: tuple[Metric, ...] = ("share_saved", "blocks", "growth_rate", "orders_of_magnitude")  # on any machine
 _SHORT = "scale {scale:g}"
+_VARIANT = "Variant {name}: {why}."
 _APART = (
     'Columns headed "scale" come from shortened schedules (that share of the paper\'s epochs): not comparable in '
     "absolute terms with what was published, only with one another."
@@ -21,7 +22,7 @@ _APART = (
 
 
 class _Line(NamedTuple):
-    """A line of a table: a row in one metric, under one reading, on one device."""
+    """A line of a table: a row in one metric, under one variant, on one device."""
 
     row: Row
     metric: Metric
@@ -81,12 +82,14 @@ def _section_of_table(paper: Paper, table: Table, known: Sequence[Placed]) -> Se
     blocks.append(Text(f"{about}.", "aside"))
     if scales:
         blocks.append(Text(_APART, "aside"))
+    shown = {variant for _, variant, _ in found}
+    blocks += [Text(_VARIANT.format(name=v.name, why=v.why), "aside") for v in paper.variants if v.name in shown]
     if table.note:
         blocks.append(Text(f"Note: {table.note}", "aside"))
     blocks += _dots(table, lines)
     for claim in paper.claims:
         if claim.where == table.name:
-            blocks += verdicts_on(claim, known, scales)
+            blocks += verdicts_on(claim, known)
     return Section(f"{_place(table.name)}: {table.title}", slug(table.id), blocks)
 
 
@@ -141,7 +144,7 @@ def _grid(table: Table, lines: Sequence[_Line], scales: Sequence[float]) -> Grid
 
 def _label(line: _Line) -> str:
     label = f"{line.row.label}, {line.row.column}" if line.row.column else line.row.label
-    return f"{label} (reading: {line.variant})" if line.variant else label
+    return f"{label} (variant: {line.variant})" if line.variant else label
 
 
 def _in_full(line: _Line, digits: int) -> list[str]:
@@ -194,16 +197,18 @@ def _place(name: str) -> str:
 
 
 def _section_of_figure(paper: Paper, figure: Figure, entries: Entries) -> Section | None:
-    """The curves of a figure, a picture for each scale and device; None if nothing of it is in the ledger."""
-    groups: dict[tuple[float, str], list[Entry]] = {}
+    """The curves of a figure, a picture for each variant, scale and device; None if the ledger has nothing of it."""
+    groups: dict[tuple[str, float, str], list[Entry]] = {}
     for entry in entries:
         if entry.get("figure") == figure.id:
-            groups.setdefault((entry["scale"], entry["device"]), []).append(entry)
+            groups.setdefault((entry.get("variant") or "", -entry["scale"], entry["device"]), []).append(entry)
     if not groups:
         return None
     blocks: list[Block] = []
-    for (scale, device), lines in sorted(groups.items(), reverse=True):
+    for (variant, minus, device), lines in sorted(groups.items()):
+        scale = -minus
         about = "full schedule" if scale == 1.0 else f"scale {scale:g}: schedules shortened to that share of the epochs"
+        about += f"; variant {variant}" if variant else ""
         seeds = max((len(line.get("seeds") or ()) for line in lines), default=1)
         left_out = len({curve.label for curve in figure.curves} - {line["curve"] for line in lines})
         caption = f"{about}; {seeds} seed{'s' if seeds > 1 else ''}; {device}"

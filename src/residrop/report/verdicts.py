@@ -1,58 +1,71 @@
-"""What became of the papers' claims, in full and at each scale alone."""
+"""What became of the papers' claims, in full and at each scale and on each smaller network alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from residrop.papers.claims import Judged, judge
+from residrop.papers.claims import Judged, Measured, judge
 from residrop.papers.rows import Claim, Paper
 from residrop.report.blocks import MISSING, Grid, Text, slug
 from residrop.report.placing import Placed
 
 __all__ = ["grid_of_claims", "verdicts_on"]
 
+_Setting = tuple[float, str | None]  # scale and variant
 
-def verdicts_on(claim: Claim, found: Sequence[Placed], scales: Sequence[float]) -> Iterator[Text]:
-    """What became of a claim in full and at each scale at which any of its comparisons was measured."""
+
+def verdicts_on(claim: Claim, found: Sequence[Placed]) -> Iterator[Text]:
+    """What became of a claim under each setting in which any of its comparisons was measured, in full first."""
     shown = False
-    for scale in (1.0, *scales):
-        judged = _judged(claim, found, scale)
+    for setting in _settings(found):
+        judged = _judged(claim, found, setting)
         if judged is None:
             continue
         shown = True
-        how = "in full" if scale == 1.0 else f"scale {scale:g}"
         single = any(pair.difference is not None and pair.error is None for pair in judged.pairs)
         about = _counted(judged) + ("; without standard errors (one seed)" if single else "")
-        yield Text(f"Claim {judged.verdict} ({how}): {claim.text}. Comparisons: {about}.", judged.verdict)
+        text = f"Claim {judged.verdict} ({_how(setting)}): {claim.text}. Comparisons: {about}."
+        yield Text(text, judged.verdict)
     if not shown:
         yield Text(f"Claim, {MISSING}: {claim.text}.", "aside")
 
 
 def grid_of_claims(papers: Mapping[str, Paper], known: Mapping[str, Sequence[Placed]]) -> Grid | None:
-    """All claims of which a comparison was measured, in full or at a scale; None if there are none.
+    """All claims of which a comparison was measured, under any setting; None if there are none.
 
     Args:
         papers: by name.
         known: by name of the paper, entries that belong to its rows.
     """
-    scales = sorted({entry["scale"] for found in known.values() for *_, entry in found} | {1.0}, reverse=True)
+    settings = _settings([one for found in known.values() for one in found])
     rows: list[tuple[str, ...]] = []
     links: dict[str, str] = {}
     for name, paper in papers.items():
         tables = {table.name for table in paper.tables}
         for claim in paper.claims:
             links |= {claim.text: slug(f"{name}/{claim.where}")} if claim.where in tables else {}
-            for scale in scales:
-                judged = _judged(claim, known[name], scale)
+            for setting in settings:
+                judged = _judged(claim, known[name], setting)
                 if judged is not None:
-                    how = "in full" if scale == 1.0 else f"scale {scale:g}"
-                    rows.append((claim.text, how, judged.verdict, _counted(judged), f"{name}/{claim.where}"))
+                    how, where = _how(setting), f"{name}/{claim.where}"
+                    rows.append((claim.text, how, judged.verdict, _counted(judged), where))
     head = ("claim", "schedule", "verdict", "comparisons", "where")
     return Grid(head, tuple(rows), left=5, links=links) if rows else None
 
 
-def _judged(claim: Claim, found: Sequence[Placed], scale: float) -> Judged | None:
-    """None if no comparison was measured at that scale."""
-    values = _values(found, scale)
-    judged = judge(claim, lambda name: values.get(name, ()))
+def _settings(found: Sequence[Placed]) -> list[_Setting]:
+    """Those that occur: the recommended readings before the variants, the longest schedule first."""
+    every = {(entry["scale"], variant) for _, _, variant, entry in found} | {(1.0, None)}
+    return sorted(every, key=lambda one: (one[1] or "", -one[0]))
+
+
+def _how(setting: _Setting) -> str:
+    scale, variant = setting
+    return ("in full" if scale == 1.0 else f"scale {scale:g}") + (f", variant {variant}" if variant else "")
+
+
+def _judged(claim: Claim, found: Sequence[Placed], setting: _Setting) -> Judged | None:
+    """None if no comparison was measured under that setting."""
+    values = _values(found, *setting)
+    judged = judge(claim, lambda name: values.get(name, Measured()))
     return judged if any(pair.difference is not None for pair in judged.pairs) else None
 
 
@@ -63,17 +76,18 @@ def _counted(judged: Judged) -> str:
     return f"{', '.join(counts)} of {len(judged.pairs)}"
 
 
-def _values(placed: Sequence[Placed], scale: float) -> dict[str, Sequence[float]]:
-    """Measured numbers of the rows, each in its own metric and recommended reading.
+def _values(placed: Sequence[Placed], scale: float, reading: str | None) -> dict[str, Measured]:
+    """What is known of the rows, each in its own metric, under one reading.
 
-    They are those of the device that has most rows, errors also those of another; times of two devices never meet.
+    It is that of the device that has most rows, errors also those of another; times of two devices never meet.
     """
-    found: dict[str, dict[str, Sequence[float]]] = {}
+    found: dict[str, dict[str, Measured]] = {}
     timed: set[str] = set()
     for table, row, variant, entry in placed:
-        if variant is None and entry["metric"] == row.metric and entry["scale"] == scale:
+        if variant == reading and entry["metric"] == row.metric and entry["scale"] == scale:
             name = f"{table.name}/{row.key}"
-            found.setdefault(entry["device"], {})[name] = entry["measured"]
+            known = Measured(entry["measured"], entry.get("standard_errors", ()))
+            found.setdefault(entry["device"], {})[name] = known
             timed |= {name} if (row.instrument or "").startswith("timing") else set()
     ranked = sorted(found.values(), key=len)
     values = {name: one for known in ranked for name, one in known.items() if name not in timed}
