@@ -1,7 +1,12 @@
+import shutil
+
 import pytest
 import torch
+from torch._inductor import metrics
 
 from residrop.data import Images, Loader, augmentation, fit
+from residrop.data.augment import Draw
+from residrop.data.fused import _compiled
 from residrop.errors import ConfigError
 
 
@@ -111,10 +116,57 @@ def test_memory_format_does_not_change_values():
     assert same(loader(images).train_batches(1), loader(images, channels_last=False).train_batches(1))
 
 
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
+
+
+def mean_image(images):
+    return fit(images, "pixel-mean-only")
+
+
+@COMPILER
+@pytest.mark.parametrize("fitted", [lambda images: fit(images, "channel"), mean_image], ids=["channel", "image"])
+@pytest.mark.parametrize("name", ["none", "flip", "crop", "batch-crop"])
+def test_one_kernel_makes_the_batches_of_the_steps(name, fitted):
+    images = numbered(23)
+    options = {"batch_size": 8, "augmentation": augmentation(name), "normalization": fitted(images), "seed": 3}
+    steps, fused = Loader(images, **options), Loader(images, compile=True, **options)
+    for (x, y), (u, v) in zip(steps.train_batches(1), fused.train_batches(1), strict=True):
+        assert torch.equal(y, v)
+        torch.testing.assert_close(u, x, rtol=1e-6, atol=1e-7)
+        assert u.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(u == 0, x == 0)  # the zeros around an image
+    assert same(steps.eval_batches(), fused.eval_batches())
+
+
+@COMPILER
+def test_it_is_one_kernel():
+    torch._dynamo.reset()
+    _compiled.cache_clear()
+    metrics.reset()
+    images = numbered(20, side=7)  # a size that nothing else here compiles
+    next(loader(images, compile=True).train_batches(0))
+    assert metrics.generated_kernel_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "there"), [("crop", ("meta", "meta", "meta")), ("batch-crop", ("cpu", "cpu", "meta"))]
+)
+def test_draws_go_to_the_device_many_at_a_time(name, there):
+    made = augmentation(name)
+    draws = [made.draw(n, torch.Generator().manual_seed(n)) for n in (8, 8, 3)]
+    moved = Draw.moved(draws, torch.device("meta"))
+    assert [tuple(one.device.type for one in (draw.top, draw.left, draw.flip)) for draw in moved] == [there] * 3
+    assert [len(draw.flip) for draw in moved] == [8, 8, 3]
+    assert [len(draw.top) for draw in moved] == [len(draw.top) for draw in draws]
+    stayed = Draw.moved(draws, torch.device("cpu"))
+    assert all(a.flip is b.flip for a, b in zip(stayed, draws, strict=True))
+
+
 @pytest.mark.gpu
-def test_batches_are_the_same_on_a_gpu():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_batches_are_the_same_on_a_gpu(compiled):
     images = numbered(30)
-    on_gpu = [(x.cpu(), y.cpu()) for x, y in loader(images, device="cuda").train_batches(1)]
+    on_gpu = [(x.cpu(), y.cpu()) for x, y in loader(images, device="cuda", compile=compiled).train_batches(1)]
     for (x, y), (u, v) in zip(on_gpu, loader(images).train_batches(1), strict=True):
         assert torch.equal(y, v)
         assert torch.allclose(x, u, rtol=0, atol=1e-6)

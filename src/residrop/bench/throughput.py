@@ -133,6 +133,7 @@ class _Ours:
             augmentation=augmentation(self.recipe.augmentation),
             seed=settings.seed,
             device=device,
+            compile=settings.compile,
         )
         dataset = {"classes": [""] * CLASSES, "channels": 3, "size": 32, "steps": _MORE_EPOCHS * settings.images}
         self.state = start(self.recipe, Prepared(device, normalization, {"train": self.loader}, dataset))

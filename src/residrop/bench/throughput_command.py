@@ -50,7 +50,7 @@ class BenchThroughput:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of ours; auto takes bf16 autocast where the device computes it in hardware."""
     compile: bool = False
-    """Compile our branches, as residrop train --compile does."""
+    """Compile our branches and augmentation, as residrop train --compile does."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
     seed: int = 0
@@ -86,9 +86,9 @@ def bench_throughput_command(args: BenchThroughput) -> int:
     total = len(args.networks) * len(args.widths) * (settings.warmup + settings.steps)
     with steps_bar("throughput", total) as on_step:
         parts = bench_throughput(args.networks, args.widths, args.rules, settings, on_step)
-        return gather(
-            args.json, parts, _table, "Images per second of training, against a plain loop and bare convolutions", said
-        )
+        how = "branches compiled, " if args.compile else ""
+        what = f"Images per second of training, {how}against a plain loop and bare convolutions"
+        return gather(args.json, parts, _table, what, said)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

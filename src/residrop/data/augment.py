@@ -1,5 +1,6 @@
 """Random crops and flips of whole batches, on the device: draw first, then apply."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +34,22 @@ class Draw:
         """The draws of some images of the batch."""
         parts = (self.top, self.left, self.flip)
         return Draw(*(one if one is None or len(one) == 1 else one[images] for one in parts))
+
+    @staticmethod
+    def moved(draws: Sequence["Draw"], device: torch.device) -> list["Draw"]:
+        """The draws of several batches with what is drawn per image on a device, by one copy each.
+
+        A crop of a whole batch stays: it is read to choose what is copied.
+        """
+
+        def move(parts: list[Tensor | None]) -> list[Tensor | None]:
+            found = [one for one in parts if one is not None]
+            if device.type == "cpu" or len(found) < len(parts) or all(len(one) == 1 for one in found):
+                return parts
+            return list(torch.cat(found).to(device, non_blocking=True).split([len(one) for one in found]))
+
+        columns = (move([getattr(draw, name) for draw in draws]) for name in ("top", "left", "flip"))
+        return [Draw(*parts) for parts in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from residrop.data.augment import Augmentation
+from residrop.data.augment import Augmentation, Draw
+from residrop.data.fused import fused_batch
 from residrop.data.normalize import Normalization
 from residrop.data.seeds import generator_for
 from residrop.data.splits import Files, Images
@@ -16,6 +17,7 @@ from residrop.sampler import derive_key
 __all__ = ["Loader"]
 
 _ORDER, _AUGMENT, _STREAM, _FIXED = 1, 2, 3, 4  # first words of the seeds: one purpose never repeats another's draw
+_AHEAD = 64  # batches whose draws go to the device together
 
 
 class Loader:
@@ -49,6 +51,7 @@ class Loader:
         drop_last: bool = False,
         workers: int = 2,
         share: tuple[int, int] = (0, 1),
+        compile: bool = False,
     ) -> None:
         """Move the images to the device, if they are in memory.
 
@@ -64,6 +67,8 @@ class Loader:
             workers: processes that decode `Files`; 0 decodes in this process. Unused for `Images`.
             share: (rank, number of ranks). Training batches are cut into shares that are equal up to one image, and
                 empty where images are fewer than ranks.
+            compile: make augmented batches of `Images` by one compiled kernel (channels-last only); their values may
+                differ in the last bit.
 
         Raises:
             ConfigError: if an argument is out of range or does not fit the images.
@@ -72,6 +77,7 @@ class Loader:
         self.num_images = len(images)
         self._batch_size, self._seed, self._workers = batch_size, seed, workers
         self._rank, self._ranks = share
+        self._compile = compile and channels_last
         self._device = torch.device(device)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalization = normalization.to(self._device)
@@ -159,14 +165,31 @@ class Loader:
 
     def _resident(self, images: Images, order: Tensor, numbers: range, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = order.to(self._device)
-        for number in numbers:
+        for number, draw in self._drawn(numbers, epoch):
             index = order[self._slice(number)]
             mine = self._share(len(index))
-            x = self._finish(images.pixels.index_select(0, index[mine]))
-            if self._augmentation is not None and len(x):
-                draw = self._augmentation.draw(len(index), generator_for(_AUGMENT, self._seed, epoch, number))
+            index = index[mine]
+            labels = images.labels.index_select(0, index)
+            if self._compile and draw is not None and self._augmentation is not None and len(index):
+                pad = self._augmentation.pad
+                yield fused_batch(images.pixels, index, draw.of(mine), pad, self._normalization), labels
+                continue
+            x = self._finish(images.pixels.index_select(0, index))
+            if draw is not None and self._augmentation is not None and len(x):
                 x = self._augmentation.apply(x, draw.of(mine))
-            yield x, images.labels.index_select(0, index[mine])
+            yield x, labels
+
+    def _drawn(self, numbers: range, epoch: int) -> Iterator[tuple[int, Draw | None]]:
+        """Numbers of batches with their draws, which are on the device for many batches at a time."""
+        made = self._augmentation
+        for first in range(0, len(numbers), _AHEAD):
+            part = numbers[first : first + _AHEAD]
+            if made is None:
+                yield from ((number, None) for number in part)
+                continue
+            seeds = (generator_for(_AUGMENT, self._seed, epoch, number) for number in part)
+            draws = [made.draw(self.images_in(number), seed) for number, seed in zip(part, seeds, strict=True)]
+            yield from zip(part, Draw.moved(draws, self._device), strict=True)
 
     def _in_order(self, images: Images, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
         for number in numbers:

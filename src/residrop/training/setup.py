@@ -96,6 +96,7 @@ def loader_for(
         channels_last=recipe.channels_last,
         workers=recipe.workers,
         share=(ranks.rank, ranks.size),
+        compile=recipe.compile,
     )
 
 
