@@ -20,6 +20,7 @@ import tyro
 
 import residrop
 from residrop import cli
+from residrop.papers import find
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -227,6 +228,52 @@ def test_quoted_numbers_are_those_measured(page, words, file, rows, name):
         values.append(found[name] / (2**20 if name == "bytes" else 1))
     text = " ".join((DOCS / f"{page}.md").read_text().split())
     assert words.format(*values) in text
+
+
+def test_first_screen_of_readme_is_what_was_measured():
+    def entries(file):
+        return json.loads((ROOT / "results" / f"{file}.json").read_text())["entries"]
+
+    def one(rows, **known):
+        (found,) = [row for row in rows if all(row.get(name) == value for name, value in known.items())]
+        return found
+
+    half = [row for row in entries("skip_cpu_202611") if row["survival"] == "uniform(0.5)"]
+
+    def skip(name, model, variant, granularity):
+        return f"{one(half, model=model, variant=variant, granularity=granularity)[name]:.2f}"
+
+    time, kept, deep, vit = (
+        "relative_to_constant",
+        "saved_relative_to_constant",
+        "resnet-110",
+        "timm/vit_small_patch16_224",
+    )
+    block, row = (("residrop", granularity) for granularity in ("block", "row"))
+    timm, vision = ("timm DropPath", "row"), ("torchvision StochasticDepth", "row")
+    speed = entries("throughput_cpu_202611")
+    images = [
+        one(speed, variant=variant, rule=rule)["images_per_second"]
+        for variant, rule in (("residrop", "stochastic-depth"), ("residrop", "constant"), ("plain loop", "constant"))
+    ]
+    saved = one(entries("stochastic-depth_table-2_cpu_scale1"), id="stochastic-depth/table-2/saved-cifar10")
+    rates = find("sd-regularization/table-1")
+    measured = {
+        row["id"].rpartition("/")[2]: row["measured"][0] for row in entries(f"{rates.id.replace('/', '_')}_cpu_scale1")
+    }
+    away = max(abs(measured[row.key] - row.theory) for row in rates.rows)
+    printed = max(abs(row.published - row.theory) for row in rates.rows)
+    text = (ROOT / "README.md").read_text()
+    for words in (
+        f"**{skip(time, deep, *block)}** (by row {skip(time, deep, *row)}) | "
+        f"timm `DropPath` {skip(time, deep, *timm)}, torchvision {skip(time, deep, *vision)} |",
+        f"**{skip(kept, deep, *block)}** (by row {skip(kept, deep, *row)}) | both {skip(kept, deep, *timm)} |",
+        f"**{skip(time, vit, *block)}** (by row {skip(time, vit, *row)}) | both {skip(time, vit, *vision)} |",
+        "**{:.0f}** (constant depth {:.0f}) | the usual loop {:.0f} |".format(*images),
+        f"**{saved['measured'][0]:.1f}%** | Huang et al.: {saved['published']:.1f}% measured, 25% by formula |",
+        f"{len(measured)} networks: largest distance to theory | **{away:.3f}** | Hayou & Ayed: {printed:.3f} |",
+    ):
+        assert words in text
 
 
 def test_budget_study_is_the_one_measured():
