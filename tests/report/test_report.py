@@ -440,6 +440,7 @@ def test_ratios_of_skipping_are_those_measured():
         ("inference", "model, rule, survival rates, samples", "relative_to_naive"),
         ("swapout", "shape, dtype", "relative_to_add"),
         ("tax", "model, batch", "relative_to_plain"),
+        ("throughput", "model, width, loop, rule, precision", "relative_to_plain"),
         ("wirings", "network", "relative_to_none"),
         ("draw", "granularity, timing", "microseconds"),
         ("adaptive_swapout_digits", "rule, survival rates", "adaptive.mean_samples"),

@@ -76,6 +76,8 @@ def _cell(column: Column, rows: Entries) -> str:
     if column.name == "":
         return str(len(rows))
     values = [row[column.name] for row in rows if row.get(column.name) is not None]
+    if column.factor != 1.0:
+        values = [column.factor * value for value in values]
     if not values:
         return ""
     if isinstance(values[0], list):

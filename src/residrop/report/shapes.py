@@ -8,12 +8,13 @@ __all__ = ["SHAPES", "Column", "Listing", "Pivot"]
 @dataclass(frozen=True)
 class Column:
     """A column of a listing: heading, name of the value ("" for the number of rows), digits, names of its standard
-    error of which the first that is there counts."""
+    error of which the first that is there counts, and the unit's factor."""
 
     heading: str
     name: str
     digits: int = 2
     error: tuple[str, ...] = ()
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,18 @@ SHAPES: tuple[Listing | Pivot, ...] = (
     Pivot(
         frozenset({"relative_to_naive", "variant"}), (_MODEL, _RULE, _SURVIVAL, ("samples", "samples")), "variant",
         "relative_to_naive", "Time of a prediction, relative to the naive loop over samples:",
+    ),
+    Listing(
+        frozenset({"relative_to_plain", "images_per_second"}),
+        (_MODEL, ("width", "width"), ("loop", "variant"), _RULE, ("precision", "precision")),
+        (
+            Column("images/s", "images_per_second", 0), Column("x plain loop", "relative_to_plain"),
+            Column("GFLOP/s", "model_flops_per_second", 0, factor=1e-9),
+            Column("% of bare convolutions", "share_of_bare", 0, factor=100.0),
+            Column("% outside the network", "share_outside", 1, factor=100.0),
+        ),
+        "Training. The plain loop is torchvision's transforms in a DataLoader, float32, eager; bare convolutions are "
+        "those that live in the same updates, by themselves:",
     ),
     Listing(
         frozenset({"relative_to_plain", "quartiles"}), (_MODEL, ("batch", "batch_size")),
