@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from residrop.data import Files, Images, Normalization, fit
+from residrop.data import Files, Images, fit
 from residrop.errors import ConfigError
 
 
@@ -71,18 +71,6 @@ def test_constant_channel_has_std_one(mode):
     normalization = fit(Images(pixels, torch.zeros(300, dtype=torch.int64)), mode)
     assert normalization.std.flatten().tolist() == [1.0]
     assert normalization(pixels).abs().max() == 0
-
-
-def test_state_round_trip(images):
-    normalization = fit(images, "pixel-mean")
-    again = Normalization.from_state(normalization.state())
-    assert again.mode == "pixel-mean"
-    assert torch.equal(again(images.pixels), normalization(images.pixels))
-
-
-def test_from_state_refuses_missing_entries():
-    with pytest.raises(ConfigError, match="needs mode, mean and std"):
-        Normalization.from_state({"mode": "unit"})
 
 
 def test_fit_refuses_unknown_modes(images):

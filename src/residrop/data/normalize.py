@@ -1,9 +1,9 @@
 """Normalisation of pixels: (x/255 - mean) / std, by the statistics each paper used."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,23 +48,6 @@ class Normalization:
     def to(self, device: torch.device | str) -> "Normalization":
         """Return the same normalisation for pixels on `device`."""
         return Normalization(self.mode, self.mean.to(device), self.std.to(device))
-
-    def state(self) -> dict[str, Any]:
-        """Return `{"mode": str, "mean": Tensor, "std": Tensor}`, tensors on the CPU; see `from_state`."""
-        return {"mode": self.mode, "mean": self.mean.cpu(), "std": self.std.cpu()}
-
-    @staticmethod
-    def from_state(state: Mapping[str, Any]) -> "Normalization":
-        """Return the normalisation that `state()` described.
-
-        Raises:
-            ConfigError: if an entry is missing or not what `state()` gives.
-        """
-        mode, mean, std = (state.get(name) for name in ("mode", "mean", "std"))
-        if not (isinstance(mode, str) and isinstance(mean, Tensor) and isinstance(std, Tensor)):
-            message = f"state of a normalisation with entries {sorted(state)}: needs mode, mean and std"
-            raise ConfigError(f"{message} as Normalization.state() gives them")
-        return Normalization(mode, mean.to(torch.float32), std.to(torch.float32))
 
 
 def fit(images: Images | Files, mode: NormalizationMode) -> Normalization:
