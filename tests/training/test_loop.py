@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from residrop.attach import depth_of, expected_depth_of, sampler_of, using
-from residrop.data import Loader, augmentation, fit, load
+from residrop.data import Files, Images, Loader, augmentation, fit, load
 from residrop.errors import ConfigError, RunError, UsageError
 from residrop.inference import evaluate
 from residrop.training import Run, load_run, loop, train
 from residrop.training.checkpoint import build_network
+from residrop.training.setup import evaluation_batch
 
 
 def loader_for(recipe, part="train"):
@@ -25,6 +27,22 @@ def loader_for(recipe, part="train"):
         augmentation=augmentation(recipe.augmentation) if part == "train" else None,
         seed=recipe.seed,
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "batch_size", "images"),
+    [
+        ("cpu", "memory", 128, 250),
+        ("cpu", "memory", 512, 512),
+        ("cuda", "memory", 128, 2000),
+        ("cuda", "files", 128, 250),
+    ],
+)
+def test_evaluation_has_large_batches(device, kind, batch_size, images):
+    labels = torch.zeros(1, dtype=torch.int64)
+    found = Images(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), labels)
+    found = found if kind == "memory" else Files((Path("a.png"),), labels, 8)
+    assert evaluation_batch(batch_size, found, torch.device(device)) == images
 
 
 def network_for(recipe, steps=0):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from residrop.catalogue import entry_of
-from residrop.data import Files, Loader, Normalization, Splits, augmentation, fit, load
+from residrop.data import Files, Images, Loader, Normalization, Splits, augmentation, fit, load
 from residrop.errors import ConfigError, RunError
 from residrop.training.checkpoint import Run, build_network
 from residrop.training.distributed import ALONE, Ranks
@@ -23,6 +23,7 @@ __all__ = [
     "Prepared",
     "choose_device",
     "data_digest",
+    "evaluation_batch",
     "loader_for",
     "loader_of_run",
     "make_optimizer",
@@ -86,9 +87,10 @@ def loader_for(
     ranks: Ranks = ALONE,
 ) -> Loader:
     """A rank's batches of one part (train, validation, test) of the data; only those of train are augmented."""
+    images = getattr(splits, part)
     return Loader(
-        getattr(splits, part),
-        batch_size=recipe.batch_size if part == "train" else max(recipe.batch_size, 250),
+        images,
+        batch_size=recipe.batch_size if part == "train" else evaluation_batch(recipe.batch_size, images, device),
         normalization=normalization,
         augmentation=augmentation(recipe.augmentation) if part == "train" else None,
         seed=recipe.seed,
@@ -98,6 +100,14 @@ def loader_for(
         share=(ranks.rank, ranks.size),
         compile=recipe.compile,
     )
+
+
+def evaluation_batch(batch_size: int, images: Images | Files, device: torch.device) -> int:
+    """Images in a batch of evaluation, which keeps nothing for backward: as many as fill the device.
+
+    On the CPU more than 250 leave the cache; on a GPU 2000 small images fill it, files are as large as they are.
+    """
+    return max(batch_size, 2000 if device.type != "cpu" and isinstance(images, Images) else 250)
 
 
 def loader_of_run(run: Run, data: str | None = None, device: torch.device | None = None) -> Loader:
