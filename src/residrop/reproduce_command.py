@@ -15,7 +15,7 @@ from residrop import ledger
 from residrop.errors import ConfigError
 from residrop.output import check_target, console_for, write
 from residrop.papers import PAPERS
-from residrop.papers.claims import Judged, Measured, judge
+from residrop.papers.claims import Drawn, Judged, Measured, judge, judge_curves
 from residrop.papers.estimate import Estimator, as_text
 from residrop.papers.figures import Context, Line, draw, entries_of, lines_of
 from residrop.papers.rows import Figure, Row, Table
@@ -255,9 +255,14 @@ def _figure(plan: Plan, runner: Runner, console: Console) -> dict[str, Any]:
         console.print(f"{figure.id}: nothing to draw; no curve's runs are finished")
     for line in lines:
         console.print(f"  {line.label}: {_ends(line)}" + (f" ({line.note})" if line.note else ""))
+    drawn = {line.label: Drawn(line.x, line.y, line.error) for line in lines}
     for claim in PAPERS[figure.paper].claims:
         if claim.where == figure.name:
-            console.print(f"claim open, look at the picture: {claim.text}")
+            judged = judge_curves(claim, drawn)
+            if judged.pairs:
+                _show_claim(judged, console)
+            else:
+                console.print(f"claim open, look at the picture: {claim.text}")
     return {
         "id": figure.id,
         "title": figure.title,

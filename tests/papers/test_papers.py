@@ -512,6 +512,18 @@ def test_variant_is_another_training_that_builds(paper, variant):
         assert network(other).training
 
 
+def test_claims_name_curves_of_their_figure():
+    named = 0
+    for paper in PAPERS.values():
+        figures = {figure.name: {curve.label for curve in figure.curves} for figure in paper.figures}
+        for claim in paper.claims:
+            assert not (claim.pairs and claim.curves)
+            for pair in claim.curves:
+                assert set(pair) <= figures[claim.where]
+                named += 1
+    assert named >= 2
+
+
 def test_variant_names_are_unique():
     assert max(Counter((paper, one.name) for paper, one in VARIANTS).values()) == 1
 

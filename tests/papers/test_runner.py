@@ -9,7 +9,7 @@ from rich.console import Console
 from residrop import ledger
 from residrop.errors import ConfigError, RunError
 from residrop.papers import Claim, find
-from residrop.papers.claims import Measured, judge
+from residrop.papers.claims import Drawn, Measured, judge, judge_curves
 from residrop.papers.estimate import Estimator, as_text
 from residrop.papers.figures import Context, entries_of, lines_of
 from residrop.papers.runner import Runner, default_workers, value_of
@@ -345,6 +345,21 @@ def test_claims():
     assert pair.difference == -1.5
     assert pair.error == pytest.approx((0.5 / 2 + 2.0 / 2) ** 0.5)
     assert judge(Claim(text="", where="f"), lambda name: Measured()).verdict == "open"
+
+
+def test_claims_about_curves():
+    claim = Claim(text="", where="f", curves=(("low", "high"), ("low", "missing")))
+
+    def found(low, high):
+        judged = judge_curves(claim, {"low": Drawn(*low), "high": Drawn(*high)})
+        return [(pair.smaller, pair.difference, pair.verdict) for pair in judged.pairs]
+
+    both = ([1.0, 2.0], [0.1, 0.4]), ([2.0, 3.0], [0.2, 0.1])
+    assert found(*both) == [("low at 2", pytest.approx(0.2), "not seen")]
+    assert found(([1.0, 2.0], [0.1, None]), ([1.0, 2.0], [0.1, 0.5])) == []  # equal, and no value
+    assert found(([1.0], [0.1], [0.1]), ([1.0], [0.4], [0.2]))[0][2] == "open"
+    assert found(([0.5], [0.1]), ([1.0], [0.4])) == [("low at 0.5", pytest.approx(-0.3), "seen")]  # points
+    assert judge_curves(claim, {}).verdict == "open"
 
 
 @pytest.mark.parametrize(

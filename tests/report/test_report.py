@@ -250,7 +250,7 @@ def test_figures_of_variants_are_drawn_apart(place):
     page = page_of(place)
     text = page.texts["stochastic-depth-figure-7"]
     assert text.count("scale 0.01: schedules shortened") == 2
-    assert text.count("variant resnet-20") == 1
+    assert text.count("; variant resnet-20") == 1
     (status,) = [row for one in page.tables["status"] for row in one if row[0] == "figure-7"]
     assert status[1:4] == ["", "1 at 0.01, 1 (resnet-20 at 0.01)", "1"]
 
@@ -347,6 +347,26 @@ def test_figures_are_drawn_in_the_papers_axes(place):
     assert "as it is." in page.texts["stochastic-depth-figure-3-left"]
     assert where not in str(page.tables["stochastic-depth-figures-open"])
     assert "stochastic-depth/figure-7" in str(page.tables["stochastic-depth-figures-open"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "errors", "verdict", "counts"),
+    [
+        ([0.1, 0.2], [0.3, 0.4], None, "seen", "2 seen of 2"),
+        ([0.1, 0.5], [0.3, 0.4], None, "not seen", "1 seen, 1 not seen of 2"),
+        ([0.1, 0.2], [0.3, 0.4], [0.01, 0.2], "open", "1 seen, 1 open of 2"),
+    ],
+)
+def test_claims_about_curves_are_judged_position_by_position(place, low, high, errors, verdict, counts):
+    where = "stochastic-depth/figure-7"
+    common = {"kind": "measurement", "figure": where, "x": [1.0, 2.0], "error": errors, "predicted": None,
+              "scale": 0.01, "seeds": [0], "recipe": None, "variant": "resnet-20", "note": ""}  # fmt: skip
+    curves = {"constant depth": low, "stochastic depth": high}
+    put(place, where, *({**common, "curve": label, "y": y} for label, y in curves.items()))
+    page = page_of(place)
+    assert f"Claim {verdict} (scale 0.01, variant resnet-20)" in page.texts["stochastic-depth-figure-7"]
+    (claims,) = page.tables["claims"]
+    assert claims[1][1:] == ["scale 0.01, variant resnet-20", verdict, counts, where]
 
 
 def test_a_heat_map_is_a_table(place):

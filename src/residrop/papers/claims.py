@@ -1,14 +1,14 @@
 """Whether what a paper says of its numbers is seen in ours."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 from residrop.papers.rows import Claim
 
-__all__ = ["Judged", "Measured", "Pair", "Verdict", "judge"]
+__all__ = ["Drawn", "Judged", "Measured", "Pair", "Verdict", "judge", "judge_curves"]
 
 Verdict = Literal["seen", "not seen", "open"]
 
@@ -33,12 +33,26 @@ class Measured(NamedTuple):
         return max(found, default=None)
 
 
+class Drawn(NamedTuple):
+    """A curve: positions, values (None where there is none) and their standard errors, if known."""
+
+    x: Sequence[float]
+    y: Sequence[float | None]
+    error: Sequence[float | None] | None = None
+
+    def at(self) -> dict[float, tuple[float, float | None]]:
+        """Value and error by position."""
+        errors = self.error or [None] * len(self.x)
+        every = zip(self.x, self.y, errors, strict=True)
+        return {x: (value, error) for x, value, error in every if value is not None}
+
+
 @dataclass(frozen=True)
 class Pair:
     """One comparison of a claim.
 
     Attributes:
-        smaller: the row that is claimed to have the smaller value.
+        smaller: the row (or curve and position) that is claimed to have the smaller value.
         larger: the other.
         difference: mean of `smaller` less mean of `larger`: negative if as claimed; None if one is not measured.
         error: its standard error, see `Measured.error`; None where it is not known of both.
@@ -59,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim and its comparisons; none where it is about curves, which somebody has to look at."""
+    """A claim and its comparisons; none where somebody has to look at the curves."""
 
     claim: Claim
     pairs: tuple[Pair, ...]
@@ -88,3 +102,27 @@ def _compared(smaller: str, larger: str, a: Measured, b: Measured) -> Pair:
         return Pair(smaller, larger, None, None)
     error = None if a.error is None or b.error is None else math.hypot(a.error, b.error)
     return Pair(smaller, larger, fmean(a.values) - fmean(b.values), error)
+
+
+def judge_curves(claim: Claim, drawn: Mapping[str, Drawn]) -> Judged:
+    """Compare a claim about curves with those measured, at every position that two of them share.
+
+    Curves of one point each are compared wherever these are. Where both have the very same value, such as a point that
+    is one training, there is nothing to compare.
+
+    Args:
+        claim: of a paper.
+        drawn: curves by label.
+    """
+    pairs: list[Pair] = []
+    for lower, upper in claim.curves:
+        if lower in drawn and upper in drawn:
+            a, b = drawn[lower].at(), drawn[upper].at()
+            if len(a) == len(b) == 1:
+                b = dict(zip(a, b.values(), strict=True))
+            for x in sorted(a.keys() & b.keys()):
+                (value, one), (other, two) = a[x], b[x]
+                if value != other:
+                    error = None if one is None or two is None else math.hypot(one, two)
+                    pairs.append(Pair(f"{lower} at {x:g}", f"{upper} at {x:g}", value - other, error))
+    return Judged(claim, tuple(pairs))

@@ -246,11 +246,14 @@ class Claim:
         where: name of the table, figure or section.
         pairs: rows of the same paper ("table-1/key"), the first of each pair being claimed to have the smaller value;
             none where the claim is about curves.
+        curves: labels of curves of the figure, the first of each pair being claimed to be below at every position; none
+            where somebody has to look.
     """
 
     text: str
     where: str
     pairs: tuple[tuple[str, str], ...] = ()
+    curves: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,10 +215,19 @@ _CLAIMS = (
             (f"table-2/stochastic-{data}", f"table-2/constant-{data}") for data in ("cifar10", "cifar100", "svhn")
         ),
     ),
-    Claim(text="the gradient of the first convolution is always larger with stochastic depth", where="figure-7"),
     Claim(
-        text="both rules beat the baseline when p_L is set properly; linear decay is consistently better than uniform, "
-        "competitive for p_L from 0.4 to 0.8, and at 0.2 as good as the baseline",
+        text="the gradient of the first convolution is always larger with stochastic depth",
+        where="figure-7",
+        curves=(("constant depth", "stochastic depth"),),
+    ),
+    Claim(
+        text="linear decay is consistently better than uniform survival rates",
+        where="figure-8-left",
+        curves=(("linear decay", "uniform"),),
+    ),
+    Claim(
+        text="both rules beat the baseline when p_L is set properly; linear decay is competitive for p_L from 0.4 to "
+        "0.8, and at 0.2 as good as the baseline",
         where="figure-8-left",
     ),
     Claim(

@@ -54,7 +54,7 @@ def collect(folder: Path | None, runs: Sequence[Path] = ()) -> Report:
     known = {name: belonging(paper, entries) for name, paper in PAPERS.items()}
     blocks: list[Block] = [Text(_RULES), _summary(entries, found)]
     sections.append(Section("How far it is", "status", list(_status(found))))
-    claims = grid_of_claims(PAPERS, known)
+    claims = grid_of_claims(PAPERS, known, entries)
     if claims is not None:
         sections.append(Section("Claims", "claims", [Text(_CLAIMS, "aside"), claims]))
     sections += [section_of_paper(paper, entries, known[name]) for name, paper in PAPERS.items()]

@@ -35,9 +35,10 @@ def _section(section: Section, level: int, page: str | None, folder: str | None)
 
 def _block(block: object, page: str | None, folder: str | None) -> list[str]:
     if isinstance(block, Text):
-        strong = "**" if block.tone in ("seen", "not seen", "open") else ""
-        head, colon, rest = block.text.partition(":") if strong else ("", "", block.text)
-        return [f"{strong}{_escaped(head)}{colon}{strong}{_escaped(rest)}"]
+        if block.tone not in ("seen", "not seen", "open"):
+            return [_escaped(block.text)]
+        head, colon, rest = block.text.partition(": ")
+        return [f"**{_escaped(head + colon)}** {_escaped(rest)}".rstrip()]
     if isinstance(block, Grid):
         return [_grid(block, folder)]
     if isinstance(block, (Chart, Dots)) and page is not None:

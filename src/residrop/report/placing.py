@@ -1,16 +1,37 @@
 """Which entries of the ledger belong to which row of a paper."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from residrop.papers.rows import Paper, Row, Table
 from residrop.papers.work import Settings, fits, read_under
 
-__all__ = ["Entries", "Entry", "Placed", "belonging"]
+__all__ = ["Drawing", "Entries", "Entry", "Placed", "Setting", "belonging", "drawings"]
 
 Entry = Mapping[str, Any]
 Entries = Sequence[Entry]
 Placed = tuple[Table, Row, str | None, Entry]  # with the name of the reading, None for the recommended one
+
+
+Setting = tuple[float, str | None]  # scale and variant
+
+
+class Drawing(NamedTuple):
+    """Curves of a figure that were measured under one setting on one device."""
+
+    setting: Setting
+    device: str
+    lines: list[Entry]
+
+
+def drawings(figure: str, entries: Entries) -> list[Drawing]:
+    """What was measured of a figure, the recommended readings before the variants, the longest schedule first."""
+    groups: dict[tuple[Setting, str], list[Entry]] = {}
+    for entry in entries:
+        if entry.get("figure") == figure:
+            groups.setdefault(((entry["scale"], entry.get("variant")), entry["device"]), []).append(entry)
+    found = [Drawing(setting, device, lines) for (setting, device), lines in groups.items()]
+    return sorted(found, key=lambda one: (one.setting[1] or "", -one.setting[0], one.device))
 
 
 def belonging(paper: Paper, entries: Entries) -> list[Placed]:

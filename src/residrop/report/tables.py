@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from residrop.papers.rows import METRICS, Figure, Metric, Paper, Row, Table
 from residrop.report.blocks import MISSING, QUOTED, Block, Chart, Dots, Grid, Section, Series, Text, slug
-from residrop.report.placing import Entries, Entry, Placed
-from residrop.report.verdicts import verdicts_on
+from residrop.report.placing import Entries, Entry, Placed, drawings
+from residrop.report.verdicts import verdict_on_curves, verdicts_on
 
 __all__ = ["digits_of", "section_of_paper", "with_spread"]
 
@@ -198,15 +198,12 @@ def _place(name: str) -> str:
 
 def _section_of_figure(paper: Paper, figure: Figure, entries: Entries) -> Section | None:
     """The curves of a figure, a picture for each variant, scale and device; None if the ledger has nothing of it."""
-    groups: dict[tuple[str, float, str], list[Entry]] = {}
-    for entry in entries:
-        if entry.get("figure") == figure.id:
-            groups.setdefault((entry.get("variant") or "", -entry["scale"], entry["device"]), []).append(entry)
-    if not groups:
+    found = drawings(figure.id, entries)
+    if not found:
         return None
     blocks: list[Block] = []
-    for (variant, minus, device), lines in sorted(groups.items()):
-        scale = -minus
+    for setting, device, lines in found:
+        scale, variant = setting
         about = "full schedule" if scale == 1.0 else f"scale {scale:g}: schedules shortened to that share of the epochs"
         about += f"; variant {variant}" if variant else ""
         seeds = max((len(line.get("seeds") or ()) for line in lines), default=1)
@@ -216,13 +213,10 @@ def _section_of_figure(paper: Paper, figure: Figure, entries: Entries) -> Sectio
         notes = {f"{line['curve']}: {line['note']}" for line in lines if line.get("note")}
         blocks += _picture(figure, lines, caption)
         blocks += [Text("; ".join(sorted(notes)) + ".", "aside")] if 0 < len(notes) <= 6 else []
+        claims = [claim for claim in paper.claims if claim.where == figure.name]
+        blocks += [verdict_on_curves(claim, lines, setting) for claim in claims]
     if figure.note:
         blocks.append(Text(f"Note: {figure.note}", "aside"))
-    blocks += [
-        Text(f"Claim open, look at the picture: {claim.text}.", "open")
-        for claim in paper.claims
-        if claim.where == figure.name
-    ]
     return Section(f"{_place(figure.name)}: {figure.title}", slug(figure.id), blocks)
 
 

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from residrop.papers.claims import Judged, Measured, judge
+from residrop.papers.claims import Drawn, Judged, Measured, judge, judge_curves
 from residrop.papers.rows import Claim, Paper
 from residrop.report.blocks import MISSING, Grid, Text, slug
-from residrop.report.placing import Placed
+from residrop.report.placing import Entries, Entry, Placed, Setting, drawings
 
-__all__ = ["grid_of_claims", "verdicts_on"]
-
-_Setting = tuple[float, str | None]  # scale and variant
+__all__ = ["grid_of_claims", "verdict_on_curves", "verdicts_on"]
 
 
 def verdicts_on(claim: Claim, found: Sequence[Placed]) -> Iterator[Text]:
@@ -28,12 +26,27 @@ def verdicts_on(claim: Claim, found: Sequence[Placed]) -> Iterator[Text]:
         yield Text(f"Claim, {MISSING}: {claim.text}.", "aside")
 
 
-def grid_of_claims(papers: Mapping[str, Paper], known: Mapping[str, Sequence[Placed]]) -> Grid | None:
+def verdict_on_curves(claim: Claim, lines: Sequence[Entry], setting: Setting) -> Text:
+    """What became of a claim about a figure's curves under one setting; open where somebody has to look."""
+    judged = judge_curves(claim, curves_of(lines))
+    if not judged.pairs:
+        return Text(f"Claim open ({_how(setting)}), look at the picture: {claim.text}.", "open")
+    text = f"Claim {judged.verdict} ({_how(setting)}): {claim.text}. Positions: {_counted(judged)}."
+    return Text(text, judged.verdict)
+
+
+def curves_of(lines: Sequence[Entry]) -> dict[str, Drawn]:
+    """Curves of the ledger by label."""
+    return {line["curve"]: Drawn(line["x"], line["y"], line.get("error")) for line in lines}
+
+
+def grid_of_claims(papers: Mapping[str, Paper], known: Mapping[str, Sequence[Placed]], entries: Entries) -> Grid | None:
     """All claims of which a comparison was measured, under any setting; None if there are none.
 
     Args:
         papers: by name.
         known: by name of the paper, entries that belong to its rows.
+        entries: of the ledger, for the figures.
     """
     settings = _settings([one for found in known.values() for one in found])
     rows: list[tuple[str, ...]] = []
@@ -41,28 +54,30 @@ def grid_of_claims(papers: Mapping[str, Paper], known: Mapping[str, Sequence[Pla
     for name, paper in papers.items():
         tables = {table.name for table in paper.tables}
         for claim in paper.claims:
-            links |= {claim.text: slug(f"{name}/{claim.where}")} if claim.where in tables else {}
-            for setting in settings:
-                judged = _judged(claim, known[name], setting)
-                if judged is not None:
-                    how, where = _how(setting), f"{name}/{claim.where}"
-                    rows.append((claim.text, how, judged.verdict, _counted(judged), where))
+            place = f"{name}/{claim.where}"
+            found = drawings(place, entries)
+            links |= {claim.text: slug(place)} if claim.where in tables or found else {}
+            every = [(setting, _judged(claim, known[name], setting)) for setting in settings]
+            every += [(one.setting, judge_curves(claim, curves_of(one.lines))) for one in found]
+            for setting, judged in every:
+                if judged is not None and judged.pairs:
+                    rows.append((claim.text, _how(setting), judged.verdict, _counted(judged), place))
     head = ("claim", "schedule", "verdict", "comparisons", "where")
     return Grid(head, tuple(rows), left=5, links=links) if rows else None
 
 
-def _settings(found: Sequence[Placed]) -> list[_Setting]:
+def _settings(found: Sequence[Placed]) -> list[Setting]:
     """Those that occur: the recommended readings before the variants, the longest schedule first."""
     every = {(entry["scale"], variant) for _, _, variant, entry in found} | {(1.0, None)}
     return sorted(every, key=lambda one: (one[1] or "", -one[0]))
 
 
-def _how(setting: _Setting) -> str:
+def _how(setting: Setting) -> str:
     scale, variant = setting
     return ("in full" if scale == 1.0 else f"scale {scale:g}") + (f", variant {variant}" if variant else "")
 
 
-def _judged(claim: Claim, found: Sequence[Placed], setting: _Setting) -> Judged | None:
+def _judged(claim: Claim, found: Sequence[Placed], setting: Setting) -> Judged | None:
     """None if no comparison was measured under that setting."""
     values = _values(found, *setting)
     judged = judge(claim, lambda name: values.get(name, Measured()))
