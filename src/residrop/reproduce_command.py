@@ -237,7 +237,7 @@ def _figure(plan: Plan, runner: Runner, console: Console) -> dict[str, Any]:
     assert isinstance(figure, Figure)
 
     def measured(name: str) -> Measured:
-        return runner.measured(f"{figure.paper}/{name}")
+        return runner.measured(f"{figure.paper}/{name}", anywhere=False)
 
     variant = variant_of(figure.paper, settings.variant)
     lines = lines_of(figure, Context(settings, runner.source, runner.runs, runner.bench, measured, variant))
@@ -245,7 +245,10 @@ def _figure(plan: Plan, runner: Runner, console: Console) -> dict[str, Any]:
     scale = settings.scale if scaled else 1.0
     stamp = f"{runner.device}; {settings.seeds} seed(s); schedule x {scale:g}" if scaled else runner.device
     stamp += f"; variant {variant.name}" if variant else ""
-    name = "_".join(filter(None, (figure.id.replace("/", "_"), settings.variant, f"scale{scale:g}.png")))
+    other = runner.source if scaled and runner.source is not None and runner.source.kind is None else None
+    stamp += f"; of other data ({other.found})" if other else ""
+    data = f"data-{other.digest[:8]}" if other else None
+    name = "_".join(filter(None, (figure.id.replace("/", "_"), settings.variant, data, f"scale{scale:g}.png")))
     if lines:
         runner.keep(figure, entries_of(figure, lines, scale, settings.variant), versions())
         draw(runner.runs / name, figure, lines, stamp)
@@ -281,7 +284,7 @@ def _ends(line: Line) -> str:
 
 
 def _list(args: Reproduce) -> int:
-    found = overview(ledger.read(args.ledger))
+    found = overview(ledger.pooled(ledger.read(args.ledger)))
     grid = Grid(title="tables and figures: rows (curves) measured", title_justify="left")
     for name in ("id", "title", "in full", "scaled", "not yet", "quoted"):
         grid.add_column(name, justify="right" if name in ("in full", "not yet", "quoted") else "left", overflow="fold")
@@ -306,7 +309,7 @@ def _status_cells(one: Status) -> tuple[str, ...]:
 def _list_missing(args: Reproduce) -> int:
     if not args.quiet:
         console_for("-").print("estimating (half a minute)")
-    found = missing(ledger.read(args.ledger), Estimator(args.device), args.steps)
+    found = missing(ledger.pooled(ledger.read(args.ledger)), Estimator(args.device), args.steps)
     grid = Grid(title="not measured at full scale, by value per minute", title_justify="left")
     for name in ("value", "estimated", "rows", "command"):
         grid.add_column(name, justify="right" if name in ("value", "estimated") else "left", overflow="fold")

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
+from rich.table import Table
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +15,7 @@ import residrop
 from residrop import ledger
 from residrop.attach import using
 from residrop.bench import plain
+from residrop.bench.gather import gather
 from residrop.bench.throughput import RULES, ThroughputSettings, _Ours, bench_throughput
 from residrop.cli import main
 from residrop.errors import ConfigError, RunError
@@ -226,3 +229,15 @@ def test_all_is_what_was_not_chosen(monkeypatch):
 def test_bad_arguments_are_refused(make, match):
     with pytest.raises(ConfigError, match=match):
         make()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RunError("ended")])
+def test_what_was_measured_before_an_error_is_kept(tmp_path, error):
+    def parts():
+        yield [{"model": "resnet-20", "seconds": 1.0}]
+        raise error
+
+    with suppress(RunError):
+        gather(str(tmp_path / "rows.json"), parts(), lambda rows: Table(), "what", "command")
+    (entry,) = json.loads((tmp_path / "rows.json").read_text())["entries"]
+    assert entry["seconds"] == 1.0

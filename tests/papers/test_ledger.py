@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,8 +54,13 @@ def put(folder, *entries, device="cpu (x86)", versions=VERSIONS, **changes):
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_committed_results_are_documents(path):
-    ledger.check(json.loads(path.read_text()), path.name)
-    assert RESULTS
+    found = json.loads(path.read_text())
+    ledger.check(found, path.name)
+    assert found["entries"]
+
+
+def test_there_are_results():
+    assert len(RESULTS) > 20
 
 
 def test_right_documents_pass():
@@ -160,7 +167,8 @@ def test_record_names_merges_and_reads(tmp_path):
     assert (entry["device"], entry["versions"], entry["file"]) == ("cpu (x86)", VERSIONS, path.name)
     put(tmp_path / "results", paper(measured=[6.0]))
     assert ledger.read(tmp_path / "results")[0]["measured"] == [6.0, 8.0, 9.0]
-    assert [file.name for file in (tmp_path / "results").iterdir()] == [path.name]  # no temporary file is left
+    # no temporary file is left
+    assert {file.name for file in (tmp_path / "results").iterdir()} == {path.name, ".lock"}
 
 
 def test_what_must_not_be_mixed_is_apart(tmp_path):
@@ -201,6 +209,73 @@ def test_curves_are_replaced(tmp_path):
     put(tmp_path, curve, {**curve, "curve": "b"})
     put(tmp_path, {**curve, "y": [2.0]})
     assert {entry["curve"]: entry["y"] for entry in ledger.read(tmp_path)} == {"a": [2.0], "b": [1.0]}
+
+
+def test_a_curve_is_not_replaced_by_less_of_it(tmp_path):
+    curve = {"kind": "measurement", "figure": "swapout/figure-2-left", "curve": "a", "x": [1.0, 2.0], "y": [3.0, 4.0],
+             "seeds": [0, 1], "scale": 1.0, "variant": None, "recipe": "f"}  # fmt: skip
+    put(tmp_path, curve)
+    put(tmp_path, {**curve, "y": [5.0, 6.0], "seeds": [0]})
+    put(tmp_path, {**curve, "x": [1.0], "y": [7.0]})
+    assert ledger.read(tmp_path)[0]["y"] == [3.0, 4.0]
+    put(tmp_path, {**curve, "y": [8.0, 9.0]})
+    assert ledger.read(tmp_path)[0]["y"] == [8.0, 9.0]
+
+
+def test_times_of_other_threads_are_apart(tmp_path):
+    one_thread = {"torch": "2.9", "threads": "1"}
+    timed = paper(recipe=None, epochs=None, metric="milliseconds")
+    assert put(tmp_path, timed).name != put(tmp_path, timed, versions=one_thread).name
+    assert put(tmp_path, {**timed, "seeds": [1]}, versions=one_thread).name.endswith("_2.json")
+    (entry,) = ledger.pooled(ledger.read(tmp_path))
+    assert (entry["seeds"], entry["versions"]) == ([0, 1], one_thread)  # the newest, not both
+
+
+# Several documents
+
+
+def test_seeds_of_several_versions_are_one_entry(tmp_path):
+    put(tmp_path, paper(seeds=[0, 1], measured=[7.0, 8.0], wall_seconds=[1.0, 1.0]))
+    put(tmp_path, paper(seeds=[1, 2], measured=[9.0, 10.0], wall_seconds=[1.0, 1.0]), versions={"torch": "2.10"})
+    put(tmp_path, paper(measured=[1.0]), device="cuda (H200)")
+    put(tmp_path, paper(measured=[2.0], scale=0.5, epochs=128))
+    found = ledger.pooled(ledger.read(tmp_path))
+    assert [(entry["device"], entry["scale"], entry["seeds"], entry["measured"]) for entry in found] == [
+        ("cpu (x86)", 0.5, [0], [2.0]),
+        ("cpu (x86)", 1.0, [0, 1, 2], [7.0, 9.0, 10.0]),
+        ("cuda (H200)", 1.0, [0], [1.0]),
+    ]
+    assert found[1]["file"] == "swapout_table-2_cpu_scale1_2.json"
+
+
+def test_of_curves_the_newest_counts_and_measurements_stay(tmp_path):
+    curve = {"kind": "measurement", "figure": "f", "curve": "a", "x": [1.0], "y": [1.0], "scale": 1.0, "variant": None,
+             "recipe": "r", "device": "cpu", "date": "2026-11-21"}  # fmt: skip
+    other = {"kind": "measurement", "value": 1, "device": "cpu", "date": "2026-11-21"}
+    newer = {**curve, "y": [2.0], "date": "2026-11-22"}
+    assert ledger.pooled([newer, other, other, curve]) == [newer, other, other]
+    longer = {**curve, "x": [1.0, 2.0], "y": [3.0, 4.0]}
+    assert ledger.pooled([longer, newer]) == [longer]
+
+
+RECORDING = """
+import sys
+from pathlib import Path
+from residrop import ledger
+for seed in range(10):
+    number = 10 * int(sys.argv[2]) + seed
+    entry = {"kind": "paper", "id": f"swapout/table-2/row-{number}", "metric": "error", "published": None, "epochs": 1,
+             "measured": [1.0], "seeds": [0], "scale": 1.0, "recipe": "r", "variant": None, "wall_seconds": [1.0],
+             "note": ""}
+    ledger.record(Path(sys.argv[1]), "swapout/table-2", [entry], what="w", command="c", device="cpu", found={})
+"""
+
+
+def test_processes_wait_for_one_another(tmp_path):
+    command = [sys.executable, "-c", RECORDING, str(tmp_path)]
+    running = [subprocess.Popen([*command, str(number)]) for number in range(2)]
+    assert [one.wait(timeout=120) for one in running] == [0, 0]
+    assert len(ledger.read(tmp_path)) == 20
 
 
 def test_nothing_is_written_that_is_no_entry(tmp_path):

@@ -1,12 +1,14 @@
 """What is planned, run, shared, recorded and judged, on trainings of a second."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from residrop import ledger
+from residrop.data import load
 from residrop.errors import ConfigError, RunError
 from residrop.papers import Claim, find
 from residrop.papers.claims import Drawn, Measured, judge, judge_curves
@@ -14,8 +16,9 @@ from residrop.papers.estimate import Estimator, as_text
 from residrop.papers.figures import Context, entries_of, lines_of
 from residrop.papers.runner import Runner, default_workers, value_of
 from residrop.papers.status import missing, overview
-from residrop.papers.work import DATA, Settings, source_of, training, variant_of
+from residrop.papers.work import DATA, Settings, Source, source_of, training, variant_of
 from residrop.training import Interrupted
+from residrop.training.setup import data_digest
 from toy_paper import PLAIN, RANDOM, installed, train_here
 
 
@@ -119,6 +122,44 @@ def test_a_variant_concerns_only_networks_that_it_knows(toy):
     assert not smaller.applies(table, other)
 
 
+def test_networks_of_two_sizes_are_not_compared(make, toy):
+    fill(make(), "toy/table-3")
+    assert make().measured("toy/table-3/sampled").values
+    assert not make(variant="smaller").measured("toy/table-3/sampled").values  # which it does not concern
+    assert make(variant="slower").measured("toy/table-3/sampled").values  # a reading, of the same size
+
+
+def recorded(row, measured, device, **changes):
+    return {"kind": "paper", "id": f"toy/{row}", "metric": "error", "published": None, "measured": measured,
+             "seeds": list(range(len(measured))), "scale": 0.25, "epochs": 1, "recipe": None, "variant": None,
+             "wall_seconds": [1.0] * len(measured), "note": "", "device": device, **changes}  # fmt: skip
+
+
+def test_times_of_two_devices_do_not_meet(make):
+    runner = make()
+    times = {"metric": "minutes", "scale": 1.0, "epochs": None}
+    runner.entries = [
+        recorded("table-2/constant", [30.0], "cuda (H200)", **times),
+        recorded("table-2/minutes", [900.0], runner.device, **times),
+    ]
+    assert runner.measured("toy/table-2/minutes").values == [900.0]
+    assert not runner.measured("toy/table-2/constant").values
+
+
+def test_most_seeds_count_and_are_enough_on_one_device_only(make):
+    mark = PLAIN.fingerprint()
+    runner = make(seeds=3)
+    here = recorded("table-1/plain", [1.0, 2.0], runner.device, recipe=mark)
+    there = recorded("table-1/plain", [3.0], "cuda (H200)", recipe=mark) | {"seeds": [2]}
+    runner.entries = [there, here]
+    assert runner.measured("toy/table-1/plain").values == [1.0, 2.0]
+    assert [one.seed for one in runner.plan("toy/table-1", ["plain"]).trainings.values()] == [2]
+    runner.entries = [there | {"seeds": [0, 1, 2], "measured": [3.0, 4.0, 5.0]}, here]
+    assert runner.measured("toy/table-1/plain").values == [3.0, 4.0, 5.0]
+    assert runner.measured("toy/table-1/plain", anywhere=False).values == [1.0, 2.0]  # for a curve
+    assert not runner.plan("toy/table-1", ["plain"]).trainings
+
+
 def test_errors_over_the_images_are_recorded(make, tmp_path):
     plan = fill(make(), "toy/table-1")
     runs = {one.recipe.rule: tmp_path / "runs" / name / "evaluation.json" for name, one in plan.trainings.items()}
@@ -158,8 +199,9 @@ def test_ctrl_c_loses_nothing_that_is_finished(make, monkeypatch, tmp_path):
         fill(make(), "toy/table-1")
     assert [entry["id"] for entry in ledger.read(tmp_path / "results")] == ["toy/table-1/plain"]
     monkeypatch.setattr("residrop.papers.runner.train_all", train_here)
-    assert list(fill(make(), "toy/table-1").trainings) != count
+    every = {training(recipe, 0, make().settings, None).name for recipe in (PLAIN, RANDOM)}
     assert len(count) == 1
+    assert set(fill(make(), "toy/table-1").trainings) == every - set(count)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +244,14 @@ def test_other_data_are_shown_and_not_recorded(make, monkeypatch, tmp_path):
     fill(runner, "toy/table-1", "plain")
     assert len(runner.measured("toy/table-1/plain").values) == 1
     assert not (tmp_path / "results").exists()
-    assert all(path.name.endswith("-other-data") for path in (tmp_path / "runs").iterdir())
+    digest = data_digest(load("digits"))
+    assert all(path.name.endswith(f"-data-{digest[:8]}") for path in (tmp_path / "runs").iterdir())
     assert make(data="digits").plan("toy/table-1", ["plain"]).trainings
+
+
+def test_two_sets_of_other_data_have_runs_of_their_own():
+    one, other = (Source(None, "images", 10, digest) for digest in ("0123456789", "9876543210"))
+    assert training(RANDOM, 0, Settings(), one).name != training(RANDOM, 0, Settings(), other).name
 
 
 def test_rows_of_other_data_than_the_given_are_left_out(make, toy):
@@ -409,6 +457,15 @@ def test_points_are_rows(make):
     plain, random = (runner.measured(f"toy/table-1/{key}").values[0] for key in ("plain", "random"))
     assert line.y == pytest.approx([0.0, 100.0 * (random / plain - 1.0)])
     assert line.x == [0.0, 0.5]
+
+
+def test_relative_errors_have_those_of_the_baseline(make):
+    known = {"table-1/plain": Measured([10.0], [0.3]), "table-1/random": Measured([9.0], [0.3])}
+    runner = make()
+    (line,) = lines_of(find("toy/figure-2"), context(runner)._replace(measured=known.__getitem__))
+    assert line.y == pytest.approx([0.0, -10.0])
+    # of the ratio a / b: da / b and a db / b^2
+    assert line.error == pytest.approx([0.0, 100.0 * math.hypot(0.3 / 10.0, 9.0 * 0.3 / 100.0)])
 
 
 def test_figures_under_a_variant_are_those_of_its_runs(make):

@@ -255,6 +255,33 @@ def test_figures_of_variants_are_drawn_apart(place):
     assert status[1:4] == ["", "1 at 0.01, 1 (resnet-20 at 0.01)", "1"]
 
 
+def test_the_summary_counts_rows_once(place):
+    put(place, TABLE, entry(TABLE, "0.0", [9.0], scale=0.1), entry(TABLE, "0.25", [9.0], scale=0.1))
+    put(place, TABLE, entry(TABLE, "0.5", [9.0], scale=0.05), entry(TABLE, "0.25", [9.0], scale=0.05))
+    put(place, TABLE, entry(TABLE, "0.0", [9.0], variant="two-halves"))
+    put(place, TABLE, *(entry(TABLE, "0.75", [9.0], variant="resnet-20", scale=scale) for scale in (0.1,)))
+    text = " ".join(block.text for block in collect(place).blocks)
+    assert "0 are measured in full and 3 with a shortened schedule, 1 on a smaller network; " in text
+
+
+def test_curves_of_an_older_recipe_or_version_are_not_drawn(place):
+    figure = find("stochastic-depth/figure-7")
+    curve = figure.curves[0]
+    common = {"kind": "measurement", "figure": figure.id, "curve": curve.label, "x": [1.0, 2.0], "error": None,
+              "predicted": None, "scale": 0.01, "seeds": [0], "variant": None, "note": ""}  # fmt: skip
+    now = curve.recipe.replace(seed=0).fingerprint()
+    put(place, figure.id, {**common, "y": [0.5, 0.25], "recipe": "older"})
+    put(place, figure.id, {**common, "y": [0.6, 0.35], "recipe": now})
+    ledger.record(
+        place, figure.id, [{**common, "y": [0.7, 0.45], "recipe": now}],
+        what="again", command="residrop reproduce", device=CPU, found={**VERSIONS, "torch": "3"},
+    )  # fmt: skip
+    (paper,) = [one for one in collect(place).sections if one.anchor == "stochastic-depth"]
+    (section,) = [one for one in paper.sections if one.anchor == "stochastic-depth-figure-7"]
+    (chart,) = [block for block in section.blocks if isinstance(block, Chart)]
+    assert [series.y for series in chart.series] == [[0.7, 0.45]]
+
+
 def test_two_devices_are_two_lines(place):
     put(place, TABLE, entry(TABLE, "0.0", [8.0]))
     put(place, TABLE, entry(TABLE, "0.0", [9.0]), device=GPU)
@@ -371,9 +398,9 @@ def test_claims_about_curves_are_judged_position_by_position(place, low, high, e
 
 def test_a_heat_map_is_a_table(place):
     figure = next(one for paper in PAPERS.values() for one in paper.figures if one.shape == "heat map")
-    put(place, figure.id, *(curve(figure.id, label, [20.0, 50.0], [9.25, None]) for label in ("0.2", "0.8")))
+    put(place, figure.id, *(curve(figure.id, label, [0.2, 0.8], [9.25, None]) for label in ("20", "32")))
     (table,) = page_of(place).tables[figure.id.replace("/", "-")]
-    assert table == [[figure.y, "20", "50"], ["0.2", "9.25", ""], ["0.8", "9.25", ""]]
+    assert table == [[figure.y, "0.2", "0.8"], ["20", "9.25", ""], ["32", "9.25", ""]]
 
 
 def coordinates(svg, tag):
@@ -470,9 +497,12 @@ def test_known_shapes_show_their_ratios(name, heading, value):
     rows = committed(name)
     grid = grids(rows)[0]
     assert grid.headings[0] == heading
-    shown = [float(cell.split(" ")[0].strip(",")) for line in grid.rows for cell in line[1:] if cell]
-    for row in rows:
-        assert value not in row or any(cell == pytest.approx(row[value], abs=0.0501) for cell in shown)
+    shown = [cell.split(" ")[0].strip(",") for line in grid.rows for cell in line[1:] if cell]
+    measured = [row[value] for row in rows if row.get(value) is not None]
+    assert measured
+    printed = {float(cell): len(cell.partition(".")[2]) for cell in shown}
+    for one in measured:  # as printed: to the last digit that a cell has
+        assert any(abs(cell - one) <= 0.5000001 * 10.0**-digits for cell, digits in printed.items()), one
 
 
 def test_seeds_are_averaged():

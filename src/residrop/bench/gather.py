@@ -1,4 +1,4 @@
-"""What all benchmark commands do with their rows: a table as each part ends, JSON in the end, after Ctrl-C, too."""
+"""What all benchmark commands do with their rows: a table as each part ends, JSON in the end, whatever that was."""
 
 import dataclasses
 import sys
@@ -30,8 +30,9 @@ def gather(target: str | None, parts: Iterable[Rows], table: Callable[[Rows], Ta
             console.print(table(found))
     except KeyboardInterrupt:
         code = 130
-    if rows:
-        write(target, ledger.of_rows(what, command, rows))
+    finally:  # whatever ended it, what was measured is kept
+        if rows:
+            write(target, ledger.of_rows(what, command, rows))
     if code:
         print(f"residrop: interrupted; {len(rows)} rows were measured", file=sys.stderr)
     return code

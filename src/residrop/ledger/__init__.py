@@ -7,7 +7,8 @@ A document says what was measured, how to repeat it, when, where, with which ver
 - "measurement": anything else, as flat scalars and lists, under the names that whoever measured chose.
 
 `record` writes paper entries and curves of figures, `document` makes a document of rows that a benchmark has measured,
-`read` gives all entries of a folder, `check` says what is wrong with a document.
+`read` gives all entries of a folder, `pooled` those of several documents as one, `check` says what is wrong with a
+document.
 """
 
 from residrop.ledger.documents import describe_device as describe_device
@@ -15,6 +16,7 @@ from residrop.ledger.documents import document as document
 from residrop.ledger.documents import flat as flat
 from residrop.ledger.documents import of_rows as of_rows
 from residrop.ledger.documents import save as save
+from residrop.ledger.pooled import pooled as pooled
 from residrop.ledger.records import load as load
 from residrop.ledger.records import read as read
 from residrop.ledger.records import record as record

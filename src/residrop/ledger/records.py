@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from residrop.errors import RunError
-from residrop.ledger.schema import OPTIONAL, SCHEMA, check, identity
+from residrop.ledger.pooled import fuller, merged
+from residrop.ledger.schema import SCHEMA, check, identity
 from residrop.training.checkpoint import write_json
 
 __all__ = ["load", "read", "record"]
@@ -56,8 +59,8 @@ def record(
 
     The file is named from table, variant, kind of device and scale, "swapout_table-2_cpu_scale0.05.json"; those of
     another machine or of other versions go to a file of their own, "..._2.json". Paper entries get their seeds merged
-    with those that are there, the newer value counting; other entries are replaced by newer ones. The file is replaced
-    at once, so that nobody reads half of it.
+    with those that are there, the newer value counting; a curve is replaced by a newer one, unless that has fewer seeds
+    or points. The file is replaced at once, so that nobody reads half of it, and processes wait for one another.
 
     Args:
         folder: made if it is missing.
@@ -77,13 +80,31 @@ def record(
     first = entries[0]
     scale = first["scale"]
     parts = [place.replace("/", "_"), first["variant"], device.partition(" ")[0], f"scale{scale:g}"]
-    path = _file_for(folder, "_".join(part for part in parts if part), device, found)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            return _write(folder, "_".join(part for part in parts if part), entries, what, command, device, found)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}); choose another --ledger") from None
+
+
+def _write(
+    folder: Path,
+    stem: str,
+    entries: Sequence[Mapping[str, Any]],
+    what: str,
+    command: str,
+    device: str,
+    found: Mapping[str, str],
+) -> Path:
+    timed = any(entry.get("recipe") is None for entry in entries)
+    path = _file_for(folder, stem, device, found, timed)
     before: list[Entry] = load(path)["entries"] if path.exists() else []
-    merged = {identity(entry): entry for entry in before}
+    kept = {identity(entry): entry for entry in before}
     for entry in entries:
         key = identity(entry)
-        merged[key] = _merged(merged[key], dict(entry)) if key in merged else dict(entry)
-    seeds = max(len(entry.get("seeds", ())) for entry in merged.values())
+        kept[key] = _merged(kept[key], dict(entry)) if key in kept else dict(entry)
+    seeds = max(len(entry.get("seeds", ())) for entry in kept.values())
     made = {
         "schema": SCHEMA,
         "what": what,
@@ -91,23 +112,25 @@ def record(
         "date": datetime.date.today().isoformat(),
         "device": device,
         "versions": dict(found),
-        "entries": list(merged.values()),
+        "entries": list(kept.values()),
     }
     check(made, str(path))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, made)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); choose another --ledger") from None
+    write_json(path, made)
     return path
 
 
-def _file_for(folder: Path, stem: str, device: str, found: Mapping[str, str]) -> Path:
-    """The first file of that stem that does not exist or holds what was measured by the same machine and versions."""
+def _file_for(folder: Path, stem: str, device: str, found: Mapping[str, str], timed: bool) -> Path:
+    """The first file of that stem that does not exist or holds what was measured by the same machine and versions.
+
+    Trainings may have had other numbers of threads, which is chosen run by run; times may not.
+    """
+
+    def core(versions: Mapping[str, str]) -> dict[str, str]:
+        return {name: value for name, value in versions.items() if timed or name != "threads"}
 
     def same(path: Path) -> bool:
         there = load(path)
-        return there["device"] == device and _core(there["versions"]) == _core(found)
+        return there["device"] == device and core(there["versions"]) == core(found)
 
     number = 1
     while True:
@@ -117,18 +140,7 @@ def _file_for(folder: Path, stem: str, device: str, found: Mapping[str, str]) ->
         number += 1
 
 
-def _core(found: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in found.items() if name != "threads"}  # how many is chosen run by run
-
-
 def _merged(old: Entry, new: Entry) -> Entry:
-    if new["kind"] != "paper":
-        return new
-    lists = [name for name in ("measured", "wall_seconds", "standard_errors") if name in old and name in new]
-    rows = {seed: [one[name][i] for name in lists] for one in (old, new) for i, seed in enumerate(one["seeds"])}
-    seeds = sorted(rows)
-    return {
-        **{name: value for name, value in new.items() if name not in OPTIONAL or name in lists},
-        "seeds": seeds,
-        **{name: [rows[seed][i] for seed in seeds] for i, name in enumerate(lists)},
-    }
+    if new["kind"] == "paper":
+        return merged(old, new)
+    return old if "figure" in new and fuller(old, new) else new

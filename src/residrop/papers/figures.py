@@ -203,15 +203,24 @@ def _of_points(curve: Curve, context: Context) -> Line:
             found.append(one)
     y, errors = [fmean(one.values) for one in found], [one.error for one in found]
     if curve.plotted == "relative_error":
-        base = context.measured(curve.points[0].row or "").values
-        if not base:
+        base = context.measured(curve.points[0].row or "")
+        if not base.values:
             return Line(curve.label, [], [], None, None, 0, None, "")
-        factor = 100.0 / fmean(base)
-        y = [factor * value - 100.0 for value in y]
-        errors = [None if error is None else factor * error for error in errors]
+        y, errors = _relative(y, errors, fmean(base.values), base.error)
     known = [error for error in errors if error is not None]
     error = known if len(known) == len(y) else None
     return Line(curve.label, x, y, error, None, min((len(one.values) for one in found), default=0), None, curve.note)
+
+
+def _relative(
+    y: Sequence[float], errors: Sequence[float | None], base: float, base_error: float | None
+) -> tuple[list[float], list[float | None]]:
+    """100 (y / base - 1) and its standard errors, those of the base in it; the base itself is 0 by definition."""
+    found: list[float | None] = []
+    for value, error in zip(y, errors, strict=True):
+        known = None if error is None or base_error is None else math.hypot(error, value * base_error / base)
+        found.append(0.0 if value == base else None if known is None else 100.0 * known / base)
+    return [100.0 * (value / base - 1.0) for value in y], found
 
 
 # Keeping and drawing

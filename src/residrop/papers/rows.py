@@ -275,6 +275,11 @@ class Variant:
     concerns: tuple[str, ...]
     networks: Mapping[str, str] | None = field(default=None, hash=False)
 
+    @property
+    def resizes(self) -> bool:
+        """Whether networks are of another size than the paper's, and so not to be compared with those that are not."""
+        return self.networks is not None or "width" in self.changes
+
     def applies(self, table: Table, row: Row) -> bool:
         """Whether it is another reading of this row's training; never of a row without a recipe."""
         named = table.name in self.concerns or f"{table.name}/{row.key}" in self.concerns

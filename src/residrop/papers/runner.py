@@ -112,7 +112,7 @@ class Runner:
         kind = choose_device(settings.device).type
         self.device = ledger.describe_device(kind)
         self.bench = Bench(settings.device, settings.steps)
-        self.entries = ledger.read(folder)
+        self.entries = ledger.pooled(ledger.read(folder))
         self.unrecorded: list[Entry] = []  # numbers of other data than the paper's
         self._paper = ""
 
@@ -127,17 +127,24 @@ class Runner:
         paper, _, name = row_id.partition("/")
         table = PAPERS[paper].table(name.partition("/")[0])
         row = PAPERS[paper].row(name)
-        settings = self.settings
-        recipe = read_under(table, row, variant_of(paper, settings.variant))
-        if recipe is None and row.recipe is not None:  # the variant is no reading of this row: it has but one
-            recipe, settings = row.recipe, replace(settings, variant=None)
+        settings, variant = self.settings, variant_of(paper, self.settings.variant)
+        recipe = read_under(table, row, variant)
+        if recipe is None and row.recipe is not None:
+            if variant is not None and variant.resizes:
+                return []  # it is of another size: not to be compared
+            recipe, settings = row.recipe, replace(settings, variant=None)  # it has but one reading
         return [entry for entry in self.known if fits(entry, row_id, recipe, settings)]
 
-    def measured(self, row_id: str) -> Measured:
-        """What is known of a row in its own metric: of this device, or else of one other."""
-        metric = PAPERS[row_id.partition("/")[0]].row(row_id.partition("/")[2]).metric
-        found = [entry for entry in self.of(row_id) if entry["metric"] == metric]
-        found.sort(key=lambda entry: (entry["device"] != self.device, -len(entry["seeds"])))
+    def measured(self, row_id: str, *, anywhere: bool = True) -> Measured:
+        """What is known of a row in its own metric: of the device with most seeds, this one first.
+
+        Times are those of this device alone, and everything is unless `anywhere`.
+        """
+        row = PAPERS[row_id.partition("/")[0]].row(row_id.partition("/")[2])
+        anywhere = anywhere and not (row.instrument or "").startswith("timing")
+        found = [entry for entry in self.of(row_id) if entry["metric"] == row.metric]
+        found = [entry for entry in found if anywhere or entry["device"] == self.device]
+        found.sort(key=lambda entry: (-len(entry["seeds"]), entry["device"] != self.device))
         return Measured(found[0]["measured"], found[0].get("standard_errors", ())) if found else Measured()
 
     # Planning
@@ -333,7 +340,7 @@ class Runner:
             device=device,
             found=found,
         )
-        self.entries = ledger.read(self.folder)
+        self.entries = ledger.pooled(ledger.read(self.folder))
 
 
 def default_workers(device: str) -> int:

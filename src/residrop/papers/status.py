@@ -27,6 +27,8 @@ class Status:
         full: rows measured at full scale (figures: lines).
         scaled: by scale, rows measured with a shortened schedule.
         variants: by variant and scale ("resnet-20 at 0.01"), rows (curves) measured that way.
+        short: rows measured with a shortened schedule at any scale.
+        smaller: rows measured on a network of another size than the paper's.
         open: rows that can be measured and are not, at any scale.
         quoted: rows that cannot be run here: quoted from other work.
         drawing: a figure without data.
@@ -40,6 +42,8 @@ class Status:
     open: int
     quoted: int
     drawing: bool = False
+    short: int = 0
+    smaller: int = 0
 
     @property
     def shortened(self) -> list[str]:
@@ -60,12 +64,16 @@ def overview(entries: Entries) -> list[Status]:
 def _of_table(table: Table, entries: Entries) -> Status:
     every = [_scales(table, row, entries) for row in table.rows if _measurable(row)]
     below = sorted({scale for scales in every for scale in scales if scale < 1.0}, reverse=True)
+    read = _under_variants(table, entries)
+    resized = {one.name for one in PAPERS[table.paper].variants if one.resizes}
     return Status(
         table.id,
         table.title,
         full=sum(1.0 in scales for scales in every),
         scaled={scale: sum(scale in scales for scales in every) for scale in below},
-        variants=_under_variants(table, entries),
+        variants=_counted(read),
+        short=sum(any(scale < 1.0 for scale in scales) for scales in every),
+        smaller=len({row for row, variant, _ in read if variant in resized}),
         open=sum(not scales for scales in every),
         quoted=len(table.rows) - len(every),
     )
@@ -89,7 +97,8 @@ def _of_figure(figure: Figure, entries: Entries) -> Status:
     )
 
 
-def _under_variants(table: Table, entries: Entries) -> dict[str, int]:
+def _under_variants(table: Table, entries: Entries) -> list[tuple[str, str, float]]:
+    """Rows measured under a variant at a scale."""
     found: list[tuple[str, str, float]] = []
     for variant in PAPERS[table.paper].variants:
         for row in table.rows:
@@ -101,7 +110,7 @@ def _under_variants(table: Table, entries: Entries) -> dict[str, int]:
                 if entry["kind"] == "paper" and entry["metric"] == row.metric and recipe is not None
                 if fits(entry, name, recipe, Settings(scale=entry["scale"], variant=variant.name))
             ]
-    return _counted(found)
+    return found
 
 
 def _counted(found: Iterable[tuple[str, str, float]]) -> dict[str, int]:

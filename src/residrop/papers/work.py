@@ -11,7 +11,7 @@ from residrop.papers import PAPERS, all_rows, find
 from residrop.papers.rows import Figure, Metric, Row, Table, Variant
 from residrop.survival import check_whole
 from residrop.training.recipe import Recipe
-from residrop.training.setup import choose_device
+from residrop.training.setup import choose_device, data_digest
 
 __all__ = [
     "DATA",
@@ -86,11 +86,13 @@ class Source(NamedTuple):
         kind: which of `DATA`, or None if it is other data.
         found: what it is, in words.
         images: number of training images, held-out ones included.
+        digest: of them.
     """
 
     kind: str | None
     found: str
     images: int
+    digest: str
 
 
 class Wanted(NamedTuple):
@@ -116,7 +118,8 @@ class Training(NamedTuple):
 
     Attributes:
         name: of its directory: network and rule to be readable, then what identifies it: fingerprint of the recipe at
-            full scale, device, scale and seed. Rows of one recipe share it.
+            full scale, device, scale and seed, and of other data than the paper's their digest. Rows of one recipe
+            share it.
         full: the recipe at full scale with seed 0, under the variant.
         recipe: what is trained.
         seed: its seed.
@@ -208,7 +211,7 @@ def training(recipe: Recipe, seed: int, settings: Settings, source: Source | Non
     where = choose_device(settings.device).type
     other = ""
     if source is not None and source.kind is None:
-        other = "-other-data"
+        other = f"-data-{source.digest[:8]}"
         if recipe.validation:  # the same share is held out
             share = recipe.validation / DATA[recipe.data].train if recipe.data in DATA else 0.1
             scaled = scaled.replace(validation=max(1, round(share * source.images)))
@@ -219,12 +222,13 @@ def training(recipe: Recipe, seed: int, settings: Settings, source: Source | Non
 def source_of(data: str) -> Source:
     """Which of the papers' data a source holds; it is read for that."""
     splits = load(data)
+    digest = data_digest(splits)
     found = (len(splits.classes), splits.channels, splits.size, len(splits.train), len(splits.test))
     for kind, one in DATA.items():
         if found == (one.classes, one.channels, one.size or splits.size, one.train, one.test):
-            return Source(kind, kind, found[3])
+            return Source(kind, kind, found[3], digest)
     text = f"{found[3]} + {found[4]} images of {found[0]} classes, {found[1]} x {found[2]} x {found[2]}"
-    return Source(None, text, found[3])
+    return Source(None, text, found[3], digest)
 
 
 def rows_filled_by(full: Recipe, variant: str | None, paper: str) -> Iterator[tuple[Table, Row]]:
@@ -252,18 +256,16 @@ def fits(entry: Mapping[str, Any], row_id: str, recipe: Recipe | None, settings:
 def seeds_missing(entries: Sequence[Mapping[str, Any]], wanted: Wanted, settings: Settings, device: str) -> list[int]:
     """The seeds with which a row is still to be measured.
 
-    An error that was measured elsewhere counts; a time counts only on the `device` it was measured on.
+    An error that was measured elsewhere counts, on whichever device most are; a time only on the `device` itself.
     """
     timed = (wanted.row.instrument or "").startswith("timing")
     seeds = 1 if wanted.row.instrument == "counts" else settings.seeds  # arithmetic knows no seed
     missing: set[int] = set()
     for metric in wanted.metrics:
-        done = {
-            seed
-            for entry in entries
-            if fits(entry, wanted.id, wanted.recipe, settings) and entry["metric"] == metric
-            if not timed or entry["device"] == device
-            for seed in entry["seeds"]
-        }
-        missing |= set(range(seeds)) - done
+        done: dict[str, set[int]] = {}
+        for entry in entries:
+            mine = fits(entry, wanted.id, wanted.recipe, settings) and entry["metric"] == metric
+            if mine and (not timed or entry["device"] == device):
+                done.setdefault(entry["device"], set()).update(entry["seeds"])
+        missing |= min((set(range(seeds)) - found for found in done.values()), key=len, default=set(range(seeds)))
     return sorted(missing)

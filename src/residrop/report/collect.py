@@ -21,13 +21,15 @@ Entries = Sequence[Mapping[str, Any]]
 
 _RULES = (
     "Every number comes from a file of the ledger, as a command wrote it. Published is what the paper prints; measured "
-    "is the mean over seeds at the full schedule, ± the standard deviation over seeds (of one seed: the instrument's "
-    f'standard error, se); the difference is measured less published. What nobody has run here says "{MISSING}".'
+    "is the mean over seeds at the full schedule, ± the standard deviation over seeds (of one seed: the standard "
+    "error, se, over test images or of the instrument); the difference is measured less published. What nobody has run "
+    f'here says "{MISSING}".'
 )
 _CLAIMS = (
     "What the papers say of their numbers, if any comparison that it stands on was measured. Seen: all comparisons "
     "come out as claimed; not seen: at least one comes out the other way; open: some are less than two standard errors "
-    "apart, or not yet measured. With one seed there is no standard error, and the sign alone counts."
+    "apart, or not yet measured. A standard error is the larger of those over seeds and over test images; where "
+    "neither is known, the sign alone counts."
 )
 
 
@@ -47,12 +49,13 @@ def collect(folder: Path | None, runs: Sequence[Path] = ()) -> Report:
     sections = [section_of_runs(runs)] if runs else []
     if folder is None:
         return Report("Runs", [], sections)
-    entries = ledger.read(folder)
+    every = ledger.read(folder)
+    entries = ledger.pooled(every)
     if not entries:
         raise RunError(f"{folder} holds no document of the ledger; give --ledger the folder that has them, or run some")
     found = [one for one in overview(entries) if not one.drawing]
     known = {name: belonging(paper, entries) for name, paper in PAPERS.items()}
-    blocks: list[Block] = [Text(_RULES), _summary(entries, found)]
+    blocks: list[Block] = [Text(_RULES), _summary(every, found)]
     sections.append(Section("How far it is", "status", list(_status(found))))
     claims = grid_of_claims(PAPERS, known, entries)
     if claims is not None:
@@ -62,19 +65,18 @@ def collect(folder: Path | None, runs: Sequence[Path] = ()) -> Report:
     if measured.sections:
         sections.append(measured)
     kept = {id(entry) for placed in known.values() for *_, entry in placed}
-    sections.append(_sources(entries, kept))
+    sections.append(_sources(every, entries, kept))
     return Report("Results", blocks, sections)
 
 
 def _summary(entries: Entries, found: Sequence[Status]) -> Text:
     every = [one for one in found if "/figure-" not in one.id]
-    full, scaled = sum(one.full for one in every), sum(max(one.scaled.values(), default=0) for one in every)
-    smaller = sum(max(one.variants.values(), default=0) for one in every)
+    full, scaled, smaller = (sum(getattr(one, name) for one in every) for name in ("full", "short", "smaller"))
     dates = sorted({entry["date"] for entry in entries})
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     files = len({entry["file"] for entry in entries})
     text = f"Of the papers' rows, {full} are measured in full and {scaled} with a shortened schedule"
-    text += f", {smaller} with a shortened schedule on a smaller network" if smaller else ""
+    text += f", {smaller} on a smaller network" if smaller else ""
     left = sum(one.open for one in every)
     return Text(
         f"{text}; {left} are {MISSING} on the paper's network at any scale. {files} documents, measured {span}."
@@ -118,9 +120,9 @@ def _measurements(entries: Entries) -> Section:
     return section
 
 
-def _sources(entries: Entries, kept: set[int]) -> Section:
+def _sources(every: Entries, entries: Entries, kept: set[int]) -> Section:
     """Every document of the ledger, and what in it belongs to no row any more."""
-    files = {entry["file"]: entry for entry in entries}
+    files = {entry["file"]: entry for entry in every}
     rows = tuple((file, one["what"], one["command"], one["date"], one["device"]) for file, one in sorted(files.items()))
     blocks: list[Block] = [Grid(("file", "what", "command", "date", "device"), rows, left=5, files=True)]
     stale = [entry for entry in entries if entry["kind"] == "paper" and id(entry) not in kept]

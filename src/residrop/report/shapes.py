@@ -46,9 +46,15 @@ _MIB = 2.0**-20
 
 _ERRORS = (
     Column(
-        "error %", "deterministic_error", error=("details.deterministic.error_se", "details.0.deterministic.error_se")
+        "error %",
+        "deterministic_error",
+        error=("deterministic_error_std", "details.deterministic.error_se", "details.0.deterministic.error_se"),
     ),
-    Column("sampled %", "sampled_error", error=("details.sampled.error_se", "details.0.sampled.error_se")),
+    Column(
+        "sampled %",
+        "sampled_error",
+        error=("sampled_error_std", "details.sampled.error_se", "details.0.sampled.error_se"),
+    ),
     Column("expected depth", "expected_depth"),
 )
 SHAPES: tuple[Listing | Pivot, ...] = (
@@ -122,12 +128,12 @@ SHAPES: tuple[Listing | Pivot, ...] = (
         frozenset({"deterministic_error", "run.full_epochs"}), (_RULE, ("network", "run.network"), _RUN_SURVIVAL),
         (*_ERRORS, Column("epochs", "run.epochs"), Column("of the paper's", "run.full_epochs")),
         "Schedules far shorter than the papers': not comparable with published numbers in absolute terms. ± is the "
-        "standard error over the test images (one seed):",
+        "standard deviation over seeds, or of one seed the standard error over the test images:",
     ),
     Listing(
         frozenset({"deterministic_error", "relative_time"}), (_RULE, _RUN_SURVIVAL),
         (Column("time, relative", "relative_time"), *_ERRORS),
-        "± is the standard error over the test images (one seed):",
+        "± is the standard deviation over seeds, or of one seed the standard error over the test images:",
     ),
     Listing(
         frozenset({"budget", "mode", "error"}), (("budget", "budget"), ("rates found by", "mode")),

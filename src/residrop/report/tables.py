@@ -61,7 +61,7 @@ def digits_of(metric: str) -> int:
 
 
 def with_spread(values: Sequence[float], errors: Sequence[float] | None, digits: int = 2) -> str:
-    """Mean, and standard deviation over several seeds, or the instrument's standard error of a single one."""
+    """Mean, and standard deviation over several seeds, or the standard error of a single one, where it is known."""
     mean = f"{fmean(values):.{digits}f}"
     if len(values) > 1:
         return f"{mean} ± {stdev(values):.{digits}f}"
@@ -198,7 +198,7 @@ def _place(name: str) -> str:
 
 def _section_of_figure(paper: Paper, figure: Figure, entries: Entries) -> Section | None:
     """The curves of a figure, a picture for each variant, scale and device; None if the ledger has nothing of it."""
-    found = drawings(figure.id, entries)
+    found = drawings(paper, figure, entries)
     if not found:
         return None
     blocks: list[Block] = []
