@@ -220,8 +220,8 @@ def _show_claim(one: Judged, console: Console) -> None:
     )
     for pair in one.pairs:
         if pair.difference is not None:
-            error = "no standard error" if pair.error is None else f"± {pair.error:.2f} standard error"
-            console.print(f"  {pair.verdict}: {pair.smaller} - {pair.larger} = {pair.difference:+.2f} ({error})")
+            error = "no standard error" if pair.error is None else f"± {pair.error:.3g} standard error"
+            console.print(f"  {pair.verdict}: {pair.smaller} - {pair.larger} = {pair.difference:+.3g} ({error})")
 
 
 def _claim_as_dict(one: Judged) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _figure(plan: Plan, runner: Runner, console: Console) -> dict[str, Any]:
     scaled = any(curve.instrument is None for curve in figure.curves)
     scale = settings.scale if scaled else 1.0
     stamp = f"{runner.device}; {settings.seeds} seed(s); schedule x {scale:g}" if scaled else runner.device
-    stamp += f"; variant {variant.name}" if variant else ""
+    stamp += f"; variant {variant.name}: {variant.why}" if variant else ""
     other = runner.source if scaled and runner.source is not None and runner.source.kind is None else None
     stamp += f"; of other data ({other.found})" if other else ""
     data = f"data-{other.digest[:8]}" if other else None

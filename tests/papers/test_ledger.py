@@ -217,6 +217,7 @@ def test_a_curve_is_not_replaced_by_less_of_it(tmp_path):
     put(tmp_path, curve)
     put(tmp_path, {**curve, "y": [5.0, 6.0], "seeds": [0]})
     put(tmp_path, {**curve, "x": [1.0], "y": [7.0]})
+    put(tmp_path, {**curve, "y": [7.0, None]})
     assert ledger.read(tmp_path)[0]["y"] == [3.0, 4.0]
     put(tmp_path, {**curve, "y": [8.0, 9.0]})
     assert ledger.read(tmp_path)[0]["y"] == [8.0, 9.0]

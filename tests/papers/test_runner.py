@@ -491,6 +491,8 @@ def test_points_may_be_chosen(make):
     (line,) = lines_of(plan.target, context(runner))
     assert line.x == [0.8, 1.0]
     assert len(line.error) == 2  # over the test images, having one seed
+    runner.keep(plan.target, entries_of(plan.target, [line], 0.25), {})
+    assert "--points 0.8 1 --seeds 1" in ledger.read(runner.folder)[-1]["command"]
     assert len(make().plan("toy/figure-6").trainings) == 3
 
 

@@ -51,5 +51,9 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> Entry:
 
 def fuller(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether a curve that was measured before has more seeds or points than the newer one."""
-    before, now = ((len(one.get("seeds") or ()), len(one.get("x") or ())) for one in (old, new))
+
+    def size(one: Mapping[str, Any]) -> tuple[int, int]:
+        return len(one.get("seeds") or ()), sum(value is not None for value in one.get("y") or ())
+
+    before, now = size(old), size(new)
     return before != now and before[0] >= now[0] and before[1] >= now[1]

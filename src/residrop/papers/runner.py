@@ -329,6 +329,8 @@ class Runner:
         command = f"residrop reproduce {target.id}"
         command += f" --scale {scale:g}" if scale != 1.0 else ""
         command += f" --variant {variant}" if variant else ""
+        points = " ".join(f"{place:g}" for place in self.settings.points)
+        command += f" --points {points}" if points else ""
         what = f"{PAPERS[target.paper].authors} {PAPERS[target.paper].year}, {target.name}: {target.title}"
         what += f"; schedule shortened to {scale:g} of its epochs" if scale != 1.0 else ""
         ledger.record(

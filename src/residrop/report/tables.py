@@ -205,7 +205,8 @@ def _section_of_figure(paper: Paper, figure: Figure, entries: Entries) -> Sectio
     for setting, device, lines in found:
         scale, variant = setting
         about = "full schedule" if scale == 1.0 else f"scale {scale:g}: schedules shortened to that share of the epochs"
-        about += f"; variant {variant}" if variant else ""
+        why = next((one.why for one in paper.variants if one.name == variant), "")
+        about += f"; variant {variant}: {why}" if variant else ""
         seeds = max((len(line.get("seeds") or ()) for line in lines), default=1)
         left_out = len({curve.label for curve in figure.curves} - {line["curve"] for line in lines})
         caption = f"{about}; {seeds} seed{'s' if seeds > 1 else ''}; {device}"
