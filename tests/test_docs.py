@@ -21,6 +21,7 @@ import tyro
 import residrop
 from residrop import cli
 from residrop.papers import find
+from residrop.papers.swapout_tables import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -272,6 +273,32 @@ def test_first_screen_of_readme_is_what_was_measured():
         "**{:.0f}** (constant depth {:.0f}) | the usual loop {:.0f} |".format(*images),
         f"**{saved['measured'][0]:.1f}%** | Huang et al.: {saved['published']:.1f}% measured, 25% by formula |",
         f"{len(measured)} networks: largest distance to theory | **{away:.3f}** | Hayou & Ayed: {printed:.3f} |",
+    ):
+        assert words in text
+
+
+def test_short_trainings_of_readme_are_those_measured():
+    def errors(file, metric="error"):
+        entries = json.loads((ROOT / "results" / f"{file}.json").read_text())["entries"]
+        mine = [entry for entry in entries if entry["metric"] == metric]
+        return {entry["id"].rpartition("/")[2]: statistics.mean(entry["measured"]) for entry in mine}
+
+    once, sampled = (errors("swapout_table-2_w1_cpu_scale0.01", metric) for metric in ("error", "sampled_error"))
+    gains = [once[f"{key}-deterministic"] - sampled[f"{key}-stochastic"] for key in SCHEDULES]
+    figure = json.loads((ROOT / "results" / "stochastic-depth_figure-8-left_resnet-20_cpu_scale0.01.json").read_text())
+    curves = {entry["curve"]: dict(zip(entry["x"], entry["y"], strict=True)) for entry in figure["entries"]}
+    behind = [curves["uniform"][rate] - curves["linear decay"][rate] for rate in (0.2, 0.5, 0.8)]
+    ratios = errors("depth-dropout_table-1_resnet-20_cpu_scale0.03")
+    dropped = ", ".join(f"{ratios[ratio]:.1f}" for ratio in ("0.25", "0.5", "0.75"))
+    deep = [errors(f"stochastic-depth_table-1_resnet-{depth}_cpu_scale0.01") for depth in (20, 32)]
+    first, second = (f"{one['stochastic-cifar10']:.1f} against {one['constant-cifar10']:.1f}%" for one in deep)
+    text = (ROOT / "README.md").read_text()
+    assert len(gains) == 5
+    for words in (
+        f"for all five schedules, by {min(gains):.1f} to {max(gains):.1f} points |",
+        f"at all of p_L = 0.2, 0.5, 0.8, by {min(behind):.1f} to {max(behind):.1f} points |",
+        f"{dropped}% at 0.25, 0.5, 0.75; but {ratios['0.0']:.1f}% without |",
+        f"not seen: {first} at 20 layers, {second} at 32 |",
     ):
         assert words in text
 
