@@ -95,7 +95,7 @@ def _status(found: Sequence[Status]) -> Iterator[Block]:
         mine = [one for one in found if one.id.startswith(f"{paper.name}/")]
         links = {_name(one): slug(one.id) for one in mine if "/figure-" not in one.id or one.full or one.shortened}
         yield Text(f"{paper.authors} {paper.year}, {paper.name}/")
-        yield Grid(head, tuple(map(_row_of, mine)), links=links, words=frozenset({5}))
+        yield Grid(head, tuple(map(_row_of, mine)), links=links, words=frozenset({2, 5}))
 
 
 def _name(one: Status) -> str:
