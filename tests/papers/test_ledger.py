@@ -263,12 +263,16 @@ RECORDING = """
 import sys
 from pathlib import Path
 from residrop import ledger
-for seed in range(10):
-    number = 10 * int(sys.argv[2]) + seed
+folder, mine = Path(sys.argv[1]), int(sys.argv[2])
+(folder / f"ready-{mine}").touch()
+while len(list(folder.glob("ready-*"))) < 2:
+    pass
+for seed in range(40):
+    number = 100 * mine + seed
     entry = {"kind": "paper", "id": f"swapout/table-2/row-{number}", "metric": "error", "published": None, "epochs": 1,
              "measured": [1.0], "seeds": [0], "scale": 1.0, "recipe": "r", "variant": None, "wall_seconds": [1.0],
              "note": ""}
-    ledger.record(Path(sys.argv[1]), "swapout/table-2", [entry], what="w", command="c", device="cpu", found={})
+    ledger.record(folder, "swapout/table-2", [entry], what="w", command="c", device="cpu", found={})
 """
 
 
@@ -276,7 +280,7 @@ def test_processes_wait_for_one_another(tmp_path):
     command = [sys.executable, "-c", RECORDING, str(tmp_path)]
     running = [subprocess.Popen([*command, str(number)]) for number in range(2)]
     assert [one.wait(timeout=120) for one in running] == [0, 0]
-    assert len(ledger.read(tmp_path)) == 20
+    assert len(ledger.read(tmp_path)) == 80
 
 
 def test_nothing_is_written_that_is_no_entry(tmp_path):
