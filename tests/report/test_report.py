@@ -271,6 +271,7 @@ def test_curves_of_an_older_recipe_or_version_are_not_drawn(place):
               "predicted": None, "scale": 0.01, "seeds": [0], "variant": None, "note": ""}  # fmt: skip
     now = curve.recipe.replace(seed=0).fingerprint()
     put(place, figure.id, {**common, "y": [0.5, 0.25], "recipe": "older"})
+    put(place, figure.id, {**common, "y": [0.5, 0.25], "recipe": "older", "scale": 0.02})
     put(place, figure.id, {**common, "y": [0.6, 0.35], "recipe": now})
     ledger.record(
         place, figure.id, [{**common, "y": [0.7, 0.45], "recipe": now}],
@@ -280,6 +281,8 @@ def test_curves_of_an_older_recipe_or_version_are_not_drawn(place):
     (section,) = [one for one in paper.sections if one.anchor == "stochastic-depth-figure-7"]
     (chart,) = [block for block in section.blocks if isinstance(block, Chart)]
     assert [series.y for series in chart.series] == [[0.7, 0.45]]
+    (status,) = [row for one in page_of(place).tables["status"] for row in one if row[0] == "figure-7"]
+    assert status[2] == "1 at 0.01"
 
 
 def test_two_devices_are_two_lines(place):

@@ -9,7 +9,7 @@ from residrop.papers import PAPERS, all_rows
 from residrop.papers.estimate import Estimator
 from residrop.papers.rows import Figure, Row, Table
 from residrop.papers.runner import value_of
-from residrop.papers.work import Settings, Wanted, fits, read_under
+from residrop.papers.work import Settings, Wanted, draws, fits, read_under
 from residrop.training.recipe import Recipe
 
 __all__ = ["Missing", "Status", "missing", "overview"]
@@ -80,7 +80,7 @@ def _of_table(table: Table, entries: Entries) -> Status:
 
 
 def _of_figure(figure: Figure, entries: Entries) -> Status:
-    every = [entry for entry in entries if entry.get("figure") == figure.id]
+    every = [entry for entry in entries if draws(figure, entry)]
     found = [(entry["curve"], entry["scale"]) for entry in every if entry.get("variant") is None]
     drawn = {scale: {curve for curve, of in found if of == scale} for _, scale in found}
     return Status(

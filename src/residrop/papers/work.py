@@ -19,6 +19,7 @@ __all__ = [
     "Source",
     "Training",
     "Wanted",
+    "draws",
     "fits",
     "read_under",
     "recipes_of_figure",
@@ -251,6 +252,19 @@ def fits(entry: Mapping[str, Any], row_id: str, recipe: Recipe | None, settings:
         and entry["scale"] == (settings.scale if recipe else 1.0)
         and entry["recipe"] == (recipe.replace(seed=0).fingerprint() if recipe else None)
     )
+
+
+def draws(figure: Figure, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of the ledger is a curve of this figure, of the recipe that it now has."""
+    curve = next((one for one in figure.curves if one.label == entry.get("curve")), None)
+    if entry.get("figure") != figure.id or curve is None:
+        return False
+    if curve.recipe is None or entry.get("recipe") is None:
+        return True
+    name = entry.get("variant")
+    variant = next((one for one in PAPERS[figure.paper].variants if one.name == name), None)
+    recipe = curve.recipe if variant is None else variant.of(curve.recipe)
+    return (name is None) == (variant is None) and recipe.replace(seed=0).fingerprint() == entry["recipe"]
 
 
 def seeds_missing(entries: Sequence[Mapping[str, Any]], wanted: Wanted, settings: Settings, device: str) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from residrop.papers.rows import Figure, Paper, Row, Table
-from residrop.papers.work import Settings, fits, read_under
+from residrop.papers.work import Settings, draws, fits, read_under
 
 __all__ = ["Drawing", "Entries", "Entry", "Placed", "Setting", "belonging", "drawings"]
 
@@ -24,27 +24,17 @@ class Drawing(NamedTuple):
     lines: list[Entry]
 
 
-def drawings(paper: Paper, figure: Figure, entries: Entries) -> list[Drawing]:
+def drawings(figure: Figure, entries: Entries) -> list[Drawing]:
     """What was measured of a figure, the recommended readings before the variants, the longest schedule first.
 
     Curves of a recipe that the figure no longer has are left out.
     """
     groups: dict[tuple[Setting, str], list[Entry]] = {}
     for entry in entries:
-        if entry.get("figure") == figure.id and _current(paper, figure, entry):
+        if draws(figure, entry):
             groups.setdefault(((entry["scale"], entry.get("variant")), entry["device"]), []).append(entry)
     found = [Drawing(setting, device, lines) for (setting, device), lines in groups.items()]
     return sorted(found, key=lambda one: (one.setting[1] or "", -one.setting[0], one.device))
-
-
-def _current(paper: Paper, figure: Figure, entry: Entry) -> bool:
-    curve = next((one for one in figure.curves if one.label == entry["curve"]), None)
-    if curve is None or curve.recipe is None or entry.get("recipe") is None:
-        return curve is not None
-    name = entry.get("variant")
-    variant = next((one for one in paper.variants if one.name == name), None)
-    recipe = curve.recipe if variant is None else variant.of(curve.recipe)
-    return (name is None) == (variant is None) and recipe.replace(seed=0).fingerprint() == entry["recipe"]
 
 
 def belonging(paper: Paper, entries: Entries) -> list[Placed]:

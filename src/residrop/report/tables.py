@@ -198,7 +198,7 @@ def _place(name: str) -> str:
 
 def _section_of_figure(paper: Paper, figure: Figure, entries: Entries) -> Section | None:
     """The curves of a figure, a picture for each variant, scale and device; None if the ledger has nothing of it."""
-    found = drawings(paper, figure, entries)
+    found = drawings(figure, entries)
     if not found:
         return None
     blocks: list[Block] = []

@@ -56,7 +56,7 @@ def grid_of_claims(papers: Mapping[str, Paper], known: Mapping[str, Sequence[Pla
         for claim in paper.claims:
             place = f"{name}/{claim.where}"
             figure = next((one for one in paper.figures if one.name == claim.where), None)
-            found = [] if figure is None else drawings(paper, figure, entries)
+            found = [] if figure is None else drawings(figure, entries)
             links |= {claim.text: slug(place)} if claim.where in tables or found else {}
             every = [(setting, _judged(claim, known[name], setting)) for setting in settings]
             every += [(one.setting, judge_curves(claim, curves_of(one.lines))) for one in found]
