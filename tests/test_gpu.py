@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import residrop
 from residrop.functional import skip_forward, swapout, unit_mask, use_compiler
-from residrop.training import Recipe, train
+from residrop.training import Recipe, loop, run, setup, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,6 +52,36 @@ def test_training_learns_and_resumes(rule, decay_dropped, tmp_path):
     assert outcome.history[-1]["train_loss"] < 0.5 * outcome.history[0]["train_loss"]
     again = train(recipe, tmp_path / "run", resume=True, quiet=True)
     assert again.evaluation.deterministic.error == pytest.approx(outcome.evaluation.deterministic.error, abs=1.0)
+
+
+@pytest.mark.parametrize(("rule", "replayed"), [("constant", True), ("swapout", True), ("stochastic-depth", False)])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_compiled_training_obeys_its_draws(rule, replayed, micro_batches):
+    """A draw frozen into a CUDA graph, or a gradient overwritten by its next replay, would give other losses."""
+    torch._dynamo.reset()
+    counters.clear()
+    losses = []
+    for compiled in (False, True):
+        recipe = Recipe(
+            network="resnet-8",
+            rule=rule,
+            epochs=4,
+            batch_size=256,
+            limit=1024,
+            micro_batches=micro_batches,
+            lr=0.02,
+            precision="fp32",
+            compile=compiled,
+            device="cuda",
+        )
+        ready = setup.prepare(recipe)
+        state = run.start(recipe, ready)
+        assert state.replayed is (compiled and replayed)
+        batches = ready.loaders["train"]
+        losses.append([float(state.sums[0]) for epoch in range(4) for _ in loop.updates(recipe, state, batches, epoch)])
+    assert len(losses[0]) == 16
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_a_dead_block_launches_nothing():

@@ -14,7 +14,7 @@ from residrop.attach import before_root, rules_of
 from residrop.errors import ConfigError
 from residrop.skippable import Skippable
 
-__all__ = ["compile", "compile_branches"]
+__all__ = ["compile", "compile_branches", "replays"]
 
 
 def compile(model: nn.Module, **options: Any) -> nn.Module:
@@ -59,6 +59,22 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     else:
         compile_branches(model, **options)
     return model
+
+
+def replays(model: nn.Module) -> bool:
+    """Whether a CUDA graph of `compile(model)` is right for every draw: `mode="reduce-overhead"` records one then.
+
+    A recorded graph repeats the same kernels on the same sizes, and reads its inputs anew. So it fits where draws are
+    tensors of one size: rules of units, whose key and thetas enter as data, and blocks at constant depth. Block-level
+    coins decide which kernels run, and live rows how many rows they see: each draw would be recorded by itself.
+
+    Args:
+        model: the attached model.
+
+    Returns:
+        True if all its rules are of these kinds.
+    """
+    return all(rule.granularity == "unit" for rule in rules_of(model) if rule.rates)
 
 
 def _with_forward(model: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:

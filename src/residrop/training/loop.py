@@ -25,11 +25,10 @@ from residrop.data import Loader
 from residrop.distributed import GradientSync
 from residrop.errors import RunError
 from residrop.inference import evaluate
-from residrop.residual import Residual
 from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks, Votes
 from residrop.training.logbook import Logbook, Meter
-from residrop.training.measuring import due, rates_now, watched
+from residrop.training.measuring import due, first_weights, rates_now, watched
 from residrop.training.recipe import Recipe
 from residrop.training.setup import precision_context
 
@@ -46,11 +45,13 @@ class State:
 
     With several `ranks`, `sync` is the handle of `data_parallel`, and `sums` are those of this rank. `gradient` is
     the mean |gradient| of the first weights of block 1, the same on all ranks, over updates in which it is present.
+    `replayed` says that passes are CUDA graphs, whose outputs the next pass overwrites.
     """
 
     model: nn.Module
     optimizer: torch.optim.SGD
     ranks: Ranks = ALONE
+    replayed: bool = False
     sync: GradientSync | None = None
     update: int = 0
     seconds: float = 0.0  # training time of all epochs, evaluation excluded
@@ -178,7 +179,7 @@ def updates(recipe: Recipe, state: State, loader: Loader, epoch: int, start: int
     """
     steps = loader.steps_per_epoch
     autocast = precision_context(recipe, next(state.model.parameters()).device)
-    first = _first_weights(state.model)
+    first = first_weights(state.model)
     for number, (x, y) in enumerate(loader.train_batches(epoch, start), start):
         lr = recipe.lr_at(state.update / (recipe.epochs * steps))
         _update(recipe, state, x, y, lr, autocast, loader.images_in(number), first)
@@ -214,14 +215,19 @@ def _update(
     sampler = sampler_of(state.model)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.optimizer.zero_grad(set_to_none=not recipe.decay_dropped)
-    if recipe.decay_dropped:  # dropped blocks must see zeros, not None
+    # Dropped blocks must see zeros, not None; and a gradient must not be an output of a CUDA graph, as autograd would
+    # make it where there is none: the next micro-batch would overwrite it (pytorch/pytorch#169545).
+    kept = recipe.decay_dropped or state.replayed
+    state.optimizer.zero_grad(set_to_none=not kept)
+    if kept:
         for parameter in state.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     parts = list(zip(x.chunk(recipe.micro_batches), y.chunk(recipe.micro_batches), strict=True)) if len(x) else []
     plan = sampler.plan(state.update)
     for part, (images, labels) in enumerate(parts):
+        if state.replayed:
+            torch.compiler.cudagraph_mark_step_begin()
         with using(state.model, sampler.plan(state.update, part=part) if part else plan), autocast():
             logits = state.model(images)
             loss = F.cross_entropy(logits.float(), labels)
@@ -243,15 +249,6 @@ def _update(
     state.depth += depth_of(state.model, plan)
     state.update += 1
     sampler.step = state.update
-
-
-def _first_weights(model: nn.Module) -> nn.Parameter:
-    """The weights of the first convolution (or matrix) of block 1, whose gradients Figure 7 of Huang et al. follows.
-
-    So their text has it; the caption of the figure says "first convolutional layer".
-    """
-    block = next(module for module in model.modules() if isinstance(module, Residual))
-    return next(parameter for parameter in block.branch.parameters() if parameter.ndim > 1)
 
 
 def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch: int, meter: Meter) -> None:

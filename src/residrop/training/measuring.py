@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from residrop.attach import set_survival
 from residrop.data import Loader
+from residrop.residual import Residual
 from residrop.theory import discrepancy, sensitivity, survival_for
 from residrop.training.distributed import Ranks
 from residrop.training.recipe import Recipe
 
-__all__ = ["due", "rates_now", "watched"]
+__all__ = ["due", "first_weights", "rates_now", "watched"]
 
 _BATCHES, _IMAGES = 4, 128  # SenseMode's scores are means over a few batches, each with batch norm of its own
 _WATCHED = 64
@@ -64,3 +65,12 @@ def watched(recipe: Recipe, model: nn.Module, loader: Loader, epoch: int) -> dic
         line["discrepancy"] = found.curvature.tolist()
         line["discrepancy_standard_error"] = found.standard_error.tolist()
     return line
+
+
+def first_weights(model: nn.Module) -> nn.Parameter:
+    """The weights of the first convolution (or matrix) of block 1, whose gradients Figure 7 of Huang et al. follows.
+
+    So their text has it; the caption of the figure says "first convolutional layer".
+    """
+    block = next(module for module in model.modules() if isinstance(module, Residual))
+    return next(parameter for parameter in block.branch.parameters() if parameter.ndim > 1)

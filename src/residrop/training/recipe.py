@@ -123,8 +123,9 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; auto takes bf16 autocast where the device computes it in hardware."""
     compile: bool = False
-    """Compile the branches of the network, and augmentation as one kernel: minutes at the start, other roundings. Meant
-    for GPUs; on two CPU cores ResNet-20 was slower with it."""
+    """Compile the network (as a whole where its rules allow, else its branches; constant depth and unit-level rules are
+    replayed as CUDA graphs) and augmentation as one kernel: minutes at the start, other roundings. Meant for GPUs; on
+    the CPU only branches are compiled, and on two cores ResNet-20 was slower with it."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     channels_last: bool = True

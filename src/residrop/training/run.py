@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from residrop.attach import expected_depth_of, set_survival
-from residrop.compiling import compile_branches
+from residrop.compiling import compile, compile_branches, replays
 from residrop.data import Loader
 from residrop.distributed import data_parallel
 from residrop.distributed.ranks import broadcast
@@ -119,11 +120,20 @@ def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE) -> State:
     if recipe.channels_last and any(parameter.ndim == 4 for parameter in model.parameters()):
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(ready.device)
-    if recipe.compile:
-        compile_branches(model)
-    state = State(model, make_optimizer(recipe, model), ranks)
+    graphs = recipe.compile and _compile(model, ready.device)
+    state = State(model, make_optimizer(recipe, model), ranks, replayed=graphs)
     state.sums, state.gradient = state.sums.to(ready.device), state.gradient.to(ready.device)
     return state
+
+
+def _compile(model: nn.Module, device: torch.device) -> bool:
+    """Compile a network in the way that suits its rules and device; whether CUDA graphs are replayed from now on."""
+    if device.type == "cpu":
+        compile_branches(model)
+        return False
+    graphs = device.type == "cuda" and replays(model)
+    compile(model, **({"mode": "reduce-overhead"} if graphs else {}))
+    return graphs
 
 
 def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool) -> State:
