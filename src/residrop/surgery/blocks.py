@@ -54,8 +54,12 @@ class AppliedBlock(Skippable):
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
         for rule in self.residrop_rules:
             if not rule.as_built():  # pyright: ignore[reportCallIssue]
-                return self.residrop_forward(*args, **kwargs)
+                return self.residrop_forward(*args, **self.residrop_named(kwargs))
         return super().forward(*args, **kwargs)  # to the last bit, and with whatever else the class does in eval
+
+    def residrop_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by the names that `residrop_forward` has for them."""
+        return kwargs
 
     def residrop_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward, written anew around its rules."""

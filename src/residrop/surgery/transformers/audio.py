@@ -102,7 +102,7 @@ def _clamped(x: Tensor, *, overflown_only: bool) -> Tensor:
 class WhisperDecoderLayer(_Seq2Seq):
     """Norms first: mBART, M2M-100, Pegasus, Blenderbot; MusicGen, Speech2Text, Whisper, XGLM."""
 
-    forms = ("8e26dc508270", "01b41a1da37a")
+    forms = ("8e26dc508270", "01b41a1da37a", "418788e11d68", "7a14249408fd")
     parts = (
         ("self_attn_layer_norm", "self_attn"),
         ("encoder_attn_layer_norm", "encoder_attn"),
@@ -140,7 +140,7 @@ class WhisperDecoderLayer(_Seq2Seq):
 class BartDecoderLayer(WhisperDecoderLayer):
     """Norms last: BART, Marian, PLBart, Blenderbot-small."""
 
-    forms = ("af6bb23d8caf",)
+    forms = ("af6bb23d8caf", "95c9ce9cc15d")
     parts = (("self_attn",), ("encoder_attn",), ("fc1", "fc2"))
     norm_first = False
 

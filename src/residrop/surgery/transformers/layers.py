@@ -1,6 +1,6 @@
 """What the mixins for layers of transformers share: the meaning of arguments, and branches as chains of children."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -26,23 +26,27 @@ _ROWS_FIRST: Mapping[str, Collection[int]] = {
 }
 
 
+# transformers 5.24 renamed one argument of its layers; mixins use the older name, the layer's children get their own.
+_OLDER, _NEWER = "past_key_values", "cache"
+
+
 class Layer(ForeignBlock):
     """Base of the mixins.
 
     Attributes:
         forms: the forms (`surgery.forms.form_of`) of forward that the mixin writes anew.
-        inner: (dotted name, form) of other methods that it knows the inside of.
+        inner: (dotted name, forms) of other methods that it knows the inside of.
         shared: names of arguments that all rows share in this layer.
     """
 
     forms: ClassVar[tuple[str, ...]] = ()
-    inner: ClassVar[tuple[tuple[str, str], ...]] = ()
+    inner: ClassVar[tuple[tuple[str, ...], ...]] = ()
     shared: ClassVar[Collection[str]] = ()
 
     @classmethod
     def suits(cls, block: nn.Module) -> bool:
         """Whether a block with this forward is in all else as the mixin expects."""
-        return all(form_of(_method(block, path)) == form for path, form in cls.inner)
+        return all(form_of(_method(block, path)) in forms for path, *forms in cls.inner)
 
     def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[Part]]]:
         found: list[tuple[Rule, Sequence[Part]]] = []
@@ -51,6 +55,14 @@ class Layer(ForeignBlock):
             assert isinstance(rule, Rule)
             found.append((rule, [part for part in parts if isinstance(part, (nn.Module, nn.Parameter))]))
         return found
+
+    def residrop_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {_OLDER if name == _NEWER else name: value for name, value in kwargs.items()}
+
+    def through(self, number: int, x: Tensor, branch: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if _OLDER in kwargs and _NEWER in self.residrop_signature.names:
+            kwargs[_NEWER] = kwargs.pop(_OLDER)
+        return super().through(number, x, branch, *args, **kwargs)
 
     def residrop_cut(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Arguments are known by name: no tensor is cut because its size happens to be that of the batch."""

@@ -13,7 +13,7 @@ __all__ = ["MIXINS"]
 class LlamaLayer(PreNorm):
     """Llama, Mistral, Qwen2, Qwen3, Gemma, OLMo, DeepSeek-V3, SmolLM3, GLM and some sixty more."""
 
-    forms = ("56851eb5314f",)
+    forms = ("56851eb5314f", "3de6c16874d6")
     parts = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
     by_name = True
 
@@ -44,7 +44,7 @@ class LlamaLayer(PreNorm):
 class GptOssLayer(LlamaLayer):
     """As Llama's, with an MLP (of experts) that returns a pair."""
 
-    forms = ("51e54383f3b7",)
+    forms = ("51e54383f3b7", "21ca6cec9373")
 
     def feed_forward_branch(self: Any, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))[0]
@@ -53,7 +53,7 @@ class GptOssLayer(LlamaLayer):
 class GraniteLayer(LlamaLayer):
     """As Llama's, with branches times a constant."""
 
-    forms = ("c8eb9762287b",)
+    forms = ("c8eb9762287b", "d21a8544c26a")
 
     def attention_branch(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
         return super().attention_branch(x, **kwargs) * self.residual_multiplier
@@ -65,7 +65,7 @@ class GraniteLayer(LlamaLayer):
 class Olmo2Layer(LlamaLayer):
     """x + norm(attention(x)), then x + norm(mlp(x)): OLMo 2 and 3, EXAONE 4."""
 
-    forms = ("ddcc10218045",)
+    forms = ("ddcc10218045", "6dc027daef0f")
     parts = (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm"))
 
     def attention_branch(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
@@ -75,7 +75,7 @@ class Olmo2Layer(LlamaLayer):
 class MixtralLayer(PreNorm):
     """Mixtral, Phi-MoE, MiniMax-M2: Llama's with another order of arguments."""
 
-    forms = ("9d615a1d8ee4",)
+    forms = ("9d615a1d8ee4", "a16bdb563fb0")
     parts = LlamaLayer.parts
     by_name = True
 
@@ -104,7 +104,7 @@ class MixtralLayer(PreNorm):
 class Gemma2Layer(MixtralLayer):
     """Norms before and after each branch: Gemma 2 and 3."""
 
-    forms = ("616c4cee5761",)
+    forms = ("616c4cee5761", "937c8486053f")
     parts = (
         ("input_layernorm", "self_attn", "post_attention_layernorm"),
         ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
@@ -130,7 +130,7 @@ class ModernBertLayer(PreNorm):
 
 
 class GPT2Block(PreNorm):
-    forms = ("bcf7bad99ceb",)
+    forms = ("bcf7bad99ceb", "77405f4351b2")
     parts = (("ln_1", "attn"), ("ln_2", "mlp"))
 
     def residrop_forward(
@@ -180,7 +180,7 @@ class GPT2CrossBlock(CrossAttention, GPT2Block):
 
 _NORM_OF_SUM = "bd131388eee1"  # LayerNorm(dropout(dense(h)) + x)
 _FEED_FORWARD = (("feed_forward_chunk", "7d18a4174290"), ("output.forward", _NORM_OF_SUM))
-_ATTENTION = "574dc55f2d17"
+_ATTENTION = ("574dc55f2d17", "905233ba672e")
 
 
 class LayoutLMLayer(Layer):
@@ -217,8 +217,8 @@ def _dense(output: Any, x: Tensor) -> Tensor:
 class BertLayer(LayoutLMLayer):
     """BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, ERNIE, data2vec-text, RoCBert, BridgeTower's text layers."""
 
-    forms = ("0dbd1b46df46",)
-    inner = (*_FEED_FORWARD, ("attention.forward", _ATTENTION), ("attention.output.forward", _NORM_OF_SUM))
+    forms = ("0dbd1b46df46", "39ee817ced37")
+    inner = (*_FEED_FORWARD, ("attention.forward", *_ATTENTION), ("attention.output.forward", _NORM_OF_SUM))
 
     @classmethod
     def suits(cls, block: nn.Module) -> bool:
@@ -261,7 +261,7 @@ class BertCrossLayer(CrossAttention, BertLayer):
 
     inner = (
         *BertLayer.inner,
-        ("crossattention.forward", _ATTENTION),
+        ("crossattention.forward", *_ATTENTION),
         ("crossattention.output.forward", _NORM_OF_SUM),
     )
     parts = (
