@@ -28,7 +28,7 @@ class BenchThroughput:
     residrop bench throughput --quick
     residrop bench throughput --networks resnet-20 --widths 1 2 --json throughput.json
 
-    All defaults take about ten minutes on two cores; --all takes hours there. Nothing else should run beside it.
+    All defaults take about ten minutes on two cores; --all takes an hour there. Nothing else should run beside it.
     """
 
     networks: tuple[str, ...] = ("resnet-20", "resnet-56")
