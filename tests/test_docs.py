@@ -288,7 +288,7 @@ def test_first_screen_of_readme_is_what_was_measured():
         f"**{skip(time, vit, *block)}** (by row {skip(time, vit, *row)}) | both {skip(time, vit, *vision)} |",
         "**{:.0f}** (constant depth {:.0f}) | the usual loop {:.0f} |".format(*images),
         f"makes {images[1]:.0f} images a second with ResNet-20, {once:.2f} times the usual loop",
-        f"at most {math.ceil(100 * outside)}% of a step is spent outside the network",
+        f"of what a step spends outside the network are at most {math.ceil(100 * outside)}%",
         f"it is {times[0]:.1f} to {times[-1]:.1f} times the loop and {bare[0]:.0%} to {bare[-1]:.0%} of what".replace(
             "% to", " to"
         ),

@@ -156,6 +156,12 @@ def test_flat():
     }
 
 
+def test_command_of_a_document_makes_the_seeds_that_it_holds(tmp_path):
+    """`--seeds 2` is seeds 0 and 1; a document of other versions may hold the second alone."""
+    put(tmp_path, paper(seeds=[1]))
+    assert ledger.read(tmp_path)[0]["command"] == "residrop reproduce swapout/table-2 --seeds 2"
+
+
 def test_record_names_merges_and_reads(tmp_path):
     path = put(tmp_path / "results", paper())
     assert path.name == "swapout_table-2_cpu_scale1.json"

@@ -67,7 +67,7 @@ def record(
         place: id of the table or figure, "swapout/table-2".
         entries: at least one.
         what: one line.
-        command: how to repeat it; "{seeds}" in it becomes the largest number of seeds.
+        command: how to repeat it; "{seeds}" in it becomes the number of seeds from 0 to the largest one.
         device: as `describe_device` has it.
         found: versions.
 
@@ -104,11 +104,13 @@ def _write(
     for entry in entries:
         key = identity(entry)
         kept[key] = _merged(kept[key], dict(entry)) if key in kept else dict(entry)
-    seeds = max(len(entry.get("seeds", ())) for entry in kept.values())
+    seeds = 1 + max(
+        max(entry.get("seeds") or [0]) for entry in kept.values()
+    )  # of 0 upwards, as `reproduce` counts them
     made = {
         "schema": SCHEMA,
         "what": what,
-        "command": command.replace("{seeds}", str(max(1, seeds))),
+        "command": command.replace("{seeds}", str(seeds)),
         "date": datetime.date.today().isoformat(),
         "device": device,
         "versions": dict(found),
