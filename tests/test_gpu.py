@@ -5,7 +5,9 @@ import torch
 from torch._dynamo.utils import counters
 
 import residrop
+from residrop.attach import rules_of
 from residrop.functional import skip_forward, swapout, unit_mask, use_compiler
+from residrop.graphs import record_blocks
 from residrop.training import Recipe, loop, run, setup, train
 
 pytestmark = [
@@ -54,34 +56,78 @@ def test_training_learns_and_resumes(rule, decay_dropped, tmp_path):
     assert again.evaluation.deterministic.error == pytest.approx(outcome.evaluation.deterministic.error, abs=1.0)
 
 
-@pytest.mark.parametrize(("rule", "replayed"), [("constant", True), ("swapout", True), ("stochastic-depth", False)])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_compiled_training_obeys_its_draws(rule, replayed, micro_batches):
+def _losses(**changes):
+    recipe = Recipe(
+        **{"network": "resnet-8", "epochs": 4, "batch_size": 256, "limit": 1000, "lr": 0.02, "precision": "fp32"}
+        | {"device": "cuda", **changes}
+    )
+    ready = setup.prepare(recipe)
+    state = run.start(recipe, ready)
+    batches = ready.loaders["train"]
+    found = [float(state.sums[0]) for epoch in range(4) for _ in loop.updates(recipe, state, batches, epoch)]
+    assert len(found) == 16
+    return state.model, found
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batches": 2}, {"graphs": False}])
+@pytest.mark.parametrize("rule", ["constant", "swapout", "stochastic-depth"])
+def test_compiled_training_obeys_its_draws(rule, changes):
     """A draw frozen into a CUDA graph, or a gradient overwritten by its next replay, would give other losses."""
     torch._dynamo.reset()
+    _, expected = _losses(rule=rule, graphs=False, **{k: v for k, v in changes.items() if k != "graphs"})
+    model, found = _losses(rule=rule, compile=True, **changes)
+    whole = rule != "stochastic-depth"
+    assert (model._compiled_call_impl is not None) is whole
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_a_draw_as_data_is_no_new_graph(monkeypatch):
+    """With CUDA graphs of torch.compile, too: keys and thetas lie where they lay when it was recorded."""
+    torch._dynamo.reset()
     counters.clear()
-    losses = []
-    for compiled in (False, True):
-        recipe = Recipe(
-            network="resnet-8",
-            rule=rule,
-            epochs=4,
-            batch_size=256,
-            limit=1024,
-            micro_batches=micro_batches,
-            lr=0.02,
-            precision="fp32",
-            compile=compiled,
-            device="cuda",
-        )
-        ready = setup.prepare(recipe)
-        state = run.start(recipe, ready)
-        assert state.replayed is (compiled and replayed)
-        batches = ready.loaders["train"]
-        losses.append([float(state.sums[0]) for epoch in range(4) for _ in loop.updates(recipe, state, batches, epoch)])
-    assert len(losses[0]) == 16
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    recorded = []
+    begin = torch.cuda.graph.__enter__
+    monkeypatch.setattr(torch.cuda.graph, "__enter__", lambda self: (recorded.append(step), begin(self)))
+    model = residrop.create("resnet-8", rule="swapout").cuda().train()
+    residrop.compile(model, mode="reduce-overhead")
+    x = torch.randn(64, 3, 32, 32, device="cuda")
+    for step in range(10):  # noqa: B007
+        model.zero_grad()
+        model(x).sum().backward()
+    assert 0 < len(recorded) <= 4
+    assert max(recorded) < 6
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"rule": "depth-dropout", "network": "resnet-14"}, {"decay_dropped": True}])
+def test_recorded_blocks_train_as_blocks_that_are_not(changes, compiled):
+    torch._dynamo.reset()
+    changes = {"rule": "stochastic-depth", **changes}
+    _, expected = _losses(graphs=False, **changes)
+    model, found = _losses(compile=compiled, **changes)
+    recorded = [rule for rule in rules_of(model) if hasattr(rule.compiled, "segment")]
+    assert len(recorded) == (6 if "network" in changes else 3)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_graphs_share_memory_and_overwrite_nothing():
+    """Every draw of a deep network: outputs and gradients equal those of a copy without graphs."""
+    model = residrop.create("resnet-56", rule="stochastic-depth", survival="uniform(0.5)").cuda().train()
+    plain = residrop.create("resnet-56", rule="stochastic-depth", survival="uniform(0.5)").cuda().train()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(32, 3, 32, 32, device="cuda")
+    assert record_blocks(model, x) == 27
+    for step in range(20):
+        x = torch.randn(32, 3, 32, 32, device="cuda")
+        for one in (model, plain):
+            one.zero_grad()
+            with residrop.using(one, residrop.sampler_of(one).plan(step)):
+                one(x).square().sum().backward()
+        for mine, its in zip(model.parameters(), plain.parameters(), strict=True):
+            assert (mine.grad is None) is (its.grad is None)
+            a, b = (torch.zeros(()) if grad is None else grad for grad in (mine.grad, its.grad))
+            assert float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-6
 
 
 def test_a_dead_block_launches_nothing():

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from residrop.errors import ConfigError, PlanError
 from residrop.inactive import EvalWatch, warn_if_certain
+from residrop.kept import Kept
 from residrop.rules import Rule
 from residrop.sampler import DepthSampler, Plan
 from residrop.survival import explicit
@@ -115,6 +116,7 @@ class _AtRoot:
 
 class _BeforeRoot(_AtRoot):
     boards = False  # whether a graph comes next
+    kept: Kept | None = None  # where its draws are to lie, if it is a CUDA graph
 
     def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
         deferred = self.deferred(module)
@@ -140,7 +142,7 @@ class _BeforeRoot(_AtRoot):
         if boards:
             from residrop import tracing
 
-            self.sampler.board = tracing.board(self.rules, args)
+            self.sampler.board = tracing.board(self.rules, args, self.kept)
 
     def remember(self) -> None:
         """Tie the plan to the reentrant checkpoints around this call, and in their backward passes find it again.

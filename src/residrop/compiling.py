@@ -12,9 +12,10 @@ from torch import nn
 
 from residrop.attach import before_root, rules_of
 from residrop.errors import ConfigError
+from residrop.kept import Kept
 from residrop.skippable import Skippable
 
-__all__ = ["compile", "compile_branches", "replays"]
+__all__ = ["compile", "compile_branches", "replays", "with_forward"]
 
 
 def compile(model: nn.Module, **options: Any) -> nn.Module:
@@ -50,7 +51,9 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
         for rule in random
     ):
         hook.boards = True
-        model._compiled_call_impl = partial(_with_forward, model, torch.compile(model.forward, **options))
+        if options.get("mode") in ("reduce-overhead", "max-autotune"):
+            hook.kept = Kept()  # these record CUDA graphs, anew whenever such a tensor has moved
+        model._compiled_call_impl = partial(with_forward, model, torch.compile(model.forward, **options))
     elif options.get("fullgraph"):
         raise ConfigError(
             f"{type(model).__name__} has rules that Python decides between graphs; leave out fullgraph=True, or use "
@@ -62,7 +65,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def replays(model: nn.Module) -> bool:
-    """Whether a CUDA graph of `compile(model)` is right for every draw: `mode="reduce-overhead"` records one then.
+    """Whether one CUDA graph of the compiled model is right for every draw.
 
     A recorded graph repeats the same kernels on the same sizes, and reads its inputs anew. So it fits where draws are
     tensors of one size: rules of units, whose key and thetas enter as data, and blocks at constant depth. Block-level
@@ -77,7 +80,7 @@ def replays(model: nn.Module) -> bool:
     return all(rule.granularity == "unit" for rule in rules_of(model) if rule.rates)
 
 
-def _with_forward(model: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def with_forward(model: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """The call of a module with all its hooks, but another forward."""
     own = model.__dict__.get("forward")
     model.__dict__["forward"] = forward

@@ -66,6 +66,8 @@ class Reproduce:
     """Trainings at a time (default: 2 on a GPU; on the CPU one a core, 4 at most)."""
     steps: int = 15
     """Timed updates of each network in timing rows."""
+    compile: bool | None = None
+    """Compile networks, as residrop train --compile does (default: on a GPU)."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
     runs: Path = Path("runs/reproduce")
@@ -89,6 +91,7 @@ def reproduce_command(args: Reproduce) -> int:
         device=args.device,
         steps=args.steps,
         points=args.points,
+        compile=args.compile,
     )
     budget = None if args.budget is None else read_duration(args.budget)
     if args.workers is not None and args.workers < 1:

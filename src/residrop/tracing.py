@@ -25,6 +25,7 @@ from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
 from residrop.functional import coins_of, row_mask
+from residrop.kept import Kept
 from residrop.rows import combined, keep_index
 from residrop.sampler import Draw, Rows
 from residrop.touch import touch
@@ -257,12 +258,13 @@ def _rows(rule: Any, total: int) -> tuple[Rows, float]:
     return (Rows(0, total) if rows.live == total else rows), rule.scale(draw)
 
 
-def board(rules: Sequence[Any], args: Any) -> Board | None:
+def board(rules: Sequence[Any], args: Any, kept: Kept | None = None) -> Board | None:
     """The windows and unit masks of a pass for the graph that comes next.
 
     Args:
         rules: all rules of the model.
         args: arguments of the root, the first tensor of which is the batch.
+        kept: where the draws of unit-level rules are put, if their place matters.
     """
     batch = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
     windows = [getattr(rule, "rows", None) == "window" and rule.granularity == "row" for rule in rules]
@@ -270,7 +272,10 @@ def board(rules: Sequence[Any], args: Any) -> Board | None:
     if batch is None or (not any(windows) and not any(units)):
         return None
     device = batch.device
-    coins = tuple(_coins(r, r.draw(), device) if unit else None for r, unit in zip(rules, units, strict=True))
+    where = device if kept is None else torch.device("cpu")
+    coins = [_coins(r, r.draw(), where) if unit else None for r, unit in zip(rules, units, strict=True)]
+    if kept is not None and any(units):
+        coins = kept.take(rules, coins, device)
     total, starts, scales = batch.shape[0], [0] * len(rules), [1.0] * len(rules)
     sizes: list[tuple[Tensor, bool] | None] = [None] * len(rules)
     for index, rule in enumerate(rules):
@@ -283,7 +288,7 @@ def board(rules: Sequence[Any], args: Any) -> Board | None:
             starts[index] = rows.start
             sizes[index] = _length(rows.live, fixed), fixed and rows.live == total
     factors = None if all(scale == 1.0 for scale in scales) else _to(torch.tensor(scales, dtype=torch.float64), batch)
-    return Board(_length(total, True), _to(torch.tensor(starts), batch), factors, tuple(sizes), coins)
+    return Board(_length(total, True), _to(torch.tensor(starts), batch), factors, tuple(sizes), tuple(coins))
 
 
 def _to(values: Tensor, batch: Tensor) -> Tensor:

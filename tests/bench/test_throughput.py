@@ -51,11 +51,11 @@ def clock(monkeypatch):
     """Every part takes a time of its own, and is run all the same."""
     times = {"_network": 0.15, "run": 0.1}
 
-    def seconds(part, device):
+    def seconds(self, part, device):
         part()
-        return times.get(getattr(part.func, "__name__", ""), 0.2)
+        return times.get(part.func.__name__, 0.2)
 
-    monkeypatch.setattr(ROOM, "seconds_of", seconds)
+    monkeypatch.setattr(ROOM._Ours, "seconds", seconds)
 
 
 def test_rows(no_process, clock):
@@ -129,6 +129,17 @@ def test_step_is_an_update_of_a_training_and_the_network_alone_changes_no_weight
 
 def _dataset(recipe):
     return {"classes": [""] * 10, "channels": 3, "size": 32, "steps": recipe.epochs * SMALL.images}
+
+
+def test_updates_in_a_row_are_of_one_draw_and_share_their_time(monkeypatch):
+    monkeypatch.setattr(ROOM, "seconds_of", lambda work, device: work() and 6.0)
+    ours = ROOM._Ours(8, 1, "stochastic-depth", SMALL)
+    ours._repeat = 3
+    seen = []
+    monkeypatch.setattr(loop, "depth_of", lambda model, plan: float(seen.append(plan.step) or 0))
+    assert ours.seconds(ours.parts(1)["step"], torch.device("cpu")) == 2.0
+    assert seen == [ours.plans[1].step] * 3
+    assert ours.seconds(ours.parts(1)["network"], torch.device("cpu")) == 2.0
 
 
 def test_interrupted_rows_are_those_of_whole_rounds(no_process, clock):

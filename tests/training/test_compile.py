@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from residrop.errors import ConfigError
 from residrop.models import create
 from residrop.training import loop, run, setup, train
+from residrop.training.distributed import ALONE
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 
@@ -29,41 +31,41 @@ def test_compile_reaches_the_branches(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "mode"),
+    ("changes", "expected"),
     [
-        ({"rule": "constant"}, "reduce-overhead"),
-        ({"rule": "swapout"}, "reduce-overhead"),
-        ({"rule": "skipforward", "survival": "linear(1, 0.5)"}, "reduce-overhead"),
-        ({"rule": "stochastic-depth"}, None),
-        ({"rule": "stochastic-depth", "granularity": "row", "survival": 0.5}, None),
-        ({"rule": "depth-dropout"}, None),
+        ({"rule": "constant"}, ["pass"]),
+        ({"rule": "constant", "compile": True}, ["pass compiled"]),
+        ({"rule": "swapout", "compile": True}, ["pass compiled"]),
+        ({"rule": "swapout"}, ["blocks"]),
+        ({"rule": "stochastic-depth"}, ["blocks"]),
+        ({"rule": "depth-dropout", "compile": True}, ["compile", "blocks"]),
+        ({"rule": "constant", "graphs": False}, []),
+        ({"rule": "constant", "micro_batches": 2}, []),
+        ({"rule": "stochastic-depth", "watch": ("sensitivity",)}, []),
+        ({"rule": "stochastic-depth", "micro_batches": 2, "compile": True}, ["compile"]),
     ],
 )
-def test_only_draws_of_one_size_are_replayed_on_a_gpu(options, mode, monkeypatch):
-    told = []
-    monkeypatch.setattr(run, "compile", lambda model, **options: told.append(options.get("mode")))
-    assert run._compile(create("resnet-14", **options), torch.device("cuda")) is (mode is not None)
-    assert told == [mode]
+def test_what_is_compiled_and_recorded_on_a_gpu(tiny, changes, expected, monkeypatch):
+    done = []
+    monkeypatch.setattr(run, "compile", lambda model: done.append("compile"))
+    monkeypatch.setattr(run, "record_blocks", lambda model, x: done.append("blocks"))
+    monkeypatch.setattr(
+        run, "record_pass", lambda model, x, compiled: done.append("pass compiled" if compiled else "pass")
+    )
+    monkeypatch.setattr(run, "_batch", lambda recipe, ready: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    recipe = tiny(**changes)
+    ready = setup.prepare(recipe.replace(compile=False))
+    run._hasten(recipe, create("resnet-14", rule=recipe.rule), replace(ready, device=torch.device("cuda")), ALONE)
+    assert done == expected
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_gradients_are_never_outputs_of_a_graph_that_is_replayed(tiny, micro_batches):
-    """They are accumulated in tensors that are there before: what a graph gives is overwritten by its next replay."""
-    recipe = tiny(rule="constant", micro_batches=micro_batches)
-    states = []
-    for replayed in (False, True):
-        ready = setup.prepare(recipe)
-        state = run.start(recipe, ready)
-        state.replayed = replayed
-        places = [
-            [parameter.grad.data_ptr() for parameter in state.model.parameters()]
-            for _ in loop.updates(recipe, state, ready.loaders["train"], 0)
-        ]
-        states.append(state)
-        assert not replayed or places[0] == places[1] == places[-1]
-    plain, kept = states
-    for a, b in zip(plain.model.parameters(), kept.model.parameters(), strict=True):
-        assert torch.equal(a, b)
+def test_what_is_recorded_has_the_form_of_all_full_batches(tiny):
+    recipe = tiny()
+    ready = setup.prepare(recipe)
+    x, _ = next(iter(ready.loaders["train"].train_batches(0)))
+    made = run._batch(recipe, ready)
+    assert (made.shape, made.stride(), made.dtype) == (x.shape, x.stride(), x.dtype)
 
 
 @NEEDS_COMPILER
@@ -74,14 +76,13 @@ def test_network_compiled_as_a_whole_trains_as_the_plain_one(tiny, rule, monkeyp
     """As on a GPU, less the recording: the draw of every update enters the graph."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     torch._dynamo.reset()
-    recipe = tiny(rule=rule, micro_batches=2)
+    recipe = tiny(rule=rule)
     losses = []
     for compiled in (False, True):
         ready = setup.prepare(recipe)
         state = run.start(recipe, ready)
         if compiled:
             run.compile(state.model, mode="reduce-overhead")
-            state.replayed = True
         losses.append(
             [
                 float(state.sums[0])

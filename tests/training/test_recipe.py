@@ -16,6 +16,7 @@ NAN, INF = math.nan, math.inf
 
 # One other legal value for each field.
 OTHER = {
+    "graphs": False,
     "rows": "bernoulli",
     "of": "shortcut",
     "network": "resnet-8",
@@ -63,7 +64,7 @@ OTHER = {
     "eval_every": 2,
     "checkpoint_minutes": 1.0,
 }
-FREE = {"samples", "workers", "watch", "checkpoint_minutes", "device"}
+FREE = {"samples", "workers", "watch", "checkpoint_minutes", "device", "graphs"}
 
 
 def base(**changes):

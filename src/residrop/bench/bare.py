@@ -4,7 +4,7 @@ Matrix products count as convolutions of one pixel. Operands of one shape are th
 the processor than a network's are; the limit is a high one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from residrop.attach import sampler_of, using
 from residrop.residual import Residual
 from residrop.sampler import Plan
 
-__all__ = ["Bare"]
+__all__ = ["Bare", "recorded"]
 
 
 class _Layer(NamedTuple):
@@ -75,6 +75,18 @@ class Bare:
             for layer in self.layers
             if layer.block is None or plan.draws[layer.block].alive is not False
         )
+
+
+def recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """A function that does some work of a GPU again, as one CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph.replay
 
 
 def _calls(model: nn.Module, x: Tensor) -> Iterator[tuple[nn.Conv2d | nn.Linear, torch.Size, torch.Size, int | None]]:

@@ -9,7 +9,9 @@ What is measured, all in turns in one round, in an order that changes from round
 - plain loop: see `residrop.bench.plain`; a few steps of it, in another process, while this one waits.
 
 Shares and ratios are medians over rounds of two times of one round. The draws are those nearest to the expected depth,
-as in `residrop bench skip`. FLOPs are those of PyTorch's counter for the forward under a draw, times three.
+as in `residrop bench skip`. On a GPU each time is that of several updates under one draw, which the processor may
+launch ahead, and the bare convolutions are one CUDA graph. FLOPs are those of PyTorch's counter for the forward under a
+draw, times three.
 """
 
 import gc
@@ -25,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 from residrop.attach import using
-from residrop.bench.bare import Bare
+from residrop.bench.bare import Bare, recorded
 from residrop.bench.measure import median_ratio, quiet_collector, seconds_of
 from residrop.bench.peers import draws
 from residrop.bench.plain import CLASSES, PlainLoop, Task, images_of
@@ -57,6 +59,7 @@ RULES: dict[str, _Protocol] = {
     "swapout": _Protocol("resnet-ours", "linear(1, 0.5)", "v2"),
     "depth-dropout": _Protocol("depth-dropout-resnet", "uniform(0.5)"),
 }
+_QUEUED = 20  # updates in a row on a GPU
 _MORE_EPOCHS = 1000  # of the learning rate's schedule, none of which is reached
 
 
@@ -144,6 +147,7 @@ class _Ours:
         plain = self._uncompiled()
         dtype = torch.bfloat16 if self.recipe.precision == "bf16" else torch.float32
         self.bare = Bare(plain, self.x, dtype)
+        self._repeat = 1 if device.type == "cpu" else _QUEUED
         costs = costs_of(plain, "flops", self.x[:2])
         self.flops = [3 * settings.batch_size / 2 * _under(costs.branches, costs.fixed, plan) for plan in self.plans]
 
@@ -159,16 +163,27 @@ class _Ours:
 
     def parts(self, number: int) -> dict[str, Callable[[], object]]:
         """What a round measures, all of it under draw `number`."""
-        plan = self.plans[number]
-        self.state.update = plan.step
         return {
-            "step": partial(next, self._updates),
+            "step": partial(self._step, number),
             "network": partial(self._network, number),
-            "bare": partial(self.bare.run, plan),
+            "bare": self._bare_under(number),
         }
+
+    def seconds(self, part: Callable[[], object], device: torch.device) -> float:
+        """Of one run of a part."""
+        return seconds_of(lambda: [part() for _ in range(self._repeat)], device) / self._repeat
+
+    def _step(self, number: int) -> None:
+        self.state.update = self.plans[number].step
+        next(self._updates)
+
+    def _bare_under(self, number: int) -> Callable[[], object]:
+        work = partial(self.bare.run, self.plans[number])
+        return work if self.x.device.type != "cuda" else recorded(work)
 
     def _network(self, number: int) -> None:
         model = self.state.model
+        self.clear()
         with using(model, self.plans[number]), self._autocast():
             loss = F.cross_entropy(model(self.x).float(), self.y)
         loss.backward()
@@ -259,8 +274,7 @@ def _measure(
                     continue
                 parts = ours[rule].parts(step % settings.steps)
                 for part in order.sample(list(parts), len(parts)):
-                    ours[rule].clear()
-                    found[rule, part] = seconds_of(parts[part], settings.device)
+                    found[rule, part] = ours[rule].seconds(parts[part], settings.device)
                 ours[rule].clear()
             if step >= 0:
                 for (rule, part), seconds in found.items():

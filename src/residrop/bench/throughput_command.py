@@ -50,7 +50,7 @@ class BenchThroughput:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of ours; auto takes bf16 autocast where the device computes it in hardware."""
     compile: bool = False
-    """Compile our branches and augmentation, as residrop train --compile does."""
+    """Compile our networks and augmentation, as residrop train --compile does."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
     seed: int = 0
@@ -86,7 +86,7 @@ def bench_throughput_command(args: BenchThroughput) -> int:
     total = len(args.networks) * len(args.widths) * (settings.warmup + settings.steps)
     with steps_bar("throughput", total) as on_step:
         parts = bench_throughput(args.networks, args.widths, args.rules, settings, on_step)
-        how = "branches compiled, " if args.compile else ""
+        how = "compiled, " if args.compile else ""
         what = f"Images per second of training, {how}against a plain loop and bare convolutions"
         return gather(args.json, parts, _table, what, said)
 

@@ -63,6 +63,7 @@ class Settings:
         device: as in a recipe.
         steps: timed updates of timing rows.
         points: positions of a figure's points that are to be trained; all, if none.
+        compile: whether networks are compiled; None is on a GPU.
     """
 
     scale: float = 1.0
@@ -72,6 +73,7 @@ class Settings:
     device: str = "auto"
     steps: int = 15
     points: tuple[float, ...] = ()
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.scale <= 1.0:
@@ -208,8 +210,15 @@ def training(recipe: Recipe, seed: int, settings: Settings, source: Source | Non
     """The run of a recipe (at full scale, under its variant) with a seed."""
     full = recipe.replace(seed=0)
     epochs = max(1, round(settings.scale * recipe.epochs))
-    scaled = recipe.replace(seed=seed, epochs=epochs, data=settings.data or recipe.data, device=settings.device)
     where = choose_device(settings.device).type
+    compiled = where == "cuda" if settings.compile is None else settings.compile
+    scaled = recipe.replace(
+        seed=seed,
+        epochs=epochs,
+        data=settings.data or recipe.data,
+        device=settings.device,
+        compile=compiled and recipe.budget is None and not recipe.watch,  # measurements need branches as they are
+    )
     other = ""
     if source is not None and source.kind is None:
         other = f"-data-{source.digest[:8]}"

@@ -45,13 +45,11 @@ class State:
 
     With several `ranks`, `sync` is the handle of `data_parallel`, and `sums` are those of this rank. `gradient` is
     the mean |gradient| of the first weights of block 1, the same on all ranks, over updates in which it is present.
-    `replayed` says that passes are CUDA graphs, whose outputs the next pass overwrites.
     """
 
     model: nn.Module
     optimizer: torch.optim.SGD
     ranks: Ranks = ALONE
-    replayed: bool = False
     sync: GradientSync | None = None
     update: int = 0
     seconds: float = 0.0  # training time of all epochs, evaluation excluded
@@ -215,19 +213,14 @@ def _update(
     sampler = sampler_of(state.model)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    # Dropped blocks must see zeros, not None; and a gradient must not be an output of a CUDA graph, as autograd would
-    # make it where there is none: the next micro-batch would overwrite it (pytorch/pytorch#169545).
-    kept = recipe.decay_dropped or state.replayed
-    state.optimizer.zero_grad(set_to_none=not kept)
-    if kept:
+    state.optimizer.zero_grad(set_to_none=not recipe.decay_dropped)
+    if recipe.decay_dropped:  # dropped blocks must see zeros, not None
         for parameter in state.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     parts = list(zip(x.chunk(recipe.micro_batches), y.chunk(recipe.micro_batches), strict=True)) if len(x) else []
     plan = sampler.plan(state.update)
     for part, (images, labels) in enumerate(parts):
-        if state.replayed:
-            torch.compiler.cudagraph_mark_step_begin()
         with using(state.model, sampler.plan(state.update, part=part) if part else plan), autocast():
             logits = state.model(images)
             loss = F.cross_entropy(logits.float(), labels)

@@ -123,9 +123,13 @@ class Recipe:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network; auto takes bf16 autocast where the device computes it in hardware."""
     compile: bool = False
-    """Compile the network (as a whole where its rules allow, else its branches; constant depth and unit-level rules are
-    replayed as CUDA graphs) and augmentation as one kernel: minutes at the start, other roundings. Meant for GPUs; on
-    the CPU only branches are compiled, and on two cores ResNet-20 was slower with it."""
+    """Compile the network (as a whole where its rules allow, else its branches) and augmentation as one kernel: half a
+    minute or more at the start, other roundings. Meant for GPUs; on the CPU only branches are compiled, and on two
+    cores ResNet-20 was slower with it."""
+    graphs: bool = True
+    """On a GPU, record passes once and replay them as CUDA graphs: whole passes at constant depth and, with compile,
+    under unit-level rules, else the blocks that are present. Not done in several processes, with micro_batches, or
+    beside budget and watch."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     channels_last: bool = True
@@ -240,7 +244,7 @@ class Recipe:
 
         Of `data` only the kind counts, since folders move; what is in them is compared by `data_digest`.
         """
-        free = {"samples", "workers", "watch", "checkpoint_minutes", "data", "device"}
+        free = {"samples", "workers", "watch", "checkpoint_minutes", "data", "device", "graphs"}
         if not self.compile:
             free.add("compile")  # recipes are known by hashes that are older than this field
         if self.select == "last":  # with "best", evaluated epochs are the candidates

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from residrop.attach import expected_depth_of, set_survival
+from residrop.attach import expected_depth_of, rules_of, set_survival
 from residrop.compiling import compile, compile_branches, replays
 from residrop.data import Loader
 from residrop.distributed import data_parallel
 from residrop.distributed.ranks import broadcast
 from residrop.errors import RankError, RunError
+from residrop.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate
 from residrop.training.checkpoint import Run, build_network, survival_of, write_json
 from residrop.training.distributed import ALONE, Ranks, process_group
@@ -118,22 +119,44 @@ def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE) -> State:
     keep_memory(ready.device)
     model = build_network(recipe, ready.dataset)
     if recipe.channels_last and any(parameter.ndim == 4 for parameter in model.parameters()):
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        model = model.to(memory_format=_format(recipe))  # pyright: ignore[reportCallIssue]
     model = model.to(ready.device)
-    graphs = recipe.compile and _compile(model, ready.device)
-    state = State(model, make_optimizer(recipe, model), ranks, replayed=graphs)
+    _hasten(recipe, model, ready, ranks)
+    state = State(model, make_optimizer(recipe, model), ranks)
     state.sums, state.gradient = state.sums.to(ready.device), state.gradient.to(ready.device)
     return state
 
 
-def _compile(model: nn.Module, device: torch.device) -> bool:
-    """Compile a network in the way that suits its rules and device; whether CUDA graphs are replayed from now on."""
-    if device.type == "cpu":
-        compile_branches(model)
-        return False
-    graphs = device.type == "cuda" and replays(model)
-    compile(model, **({"mode": "reduce-overhead"} if graphs else {}))
-    return graphs
+def _hasten(recipe: Recipe, model: nn.Module, ready: Prepared, ranks: Ranks) -> None:
+    """Compile and record a network in the way that suits its rules and device."""
+    if ready.device.type == "cpu":
+        if recipe.compile:
+            compile_branches(model)
+        return
+    torch.backends.cudnn.benchmark = True  # batches have one size
+    measured = recipe.budget is not None or bool(recipe.watch)  # which needs the parts of blocks as they are
+    alone = ranks.size == 1 and recipe.micro_batches == 1  # nothing else adds to gradients
+    graphs = recipe.graphs and ready.device.type == "cuda" and alone and not measured
+    if graphs and replays(model) and (recipe.compile or not any(rule.rates for rule in rules_of(model))):
+        with precision_context(recipe, ready.device)():
+            record_pass(model, _batch(recipe, ready), compiled=recipe.compile)
+        return
+    if recipe.compile:
+        compile(model)
+    if graphs and model._compiled_call_impl is None:
+        with precision_context(recipe, ready.device)():
+            record_blocks(model, _batch(recipe, ready))
+
+
+def _batch(recipe: Recipe, ready: Prepared) -> Tensor:
+    """Of the form of all full batches."""
+    size, images = ready.dataset["size"], min(recipe.batch_size, ready.loaders["train"].num_images)
+    batch = torch.zeros(images, ready.dataset["channels"], size, size, device=ready.device)
+    return batch.contiguous(memory_format=_format(recipe))
+
+
+def _format(recipe: Recipe) -> torch.memory_format:
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
 def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool) -> State:
