@@ -1,5 +1,6 @@
 """Recorded blocks. Here a stand-in for CUDA graphs does the same work again, into the same tensors; see test_gpu.py."""
 
+import itertools
 import logging
 import shutil
 
@@ -9,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import residrop
+from residrop.attach import rules_of
 from residrop.errors import ConfigError, RunError
 from residrop.graphs import record_blocks, record_pass
 from residrop.sampler import Plan
-from residrop.training import loop, run, setup
+from residrop.training import loop, measuring, run, setup, update
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 
@@ -34,7 +36,9 @@ class Again:
             self.replays += 1
             with torch.enable_grad():
                 again = work(*[self.latest.get(id(one), one) for one in args])
-            pairs = [(result, again)] if isinstance(result, torch.Tensor) else zip(result, again, strict=True)
+            pairs = (
+                [(result, again)] if isinstance(result, torch.Tensor) else zip(result or (), again or (), strict=True)
+            )
             for old, new in pairs:
                 self.latest[id(old)] = new
                 if old is not None:
@@ -73,6 +77,10 @@ def test_recorded_blocks_give_the_same_outputs_and_gradients(options):
     x = torch.randn(8, 3, 32, 32)
     assert record_blocks(model, x, capture=capture) == 6
     assert capture.recorded == 12
+    segments = [rule.compiled.segment for rule in rules_of(model)]
+    pairs = list(itertools.pairwise(segments))
+    assert sum(first.y.data_ptr() == second.x.data_ptr() for first, second in pairs) == 5
+    assert sum(first.grad is second.dx for first, second in pairs) == 5
     for mine, its in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(mine, its)  # recording is no training
     for step in range(6):
@@ -201,3 +209,49 @@ def tiny_recipe():
     from residrop.training import Recipe
 
     return Recipe(network="resnet-8", data="digits", epochs=2, batch_size=32, limit=200, precision="fp32", lr=0.02)
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param({"rule": "swapout"}, marks=[pytest.mark.slow, NEEDS_COMPILER])])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it
+def test_recorded_updates_train_as_those_that_are_not(tiny_recipe, changes, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    recipe = tiny_recipe.replace(**{"rule": "constant", "lr_drops": (0.3, 0.6), **changes})
+    found = []
+    for recorded in (False, True):
+        ready = setup.prepare(recipe)
+        state = run.start(recipe, ready)
+        capture = _recorded(recipe, ready, state) if recorded else Again()
+        for epoch in range(recipe.epochs):
+            for _ in loop.updates(recipe, state, ready.loaders["train"], epoch):
+                pass
+        assert capture.replays == (12 if recorded else 0)  # and two smaller batches
+        assert state.update == 14
+        found.append((state.sums.tolist(), state.gradient.tolist(), state.model.eval()(run._batch(recipe, ready))))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def _recorded(recipe, ready, state):
+    """Record a training's updates; a graph would read the learning rate, which the stand-in has to be told."""
+    capture = Again()
+    before = {name: one.clone() for name, one in state.model.state_dict().items()}
+    state.recorded = made = update.RecordedUpdate(
+        state.model,
+        state.optimizer,
+        run._batch(recipe, ready),
+        compiled=recipe.rule == "swapout",
+        sums=state.sums,
+        gradient=state.gradient,
+        first=measuring.first_weights(state.model),
+        autocast=setup.precision_context(recipe, ready.device, cached=False),
+        capture=capture,
+    )
+    torch.testing.assert_close(state.model.state_dict(), before, rtol=0, atol=0)
+    assert state.sums.tolist() == [0.0] * 3
+    replay = made._replay
+
+    def told():
+        state.optimizer.param_groups[0]["lr"] = float(made._lr)
+        replay()
+
+    made._replay = told
+    return capture

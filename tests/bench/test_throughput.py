@@ -16,7 +16,8 @@ from residrop import ledger
 from residrop.attach import using
 from residrop.bench import plain
 from residrop.bench.gather import gather
-from residrop.bench.throughput import RULES, ThroughputSettings, _Ours, bench_throughput
+from residrop.bench.ours import Ours
+from residrop.bench.throughput import RULES, ThroughputSettings, bench_throughput
 from residrop.cli import main
 from residrop.errors import ConfigError, RunError
 from residrop.training import loop, run
@@ -55,7 +56,7 @@ def clock(monkeypatch):
         part()
         return times.get(part.func.__name__, 0.2)
 
-    monkeypatch.setattr(ROOM._Ours, "seconds", seconds)
+    monkeypatch.setattr(Ours, "seconds", seconds)
 
 
 def test_rows(no_process, clock):
@@ -82,7 +83,7 @@ def test_rows(no_process, clock):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_flops_are_those_of_the_live_convolutions(rule, monkeypatch):
-    ours = _Ours(8, 2, rule, SMALL)
+    ours = Ours(8, 2, rule, SMALL)
     called = []
     monkeypatch.setattr(
         F, "conv2d", lambda *args, **options: called.append(args[1].shape) or torch.conv2d(*args, **options)
@@ -102,12 +103,12 @@ def test_flops_are_those_of_the_live_convolutions(rule, monkeypatch):
 
 
 def test_some_draws_leave_out_a_block():
-    plans = _Ours(8, 1, "depth-dropout", SMALL).plans + _Ours(20, 1, "stochastic-depth", SMALL).plans
+    plans = Ours(8, 1, "depth-dropout", SMALL).plans + Ours(20, 1, "stochastic-depth", SMALL).plans
     assert any(draw.alive is False for plan in plans for draw in plan.draws)
 
 
 def test_step_is_an_update_of_a_training_and_the_network_alone_changes_no_weight():
-    ours = _Ours(8, 1, "stochastic-depth", SMALL)
+    ours = Ours(8, 1, "stochastic-depth", SMALL)
     recipe, state = ours.recipe, ours.state
     twin = run.start(recipe, run.Prepared(ours.x.device, ours.loader._normalization, {}, _dataset(recipe)))
     for number in range(2):
@@ -132,8 +133,8 @@ def _dataset(recipe):
 
 
 def test_updates_in_a_row_are_of_one_draw_and_share_their_time(monkeypatch):
-    monkeypatch.setattr(ROOM, "seconds_of", lambda work, device: work() and 6.0)
-    ours = ROOM._Ours(8, 1, "stochastic-depth", SMALL)
+    monkeypatch.setattr(sys.modules[Ours.__module__], "seconds_of", lambda work, device: work() and 6.0)
+    ours = Ours(8, 1, "stochastic-depth", SMALL)
     ours._repeat = 3
     seen = []
     monkeypatch.setattr(loop, "depth_of", lambda model, plan: float(seen.append(plan.step) or 0))

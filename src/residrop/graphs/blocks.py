@@ -73,7 +73,13 @@ class _Noted(_Blocks):
 
     def __init__(self, behind: Any) -> None:
         super().__init__(behind)
-        self.calls: list[tuple[_Call, Tensor, bool]] = []
+        self.calls: list[_Noted.Call] = []
+
+    class Call(NamedTuple):
+        made: _Call
+        x: Tensor
+        y: Tensor
+        alone: bool  # without further arguments
 
     def present(
         self,
@@ -85,9 +91,10 @@ class _Noted(_Blocks):
         post: Map | None,
         along: Sequence[Any],
     ) -> Tensor:
+        y = super().present(x, shortcut, branch, scale, includes_input, post, along)
         call = _Call(shortcut, branch, scale, includes_input, post)
-        self.calls.append((call, x, len(along) == 0))
-        return super().present(x, shortcut, branch, scale, includes_input, post, along)
+        self.calls.append(_Noted.Call(call, x, y, len(along) == 0))
+        return y
 
 
 class _Replayed(_Blocks):
@@ -180,14 +187,16 @@ def _segments_of(model: nn.Module, x: Tensor) -> dict[Rule, Segment]:
     finally:
         for rule, note in noted.items():
             rule.compiled = note.behind
-    order = [rule for rule in rules if len(noted[rule].calls) == 1]
     found: dict[Rule, Segment] = {}
-    for rule in order:
-        call, given, alone = noted[rule].calls[0]
+    made: list[tuple[Tensor, Segment]] = []  # what the segments gave, in their order
+    for rule in [rule for rule in rules if len(noted[rule].calls) == 1]:
+        call, given, result, alone = noted[rule].calls[0]
         modules = _modules_of(call)
         if alone and given.requires_grad and modules and any(p.requires_grad for m in modules for p in m.parameters()):
             work = call if rule.compiled is None else partial(_compiled, rule.compiled, call)
-            found[rule] = Segment(work, given, modules, call.scale)
+            before = next((one for y, one in made if y.data_ptr() == given.data_ptr()), None)
+            found[rule] = Segment(work, given, modules, call.scale, before)
+            made.append((result, found[rule]))
     return found
 
 

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from residrop.errors import ConfigError, RunError
 
-__all__ = ["Capture", "Segment", "check", "record", "recording", "replayed"]
+__all__ = ["Capture", "CudaCapture", "Segment", "check", "record", "recording", "replayed"]
 
 Map = Callable[..., Tensor]
 
@@ -29,7 +29,9 @@ class Capture(Protocol):
         ...
 
 
-class _Cuda:
+class CudaCapture:
+    """Records CUDA graphs that share memory and follow each other in the order in which they are recorded."""
+
     def __init__(self) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
@@ -48,10 +50,21 @@ class _Cuda:
 
 
 class Segment:
-    """The two graphs of a block, or of a whole pass, and the tensors that they read and write."""
+    """The two graphs of a block, or of a whole pass, and the tensors that they read and write.
 
-    def __init__(self, work: Map, x: Tensor, modules: Sequence[nn.Module], scale: float = 1.0) -> None:
-        self._work, self._module, self.scale = work, modules[0], scale
+    If its input is the output of another segment, `after`, it reads that one's memory, and the other way round for
+    gradients. Whatever comes instead, where the other is absent, is copied there.
+    """
+
+    def __init__(
+        self,
+        work: Map,
+        x: Tensor,
+        modules: Sequence[nn.Module],
+        scale: float = 1.0,
+        after: "Segment | None" = None,
+    ) -> None:
+        self._work, self._module, self.scale, self._after = work, modules[0], scale, after
         owned = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
         self._parameters = [parameter for parameter in owned if parameter.requires_grad]
         self.x = x.detach().clone().requires_grad_(x.requires_grad)
@@ -85,6 +98,8 @@ class Segment:
             self._backward(y)
 
     def record_forward(self, capture: Capture) -> None:
+        if self._after is not None and _layout_of(self._after.y) == self._layout:
+            self.x = self._after.y.detach().requires_grad_(self.x.requires_grad)
         self._output, self.replay_forward = capture.record(self._forward)
         self.y = self._output.detach()
         self.grad = torch.zeros_like(self.y)
@@ -93,6 +108,8 @@ class Segment:
         grads, self.replay_backward = capture.record(self._backward, self._output)
         del self._output  # and with it what backward keeps, for graphs recorded later
         self.dx: Tensor | None = grads[0]
+        if self._after is not None and self.dx is not None and _layout_of(self.dx) == _layout_of(self._after.grad):
+            self._after.grad = self.dx
         pairs = zip(self._parameters, grads[1:], strict=True)
         self.gradients = [(parameter, grad) for parameter, grad in pairs if grad is not None]
 
@@ -104,7 +121,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, segment: Segment) -> Tensor:
         ctx.segment = segment
-        segment.x.copy_(x)
+        if x.data_ptr() != segment.x.data_ptr():
+            segment.x.copy_(x)
         segment.replay_forward()
         return segment.y.detach()
 
@@ -112,7 +130,9 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         segment: Segment = ctx.segment
-        segment.grad.copy_(grads[0])
+        grad = grads[0]
+        if grad.data_ptr() != segment.grad.data_ptr() or grad.stride() != segment.grad.stride():
+            segment.grad.copy_(grad)
         segment.replay_backward()
         for parameter, own in segment.gradients:
             before = parameter.grad
@@ -172,7 +192,7 @@ def recording(model: nn.Module, kind: str) -> Iterator[None]:
 
 def record(segments: Sequence[Segment], capture: Capture | None) -> None:
     """Record segments that follow each other in a pass, in this order; by default as CUDA graphs."""
-    capture = capture or _Cuda()
+    capture = capture or CudaCapture()
     for segment in segments:
         capture.warm(segment.warm)
     for segment in segments:

@@ -11,26 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from residrop.attach import depth_of, expected_depth_of, sampler_of, set_survival, using
+from residrop.attach import depth_of, expected_depth_of, sampler_of, using
 from residrop.data import Loader
-from residrop.distributed import GradientSync
 from residrop.errors import RunError
 from residrop.inference import evaluate
 from residrop.training.checkpoint import Run
-from residrop.training.distributed import ALONE, Ranks, Votes
+from residrop.training.distributed import Votes
 from residrop.training.logbook import Logbook, Meter
 from residrop.training.measuring import due, first_weights, rates_now, watched
 from residrop.training.recipe import Recipe
 from residrop.training.setup import precision_context
+from residrop.training.state import State
+from residrop.training.update import note_gradient, one_pass
 
 __all__ = ["Interrupted", "State", "run_epochs", "stop_signals", "updates"]
 
@@ -39,62 +37,7 @@ class Interrupted(Exception):
     """The run was stopped by Ctrl-C or SIGTERM after saving its state."""
 
 
-@dataclass
-class State:
-    """Everything that changes along a training. `sums` collects loss and errors of the epoch on the device.
-
-    With several `ranks`, `sync` is the handle of `data_parallel`, and `sums` are those of this rank. `gradient` is
-    the mean |gradient| of the first weights of block 1, the same on all ranks, over updates in which it is present.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.SGD
-    ranks: Ranks = ALONE
-    sync: GradientSync | None = None
-    update: int = 0
-    seconds: float = 0.0  # training time of all epochs, evaluation excluded
-    epoch_seconds: float = 0.0
-    depth: float = 0.0  # summed over the updates of this epoch
-    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
-    gradient: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # sum, and updates summed
-    best: float = math.inf
-    history: list[dict[str, Any]] = field(default_factory=list)
-    survival: list[dict[str, Any]] = field(default_factory=list)  # rates measured so far, see `measuring`
-    instruments: list[dict[str, Any]] = field(default_factory=list)
-
-    def save(self, run: Run) -> None:
-        """Write everything needed to resume, on any number of ranks; called by all."""
-        sums = self.ranks.total(self.sums)
-        if self.ranks.main:
-            run.save_state(
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "sampler": sampler_of(self.model).state_dict(),
-                    **{name: getattr(self, name) for name in _COUNTERS},
-                    "sums": sums.cpu(),
-                    "gradient": self.gradient.cpu(),
-                }
-            )
-
-    def restore(self, saved: dict[str, Any], path: Path) -> None:
-        """Continue from what `save` wrote to `path`; RunError if it is something else."""
-        try:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            sampler_of(self.model).load_state_dict(saved["sampler"])
-            for name in _COUNTERS:
-                setattr(self, name, saved[name])
-            self.sums = saved["sums"].to(self.sums.device) if self.ranks.main else torch.zeros_like(self.sums)
-            self.gradient = saved["gradient"].to(self.sums.device)
-            if self.survival:
-                set_survival(self.model, self.survival[-1]["rates"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise RunError(f"{path} is not the state of this run ({error}); delete it to start this run anew") from None
-
-
 _SAVE, _STOP = 1, 2  # what a rank may ask for after an update
-_COUNTERS = ("update", "seconds", "epoch_seconds", "depth", "best", "history", "survival", "instruments")
 
 
 @contextmanager
@@ -211,34 +154,31 @@ def _update(
 ) -> None:
     """One optimizer update: one plan, shared by its micro-batches. `total` counts the images of all ranks."""
     sampler = sampler_of(state.model)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.zero_grad(set_to_none=not recipe.decay_dropped)
-    if recipe.decay_dropped:  # dropped blocks must see zeros, not None
-        for parameter in state.model.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-    parts = list(zip(x.chunk(recipe.micro_batches), y.chunk(recipe.micro_batches), strict=True)) if len(x) else []
     plan = sampler.plan(state.update)
-    for part, (images, labels) in enumerate(parts):
-        with using(state.model, sampler.plan(state.update, part=part) if part else plan), autocast():
-            logits = state.model(images)
-            loss = F.cross_entropy(logits.float(), labels)
-        with state.sync.no_sync() if state.sync and part + 1 < len(parts) else nullcontext():
-            # the mean over ranks is the gradient of the mean over all images
-            (loss * (len(images) * state.ranks.size / total)).backward()
-        with torch.no_grad():
-            wrong = (logits.argmax(dim=1) != labels).sum()
-            state.sums += torch.stack(
-                (loss.double() * len(images), wrong.double(), torch.ones_like(wrong) * len(images))
-            )
-    if state.sync and not parts:  # fewer images than ranks were left
-        with using(state.model, plan):
-            state.sync.join()
-    if first.grad is not None and plan.draws[0].alive is not False:
-        state.gradient[0] += first.grad.abs().mean()
-        state.gradient[1] += 1.0
-    state.optimizer.step()
+    if state.recorded is not None and state.recorded.fits(x):
+        state.recorded.run(plan, x, y, lr)
+    else:
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.optimizer.zero_grad(set_to_none=not recipe.decay_dropped)
+        if recipe.decay_dropped:  # dropped blocks must see zeros, not None
+            for parameter in state.model.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        parts = list(zip(x.chunk(recipe.micro_batches), y.chunk(recipe.micro_batches), strict=True)) if len(x) else []
+        for part, (images, labels) in enumerate(parts):
+            with (
+                using(state.model, sampler.plan(state.update, part=part) if part else plan),
+                state.sync.no_sync() if state.sync and part + 1 < len(parts) else nullcontext(),
+            ):
+                # the mean over ranks is the gradient of the mean over all images
+                one_pass(state.model, images, labels, state.ranks.size / total, state.sums, autocast)
+        if state.sync and not parts:  # fewer images than ranks were left
+            with using(state.model, plan):
+                state.sync.join()
+        if first.grad is not None and plan.draws[0].alive is not False:
+            note_gradient(first, state.gradient)
+        state.optimizer.step()
     state.depth += depth_of(state.model, plan)
     state.update += 1
     sampler.step = state.update

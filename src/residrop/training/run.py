@@ -14,15 +14,18 @@ from residrop.data import Loader
 from residrop.distributed import data_parallel
 from residrop.distributed.ranks import broadcast
 from residrop.errors import RankError, RunError
-from residrop.graphs import record_blocks, record_pass
+from residrop.graphs import record_blocks
 from residrop.inference import Evaluation, evaluate
 from residrop.training.checkpoint import Run, build_network, survival_of, write_json
 from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.logbook import Logbook, Meter, draw_curves
-from residrop.training.loop import Interrupted, State, run_epochs, stop_signals
+from residrop.training.loop import Interrupted, run_epochs, stop_signals
+from residrop.training.measuring import first_weights
 from residrop.training.memory import keep_memory
 from residrop.training.recipe import Recipe
 from residrop.training.setup import Prepared, make_optimizer, precision_context, prepare, resolve
+from residrop.training.state import State
+from residrop.training.update import RecordedUpdate
 
 __all__ = ["Outcome", "check_same", "start", "train"]
 
@@ -121,31 +124,42 @@ def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE) -> State:
     if recipe.channels_last and any(parameter.ndim == 4 for parameter in model.parameters()):
         model = model.to(memory_format=_format(recipe))  # pyright: ignore[reportCallIssue]
     model = model.to(ready.device)
-    _hasten(recipe, model, ready, ranks)
+    whole = _hasten(recipe, model, ready, ranks)
     state = State(model, make_optimizer(recipe, model), ranks)
     state.sums, state.gradient = state.sums.to(ready.device), state.gradient.to(ready.device)
+    if whole:
+        state.recorded = RecordedUpdate(
+            model,
+            state.optimizer,
+            _batch(recipe, ready),
+            compiled=recipe.compile,
+            sums=state.sums,
+            gradient=state.gradient,
+            first=first_weights(model),
+            autocast=precision_context(recipe, ready.device, cached=False),
+        )
     return state
 
 
-def _hasten(recipe: Recipe, model: nn.Module, ready: Prepared, ranks: Ranks) -> None:
-    """Compile and record a network in the way that suits its rules and device."""
+def _hasten(recipe: Recipe, model: nn.Module, ready: Prepared, ranks: Ranks) -> bool:
+    """Compile or record a network in the way that suits its rules and device; True if whole updates can be recorded."""
     if ready.device.type == "cpu":
         if recipe.compile:
             compile_branches(model)
-        return
-    torch.backends.cudnn.benchmark = True  # batches have one size
+        return False
+    if ready.device.type == "cuda":  # batches have one size, for which all kernels can be tried
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
     measured = recipe.budget is not None or bool(recipe.watch)  # which needs the parts of blocks as they are
     alone = ranks.size == 1 and recipe.micro_batches == 1  # nothing else adds to gradients
     graphs = recipe.graphs and ready.device.type == "cuda" and alone and not measured
     if graphs and replays(model) and (recipe.compile or not any(rule.rates for rule in rules_of(model))):
-        with precision_context(recipe, ready.device)():
-            record_pass(model, _batch(recipe, ready), compiled=recipe.compile)
-        return
+        return True
     if recipe.compile:
         compile(model)
     if graphs and model._compiled_call_impl is None:
         with precision_context(recipe, ready.device)():
             record_blocks(model, _batch(recipe, ready))
+    return False
 
 
 def _batch(recipe: Recipe, ready: Prepared) -> Tensor:

@@ -71,11 +71,13 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.replace(survival=survival, precision=precision)
 
 
-def precision_context(recipe: Recipe, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A function that makes the autocast context of a recipe on a device."""
+def precision_context(
+    recipe: Recipe, device: torch.device, cached: bool = True
+) -> Callable[[], AbstractContextManager[Any]]:
+    """A function that makes the autocast context of a recipe on a device, for CUDA graphs without `cached` weights."""
     if recipe.precision == "fp32" or (recipe.precision == "auto" and not _computes_bf16(device)):
         return nullcontext
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cached)
 
 
 def loader_for(

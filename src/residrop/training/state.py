@@ -1,0 +1,76 @@
+"""Everything that changes along a training, saved and restored."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residrop.attach import sampler_of, set_survival
+from residrop.distributed import GradientSync
+from residrop.errors import RunError
+from residrop.training.checkpoint import Run
+from residrop.training.distributed import ALONE, Ranks
+from residrop.training.update import RecordedUpdate
+
+__all__ = ["State"]
+
+_COUNTERS = ("update", "seconds", "epoch_seconds", "depth", "best", "history", "survival", "instruments")
+
+
+@dataclass
+class State:
+    """Everything that changes along a training. `sums` collects loss and errors of the epoch on the device.
+
+    With several `ranks`, `sync` is the handle of `data_parallel`, and `sums` are those of this rank. `gradient` is
+    the mean |gradient| of the first weights of block 1, the same on all ranks, over updates in which it is present.
+    `recorded` makes updates of full batches as one CUDA graph, which reads and writes these tensors where they are.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    ranks: Ranks = ALONE
+    recorded: RecordedUpdate | None = None
+    sync: GradientSync | None = None
+    update: int = 0
+    seconds: float = 0.0  # training time of all epochs, evaluation excluded
+    epoch_seconds: float = 0.0
+    depth: float = 0.0  # summed over the updates of this epoch
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    gradient: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # sum, and updates summed
+    best: float = math.inf
+    history: list[dict[str, Any]] = field(default_factory=list)
+    survival: list[dict[str, Any]] = field(default_factory=list)  # rates measured so far, see `measuring`
+    instruments: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, run: Run) -> None:
+        """Write everything needed to resume, on any number of ranks; called by all."""
+        sums = self.ranks.total(self.sums)
+        if self.ranks.main:
+            run.save_state(
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "sampler": sampler_of(self.model).state_dict(),
+                    **{name: getattr(self, name) for name in _COUNTERS},
+                    "sums": sums.cpu(),
+                    "gradient": self.gradient.cpu(),
+                }
+            )
+
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
+        """Continue from what `save` wrote to `path`; RunError if it is something else."""
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            sampler_of(self.model).load_state_dict(saved["sampler"])
+            for name in _COUNTERS:
+                setattr(self, name, saved[name])
+            self.sums.copy_(saved["sums"] if self.ranks.main else torch.zeros(3))
+            self.gradient.copy_(saved["gradient"])
+            if self.survival:
+                set_survival(self.model, self.survival[-1]["rates"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise RunError(f"{path} is not the state of this run ({error}); delete it to start this run anew") from None
