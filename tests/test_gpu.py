@@ -1,5 +1,9 @@
 """What must hold on a CUDA device; run with -m gpu."""
 
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -77,13 +81,13 @@ def _losses(**changes):
     return state.model, found
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batches": 2}, {"graphs": False}])
+@pytest.mark.parametrize("changes", [{}, {"micro_batches": 2}, {"graphs": False}, {"compile": False}])
 @pytest.mark.parametrize("rule", ["constant", "swapout", "stochastic-depth"])
 def test_compiled_training_obeys_its_draws(rule, changes):
     """A draw frozen into a CUDA graph, or a gradient overwritten by its next replay, would give other losses."""
     torch._dynamo.reset()
-    _, expected = _losses(rule=rule, graphs=False, **{k: v for k, v in changes.items() if k != "graphs"})
-    _, found = _losses(rule=rule, compile=True, **changes)
+    _, expected = _losses(rule=rule, graphs=False, micro_batches=changes.get("micro_batches", 1))
+    _, found = _losses(**{"rule": rule, "compile": True, **changes})
     assert found == pytest.approx(expected, rel=0.02)
 
 
@@ -103,6 +107,26 @@ def test_a_draw_as_data_is_no_new_graph(monkeypatch):
     assert 0 < len(recorded) <= 4
     assert max(recorded) < 6
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.parametrize("rule", ["constant", "stochastic-depth"])
+def test_a_resumed_training_goes_on_in_the_tensors_that_its_graphs_know(rule):
+    """Half of a training, saved and restored into another one that was recorded before, against the whole of it."""
+    recipe = Recipe(network="resnet-8", rule=rule, epochs=2, batch_size=128, limit=1000, lr=0.02, device="cuda")
+    ready = setup.prepare(recipe)
+    batches, found = ready.loaders["train"], []
+    saved = {}
+    states = [run.start(recipe, ready) for _ in range(2)]
+    for _ in loop.updates(recipe, states[0], batches, 0):
+        pass
+    states[0].save(SimpleNamespace(save_state=saved.update))
+    states[1].restore(copy.deepcopy(saved), Path("last.pt"))
+    for state in states:
+        for _ in loop.updates(recipe, state, batches, 1):
+            pass
+        found.append(state.sums.tolist())
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert state.update == 16
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,5 +1,6 @@
 """A run that was stopped, killed or cut off from power continues as if nothing had happened, on the CPU to the bit."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 from PIL import Image
 
 from residrop.errors import RunError
-from residrop.training import Recipe, Run, loop, preset, train
+from residrop.training import Recipe, Run, loop, preset, run, setup, train
 
 BF16 = pytest.param("bf16", marks=pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16"))  # fmt: skip
@@ -309,3 +312,21 @@ def test_refused_resume_leaves_the_comparison_as_it_was(tmp_path, monkeypatch, c
     assert "epochs (was 1, is 5)" in capsys.readouterr().err
     assert (tmp_path / "both/settings.json").read_text() == before
     assert main(["compare", "--resume", "--out", "both", "--quiet"]) == 0
+
+
+def test_restored_momentum_stays_where_it_was(tiny):
+    """A CUDA graph reads and writes it there."""
+    recipe = tiny()
+    ready = setup.prepare(recipe)
+    trained, fresh = (run.start(recipe, ready) for _ in range(2))
+    next(iter(loop.updates(recipe, trained, ready.loaders["train"], 0)))
+    saved = {}
+    trained.save(SimpleNamespace(save_state=saved.update))
+    tensors = [fresh.sums, fresh.gradient, *(one["momentum_buffer"] for one in fresh.optimizer.state.values())]
+    places = [one.data_ptr() for one in tensors]
+    fresh.restore(copy.deepcopy(saved), Path("last.pt"))
+    now = [fresh.sums, fresh.gradient, *(one["momentum_buffer"] for one in fresh.optimizer.state.values())]
+    then = [trained.sums, trained.gradient, *(one["momentum_buffer"] for one in trained.optimizer.state.values())]
+    assert [one.data_ptr() for one in now] == places
+    torch.testing.assert_close(now, then, rtol=0, atol=0)
+    assert float(then[2].abs().max()) > 0

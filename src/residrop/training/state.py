@@ -64,7 +64,7 @@ class State:
         """Continue from what `save` wrote to `path`; RunError if it is something else."""
         try:
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self._restore_optimizer(saved["optimizer"])
             sampler_of(self.model).load_state_dict(saved["sampler"])
             for name in _COUNTERS:
                 setattr(self, name, saved[name])
@@ -74,3 +74,11 @@ class State:
                 set_survival(self.model, self.survival[-1]["rates"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise RunError(f"{path} is not the state of this run ({error}); delete it to start this run anew") from None
+
+    def _restore_optimizer(self, saved: dict[str, Any]) -> None:
+        """Momentum stays in the tensors that a CUDA graph may know."""
+        before = {one: state["momentum_buffer"] for one, state in self.optimizer.state.items() if state}
+        self.optimizer.load_state_dict(saved)
+        for one, buffer in before.items():
+            buffer.copy_(self.optimizer.state[one]["momentum_buffer"])
+            self.optimizer.state[one]["momentum_buffer"] = buffer
