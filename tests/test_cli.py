@@ -609,3 +609,14 @@ def test_images_too_small_for_the_network_are_refused_before_a_run_is_made(cli, 
     assert code == 2
     assert err.count("\n") == 1
     assert not (place / "run").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "residrop", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate()
+    assert process.returncode == 0
+    assert said == b""

@@ -272,6 +272,11 @@ def test_first_screen_of_readme_is_what_was_measured():
     )
     assert len(times) == len(more) == 9
     once = one(speed, variant="residrop", rule="constant")["relative_to_plain"]
+    swapped, dropped = (
+        one(entries(f"throughput_resnet-{depth}_h200_202611"), variant="residrop", rule=rule)
+        for depth, rule in ((20, "swapout"), (110, "stochastic-depth"))
+    )
+    pace, deep_pace = swapped["images_per_second"], dropped["images_per_second"]
     outside = max(row["share_outside"] for row in speed if row["variant"] == "residrop")
     saved = one(entries("stochastic-depth_table-2_cpu_scale1"), id="stochastic-depth/table-2/saved-cifar10")
     rates = find("sd-regularization/table-1")
@@ -293,6 +298,9 @@ def test_first_screen_of_readme_is_what_was_measured():
             "% to", " to"
         ),
         f"with stochastic depth {more[0]:.1f} to {more[-1]:.1f} times (",
+        f"{round(pace, -2):,.0f} images a second under swapout, {swapped['relative_to_plain']:.1f} times the loop: ",
+        f"256 epochs of CIFAR-10 at that pace are {256 * 50_000 / pace / 60:.1f} minutes",
+        f"under stochastic depth {round(deep_pace, -2):,.0f}, {dropped['relative_to_plain']:.1f} times the loop",
         f"**{saved['measured'][0]:.1f}%** | Huang et al.: {saved['published']:.1f}% measured, 25% by formula |",
         f"{len(measured)} networks: largest distance to theory | **{away:.3f}** | Hayou & Ayed: {printed:.3f} |",
     ):

@@ -81,12 +81,14 @@ def _losses(**changes):
     return state.model, found
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batches": 2}, {"graphs": False}, {"compile": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"micro_batches": 2}, {"graphs": "none"}, {"graphs": "updates"}, {"compile": False}]
+)
 @pytest.mark.parametrize("rule", ["constant", "swapout", "stochastic-depth"])
 def test_compiled_training_obeys_its_draws(rule, changes):
     """A draw frozen into a CUDA graph, or a gradient overwritten by its next replay, would give other losses."""
     torch._dynamo.reset()
-    _, expected = _losses(rule=rule, graphs=False, micro_batches=changes.get("micro_batches", 1))
+    _, expected = _losses(rule=rule, graphs="none", micro_batches=changes.get("micro_batches", 1))
     _, found = _losses(**{"rule": rule, "compile": True, **changes})
     assert found == pytest.approx(expected, rel=0.02)
 
@@ -109,10 +111,13 @@ def test_a_draw_as_data_is_no_new_graph(monkeypatch):
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
+@pytest.mark.parametrize("graphs", ["passes", "updates"])
 @pytest.mark.parametrize("rule", ["constant", "stochastic-depth"])
-def test_a_resumed_training_goes_on_in_the_tensors_that_its_graphs_know(rule):
+def test_a_resumed_training_goes_on_in_the_tensors_that_its_graphs_know(rule, graphs):
     """Half of a training, saved and restored into another one that was recorded before, against the whole of it."""
-    recipe = Recipe(network="resnet-8", rule=rule, epochs=2, batch_size=128, limit=1000, lr=0.02, device="cuda")
+    recipe = Recipe(
+        network="resnet-8", rule=rule, epochs=2, batch_size=128, limit=1000, lr=0.02, device="cuda", graphs=graphs
+    )
     ready = setup.prepare(recipe)
     batches, found = ready.loaders["train"], []
     saved = {}
@@ -134,7 +139,7 @@ def test_a_resumed_training_goes_on_in_the_tensors_that_its_graphs_know(rule):
 def test_recorded_blocks_train_as_blocks_that_are_not(changes, compiled):
     torch._dynamo.reset()
     changes = {"rule": "stochastic-depth", **changes}
-    _, expected = _losses(graphs=False, **changes)
+    _, expected = _losses(graphs="none", **changes)
     model, found = _losses(compile=compiled, **changes)
     recorded = [rule for rule in rules_of(model) if hasattr(rule.compiled, "segment")]
     assert len(recorded) == (6 if "network" in changes else 3)

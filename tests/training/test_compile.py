@@ -33,13 +33,16 @@ def test_compile_reaches_the_branches(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rule": "constant"}, ["whole updates"]),
-        ({"rule": "constant", "compile": True}, ["whole updates"]),
-        ({"rule": "swapout", "compile": True}, ["whole updates"]),
+        ({"rule": "constant"}, ["pass"]),
+        ({"rule": "constant", "compile": True}, ["compiled pass"]),
+        ({"rule": "swapout", "compile": True}, ["compiled pass"]),
+        ({"rule": "constant", "graphs": "updates"}, ["whole updates"]),
+        ({"rule": "swapout", "compile": True, "graphs": "updates"}, ["whole updates"]),
+        ({"rule": "swapout", "graphs": "updates"}, ["blocks"]),
         ({"rule": "swapout"}, ["blocks"]),
         ({"rule": "stochastic-depth"}, ["blocks"]),
         ({"rule": "depth-dropout", "compile": True}, ["compile", "blocks"]),
-        ({"rule": "constant", "graphs": False}, []),
+        ({"rule": "constant", "graphs": "none"}, []),
         ({"rule": "constant", "micro_batches": 2}, []),
         ({"rule": "stochastic-depth", "watch": ("sensitivity",)}, []),
         ({"rule": "stochastic-depth", "micro_batches": 2, "compile": True}, ["compile"]),
@@ -49,9 +52,11 @@ def test_what_is_compiled_and_recorded_on_a_gpu(tiny, changes, expected, monkeyp
     done = []
     monkeypatch.setattr(run, "compile", lambda model: done.append("compile"))
     monkeypatch.setattr(run, "record_blocks", lambda model, x: done.append("blocks"))
+    monkeypatch.setattr(
+        run, "record_pass", lambda model, x, compiled: done.append("compiled pass" if compiled else "pass")
+    )
     monkeypatch.setattr(run, "_batch", lambda recipe, ready: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", 10)
     recipe = tiny(**changes)
     ready = setup.prepare(recipe.replace(compile=False))
     network = create("resnet-14", rule=recipe.rule)

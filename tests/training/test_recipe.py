@@ -16,7 +16,7 @@ NAN, INF = math.nan, math.inf
 
 # One other legal value for each field.
 OTHER = {
-    "graphs": False,
+    "graphs": "none",
     "rows": "bernoulli",
     "of": "shortcut",
     "network": "resnet-8",

@@ -57,7 +57,8 @@ class ThroughputSettings:
         plain_steps: steps of the plain loop in a round.
         workers: processes of its DataLoader.
         precision: of our training; "auto" takes bf16 autocast where the hardware has it.
-        compile: whether our branches are compiled.
+        compile: whether our networks are compiled.
+        graphs: as in a recipe.
         device: where to run.
         seed: seed of weights, images and draws.
     """
@@ -70,6 +71,7 @@ class ThroughputSettings:
     workers: int = 2
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    graphs: Literal["none", "passes", "updates"] = "passes"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
 
@@ -97,6 +99,7 @@ class Ours:
                 batch_size=settings.batch_size,
                 precision=settings.precision,
                 compile=settings.compile,
+                graphs=settings.graphs,
                 device=str(device),
                 seed=settings.seed,
             )

@@ -180,4 +180,5 @@ def _row(rule: str, ours: Ours, times: dict[str, list[float]], settings: Through
         "precision": ours.recipe.precision,
         "memory_format": "channels_last",
         "compiled": settings.compile,
+        "graphs": settings.graphs if settings.device.type == "cuda" else "none",
     }

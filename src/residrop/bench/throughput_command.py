@@ -51,6 +51,8 @@ class BenchThroughput:
     """Arithmetic of ours; auto takes bf16 autocast where the device computes it in hardware."""
     compile: bool = False
     """Compile our networks and augmentation, as residrop train --compile does."""
+    graphs: Literal["none", "passes", "updates"] = "passes"
+    """What a GPU replays as CUDA graphs, see residrop train."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""
     seed: int = 0
@@ -80,6 +82,7 @@ def bench_throughput_command(args: BenchThroughput) -> int:
         images=256 if args.quick else 2048,
         precision=args.precision,
         compile=args.compile,
+        graphs=args.graphs,
         device=choose_device(args.device),
         seed=args.seed,
     )

@@ -14,7 +14,7 @@ from residrop.data import Loader
 from residrop.distributed import data_parallel
 from residrop.distributed.ranks import broadcast
 from residrop.errors import RankError, RunError
-from residrop.graphs import record_blocks
+from residrop.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate
 from residrop.training.checkpoint import Run, build_network, survival_of, write_json
 from residrop.training.distributed import ALONE, Ranks, process_group
@@ -142,23 +142,27 @@ def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE) -> State:
 
 
 def _hasten(recipe: Recipe, model: nn.Module, ready: Prepared, ranks: Ranks) -> bool:
-    """Compile or record a network in the way that suits its rules and device; True if whole updates can be recorded."""
+    """Compile and record a network in the way that suits its rules and device; True if updates are to be recorded."""
     if ready.device.type == "cpu":
         if recipe.compile:
             compile_branches(model)
         return False
-    if ready.device.type == "cuda":  # batches have one size, for which all kernels can be tried
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
+    if ready.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches have one size
     measured = recipe.budget is not None or bool(recipe.watch)  # which needs the parts of blocks as they are
     alone = ranks.size == 1 and recipe.micro_batches == 1  # nothing else adds to gradients
-    graphs = recipe.graphs and ready.device.type == "cuda" and alone and not measured
-    if graphs and replays(model) and (recipe.compile or not any(rule.rates for rule in rules_of(model))):
+    graphs = recipe.graphs != "none" and ready.device.type == "cuda" and alone and not measured
+    whole = graphs and replays(model) and (recipe.compile or not any(rule.rates for rule in rules_of(model)))
+    if whole and recipe.graphs == "updates":
         return True
-    if recipe.compile:
+    if recipe.compile and not whole:
         compile(model)
     if graphs and model._compiled_call_impl is None:
         with precision_context(recipe, ready.device)():
-            record_blocks(model, _batch(recipe, ready))
+            if whole:
+                record_pass(model, _batch(recipe, ready), compiled=recipe.compile)
+            else:
+                record_blocks(model, _batch(recipe, ready))
     return False
 
 
