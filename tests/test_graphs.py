@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import residrop
-from residrop.attach import rules_of
+from residrop.attach import before_root, rules_of
 from residrop.errors import ConfigError, RunError
 from residrop.graphs import record_blocks, record_pass
+from residrop.kept import Kept
 from residrop.sampler import Plan
 from residrop.training import loop, measuring, run, setup, update
 
@@ -255,3 +256,60 @@ def _recorded(recipe, ready, state):
 
     made._replay = told
     return capture
+
+
+def test_draws_of_units_stay_at_one_place():
+    """A graph reads them there; what it finds is what a pass without a place of its own is told."""
+    model = _model(rule="swapout")
+    sampler, hook = residrop.sampler_of(model), before_root(model)
+    x = torch.randn(4, 3, 32, 32)
+    places = []
+    for step in range(3):
+        found = []
+        for kept in (None, Kept() if step == 0 else hook.kept):
+            hook.kept = kept
+            with residrop.using(model, sampler.plan(step)):
+                hook.begin(model, ((x,), {}), True)
+            found.append([coins.tolist() for coins in sampler.board.coins])
+        places.append([coins.data_ptr() for coins in sampler.board.coins])
+        assert found[0] == found[1]
+        assert len({tuple(coins) for coins in found[0]}) == 6
+    assert places[0] == places[1] == places[2]
+    assert all(place % 16 == 0 for place in places[0])
+
+
+class Forked(nn.Module):
+    """One block, the output of which two others read."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.stem = nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(
+            residrop.Residual(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), rule=residrop.StochasticDepth(0.5))
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        y = self.blocks[0](self.stem(x))
+        return self.blocks[1](y.sin() if self.fork == 1 else y) * self.blocks[2](y.sin() if self.fork == 2 else y)
+
+    fork = 0
+
+
+@pytest.mark.parametrize("fork", [0, 1, 2])
+def test_outputs_that_several_blocks_read_are_not_overwritten(fork):
+    plain, model = Forked().train(), Forked().train()
+    for one in (plain, model):
+        residrop.attach(one, seed=0)
+    record_blocks(model, torch.randn(4, 6), capture=Again())
+    plain.fork = model.fork = fork  # what comes to a block may change without its form
+    for alive in itertools.product((False, True), repeat=3):
+        x, found = torch.randn(4, 6), []
+        for one in (plain, model):
+            one.zero_grad()
+            with residrop.using(one, Plan.of(alive)):
+                y = one(x)
+            y.square().sum().backward()
+            found.append((y.detach().clone(), one.stem.weight.grad.clone()))
+        torch.testing.assert_close(found[1], found[0])

@@ -34,9 +34,10 @@ class _Call(NamedTuple):
     scale: float
     includes_input: bool
     post: Map | None
+    along: Sequence[Any]
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = combined(self.shortcut(x), self.branch(x), self.scale, self.includes_input)
+        y = combined(self.shortcut(x), self.branch(x, *self.along), self.scale, self.includes_input)
         return y if self.post is None else self.post(y)
 
 
@@ -46,20 +47,9 @@ class _Blocks:
     def __init__(self, behind: Any) -> None:
         self.behind = behind
 
-    def present(
-        self,
-        x: Tensor,
-        shortcut: Map,
-        branch: Map,
-        scale: float,
-        includes_input: bool,
-        post: Map | None,
-        along: Sequence[Any],
-    ) -> Tensor:
-        if self.behind is not None:
-            return self.behind.present(x, shortcut, branch, scale, includes_input, post, along)
-        y = combined(shortcut(x), branch(x, *along), scale, includes_input)
-        return y if post is None else post(y)
+    def present(self, x: Tensor, *call: Any) -> Tensor:
+        """The block for all rows of x; `call` are the fields of a `_Call`."""
+        return _Call(*call)(x) if self.behind is None else self.behind.present(x, *call)
 
     def part(self, branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
         return branch(x, *along) if self.behind is None else self.behind.part(branch, x, along)
@@ -69,31 +59,15 @@ class _Blocks:
 
 
 class _Noted(_Blocks):
-    """Notes how it is called."""
+    """Notes how it is called, and what it gives."""
 
     def __init__(self, behind: Any) -> None:
         super().__init__(behind)
-        self.calls: list[_Noted.Call] = []
+        self.calls: list[tuple[_Call, Tensor, Tensor]] = []
 
-    class Call(NamedTuple):
-        made: _Call
-        x: Tensor
-        y: Tensor
-        alone: bool  # without further arguments
-
-    def present(
-        self,
-        x: Tensor,
-        shortcut: Map,
-        branch: Map,
-        scale: float,
-        includes_input: bool,
-        post: Map | None,
-        along: Sequence[Any],
-    ) -> Tensor:
-        y = super().present(x, shortcut, branch, scale, includes_input, post, along)
-        call = _Call(shortcut, branch, scale, includes_input, post)
-        self.calls.append(_Noted.Call(call, x, y, len(along) == 0))
+    def present(self, x: Tensor, *call: Any) -> Tensor:
+        y = super().present(x, *call)
+        self.calls.append((_Call(*call), x, y))
         return y
 
 
@@ -104,20 +78,11 @@ class _Replayed(_Blocks):
         super().__init__(behind)
         self.segment = segment
 
-    def present(
-        self,
-        x: Tensor,
-        shortcut: Map,
-        branch: Map,
-        scale: float,
-        includes_input: bool,
-        post: Map | None,
-        along: Sequence[Any],
-    ) -> Tensor:
-        segment = self.segment
-        if scale == segment.scale and not along and segment.fits(x):
-            return replayed(segment, x)
-        return super().present(x, shortcut, branch, scale, includes_input, post, along)
+    def present(self, x: Tensor, *call: Any) -> Tensor:
+        _, _, scale, _, _, along = call
+        if scale == self.segment.scale and not along and self.segment.fits(x):
+            return replayed(self.segment, x)
+        return super().present(x, *call)
 
 
 def _modules_of(call: _Call) -> list[nn.Module] | None:
@@ -188,17 +153,15 @@ def _segments_of(model: nn.Module, x: Tensor) -> dict[Rule, Segment]:
         for rule, note in noted.items():
             rule.compiled = note.behind
     found: dict[Rule, Segment] = {}
-    made: list[tuple[Tensor, Segment]] = []  # what the segments gave, in their order
+    gave: dict[int, Segment] = {}  # by the place of what it gave; one segment may share that place
     for rule in [rule for rule in rules if len(noted[rule].calls) == 1]:
-        call, given, result, alone = noted[rule].calls[0]
-        modules = _modules_of(call)
-        if alone and given.requires_grad and modules and any(p.requires_grad for m in modules for p in m.parameters()):
-            work = call if rule.compiled is None else partial(_compiled, rule.compiled, call)
-            before = next((one for y, one in made if y.data_ptr() == given.data_ptr()), None)
-            found[rule] = Segment(work, given, modules, call.scale, before)
-            made.append((result, found[rule]))
+        call, given, result = noted[rule].calls[0]
+        modules = None if call.along else _modules_of(call)
+        if given.requires_grad and modules and any(p.requires_grad for m in modules for p in m.parameters()):
+            work, before = partial(_run, rule.compiled, call), gave.pop(given.data_ptr(), None)
+            found[rule] = gave[result.data_ptr()] = Segment(work, given, modules, call.scale, before)
     return found
 
 
-def _compiled(parts: Any, call: _Call, x: Tensor) -> Tensor:
-    return parts.present(x, call.shortcut, call.branch, call.scale, call.includes_input, call.post, ())
+def _run(parts: Any, call: _Call, x: Tensor) -> Tensor:
+    return _Blocks(parts).present(x, *call)

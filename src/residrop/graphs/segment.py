@@ -54,6 +54,9 @@ class Segment:
 
     If its input is the output of another segment, `after`, it reads that one's memory, and the other way round for
     gradients. Whatever comes instead, where the other is absent, is copied there.
+
+    Attributes:
+        pending: whether its backward is still to come.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Segment:
         after: "Segment | None" = None,
     ) -> None:
         self._work, self._module, self.scale, self._after = work, modules[0], scale, after
+        self.pending = False
         owned = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
         self._parameters = [parameter for parameter in owned if parameter.requires_grad]
         self.x = x.detach().clone().requires_grad_(x.requires_grad)
@@ -79,6 +83,7 @@ class Segment:
             and x.requires_grad is self.x.requires_grad
             and _layout_of(x) == self._layout
             and _autocast_of(x) == self._autocast
+            and (self._after is None or not self._after.pending or x.data_ptr() == self.x.data_ptr())
         )
 
     def _forward(self) -> Tensor:
@@ -124,6 +129,7 @@ class _Replay(torch.autograd.Function):
         if x.data_ptr() != segment.x.data_ptr():
             segment.x.copy_(x)
         segment.replay_forward()
+        segment.pending = True
         return segment.y.detach()
 
     @staticmethod
@@ -134,6 +140,7 @@ class _Replay(torch.autograd.Function):
         if grad.data_ptr() != segment.grad.data_ptr() or grad.stride() != segment.grad.stride():
             segment.grad.copy_(grad)
         segment.replay_backward()
+        segment.pending = False
         for parameter, own in segment.gradients:
             before = parameter.grad
             if before is None:
