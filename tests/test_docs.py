@@ -273,8 +273,8 @@ def test_first_screen_of_readme_is_what_was_measured():
     assert len(times) == len(more) == 9
     once = one(speed, variant="residrop", rule="constant")["relative_to_plain"]
     swapped, dropped = (
-        one(entries(f"throughput_resnet-{depth}_h200_202611"), variant="residrop", rule=rule)
-        for depth, rule in ((20, "swapout"), (110, "stochastic-depth"))
+        one(entries(f"throughput_resnet-{name}_h200_202611"), variant="residrop", rule=rule)
+        for name, rule in (("20_updates", "swapout"), ("110", "stochastic-depth"))
     )
     pace, deep_pace = swapped["images_per_second"], dropped["images_per_second"]
     outside = max(row["share_outside"] for row in speed if row["variant"] == "residrop")

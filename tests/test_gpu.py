@@ -82,7 +82,7 @@ def _losses(**changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"micro_batches": 2}, {"graphs": "none"}, {"graphs": "updates"}, {"compile": False}]
+    "changes", [{}, {"micro_batches": 2}, {"graphs": "none"}, {"graphs": "passes"}, {"compile": False}]
 )
 @pytest.mark.parametrize("rule", ["constant", "swapout", "stochastic-depth"])
 def test_compiled_training_obeys_its_draws(rule, changes):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import residrop
-from residrop.attach import before_root, rules_of
+from residrop.attach import before_root
 from residrop.errors import ConfigError, RunError
 from residrop.graphs import record_blocks, record_pass
 from residrop.kept import Kept
@@ -78,10 +78,6 @@ def test_recorded_blocks_give_the_same_outputs_and_gradients(options):
     x = torch.randn(8, 3, 32, 32)
     assert record_blocks(model, x, capture=capture) == 6
     assert capture.recorded == 12
-    segments = [rule.compiled.segment for rule in rules_of(model)]
-    pairs = list(itertools.pairwise(segments))
-    assert sum(first.y.data_ptr() == second.x.data_ptr() for first, second in pairs) == 5
-    assert sum(first.grad is second.dx for first, second in pairs) == 5
     for mine, its in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
         assert torch.equal(mine, its)  # recording is no training
     for step in range(6):

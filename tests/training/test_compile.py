@@ -33,12 +33,11 @@ def test_compile_reaches_the_branches(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rule": "constant"}, ["pass"]),
-        ({"rule": "constant", "compile": True}, ["compiled pass"]),
-        ({"rule": "swapout", "compile": True}, ["compiled pass"]),
-        ({"rule": "constant", "graphs": "updates"}, ["whole updates"]),
-        ({"rule": "swapout", "compile": True, "graphs": "updates"}, ["whole updates"]),
-        ({"rule": "swapout", "graphs": "updates"}, ["blocks"]),
+        ({"rule": "constant"}, ["whole updates"]),
+        ({"rule": "swapout", "compile": True}, ["whole updates"]),
+        ({"rule": "constant", "graphs": "passes"}, ["pass"]),
+        ({"rule": "constant", "compile": True, "graphs": "passes"}, ["compiled pass"]),
+        ({"rule": "swapout", "compile": True, "graphs": "passes"}, ["compiled pass"]),
         ({"rule": "swapout"}, ["blocks"]),
         ({"rule": "stochastic-depth"}, ["blocks"]),
         ({"rule": "depth-dropout", "compile": True}, ["compile", "blocks"]),

@@ -71,7 +71,7 @@ class ThroughputSettings:
     workers: int = 2
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
-    graphs: Literal["none", "passes", "updates"] = "passes"
+    graphs: Literal["none", "passes", "updates"] = "updates"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
 

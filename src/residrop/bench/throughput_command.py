@@ -51,7 +51,7 @@ class BenchThroughput:
     """Arithmetic of ours; auto takes bf16 autocast where the device computes it in hardware."""
     compile: bool = False
     """Compile our networks and augmentation, as residrop train --compile does."""
-    graphs: Literal["none", "passes", "updates"] = "passes"
+    graphs: Literal["none", "passes", "updates"] = "updates"
     """What a GPU replays as CUDA graphs, see residrop train."""
     device: str = "auto"
     """cpu, cuda, ...; auto takes a GPU where there is one."""

@@ -59,16 +59,15 @@ class _Blocks:
 
 
 class _Noted(_Blocks):
-    """Notes how it is called, and what it gives."""
+    """Notes how it is called."""
 
     def __init__(self, behind: Any) -> None:
         super().__init__(behind)
-        self.calls: list[tuple[_Call, Tensor, Tensor]] = []
+        self.calls: list[tuple[_Call, Tensor]] = []
 
     def present(self, x: Tensor, *call: Any) -> Tensor:
-        y = super().present(x, *call)
-        self.calls.append((_Call(*call), x, y))
-        return y
+        self.calls.append((_Call(*call), x))
+        return super().present(x, *call)
 
 
 class _Replayed(_Blocks):
@@ -153,13 +152,11 @@ def _segments_of(model: nn.Module, x: Tensor) -> dict[Rule, Segment]:
         for rule, note in noted.items():
             rule.compiled = note.behind
     found: dict[Rule, Segment] = {}
-    gave: dict[int, Segment] = {}  # by the place of what it gave; one segment may share that place
     for rule in [rule for rule in rules if len(noted[rule].calls) == 1]:
-        call, given, result = noted[rule].calls[0]
+        call, given = noted[rule].calls[0]
         modules = None if call.along else _modules_of(call)
         if given.requires_grad and modules and any(p.requires_grad for m in modules for p in m.parameters()):
-            work, before = partial(_run, rule.compiled, call), gave.pop(given.data_ptr(), None)
-            found[rule] = gave[result.data_ptr()] = Segment(work, given, modules, call.scale, before)
+            found[rule] = Segment(partial(_run, rule.compiled, call), given, modules, call.scale)
     return found
 
 

@@ -50,25 +50,10 @@ class CudaCapture:
 
 
 class Segment:
-    """The two graphs of a block, or of a whole pass, and the tensors that they read and write.
+    """The two graphs of a block, or of a whole pass, and the tensors that they read and write."""
 
-    If its input is the output of another segment, `after`, it reads that one's memory, and the other way round for
-    gradients. Whatever comes instead, where the other is absent, is copied there.
-
-    Attributes:
-        pending: whether its backward is still to come.
-    """
-
-    def __init__(
-        self,
-        work: Map,
-        x: Tensor,
-        modules: Sequence[nn.Module],
-        scale: float = 1.0,
-        after: "Segment | None" = None,
-    ) -> None:
-        self._work, self._module, self.scale, self._after = work, modules[0], scale, after
-        self.pending = False
+    def __init__(self, work: Map, x: Tensor, modules: Sequence[nn.Module], scale: float = 1.0) -> None:
+        self._work, self._module, self.scale = work, modules[0], scale
         owned = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
         self._parameters = [parameter for parameter in owned if parameter.requires_grad]
         self.x = x.detach().clone().requires_grad_(x.requires_grad)
@@ -83,7 +68,6 @@ class Segment:
             and x.requires_grad is self.x.requires_grad
             and _layout_of(x) == self._layout
             and _autocast_of(x) == self._autocast
-            and (self._after is None or not self._after.pending or x.data_ptr() == self.x.data_ptr())
         )
 
     def _forward(self) -> Tensor:
@@ -103,8 +87,6 @@ class Segment:
             self._backward(y)
 
     def record_forward(self, capture: Capture) -> None:
-        if self._after is not None and _layout_of(self._after.y) == self._layout:
-            self.x = self._after.y.detach().requires_grad_(self.x.requires_grad)
         self._output, self.replay_forward = capture.record(self._forward)
         self.y = self._output.detach()
         self.grad = torch.zeros_like(self.y)
@@ -113,8 +95,6 @@ class Segment:
         grads, self.replay_backward = capture.record(self._backward, self._output)
         del self._output  # and with it what backward keeps, for graphs recorded later
         self.dx: Tensor | None = grads[0]
-        if self._after is not None and self.dx is not None and _layout_of(self.dx) == _layout_of(self._after.grad):
-            self._after.grad = self.dx
         pairs = zip(self._parameters, grads[1:], strict=True)
         self.gradients = [(parameter, grad) for parameter, grad in pairs if grad is not None]
 
@@ -126,21 +106,16 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, segment: Segment) -> Tensor:
         ctx.segment = segment
-        if x.data_ptr() != segment.x.data_ptr():
-            segment.x.copy_(x)
+        segment.x.copy_(x)
         segment.replay_forward()
-        segment.pending = True
         return segment.y.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         segment: Segment = ctx.segment
-        grad = grads[0]
-        if grad.data_ptr() != segment.grad.data_ptr() or grad.stride() != segment.grad.stride():
-            segment.grad.copy_(grad)
+        segment.grad.copy_(grads[0])
         segment.replay_backward()
-        segment.pending = False
         for parameter, own in segment.gradients:
             before = parameter.grad
             if before is None:

@@ -126,10 +126,10 @@ class Recipe:
     """Compile the network (as a whole where its rules allow, else its branches) and augmentation as one kernel: half a
     minute or more at the start, other roundings. Meant for GPUs; on the CPU only branches are compiled, and on two
     cores ResNet-20 was slower with it."""
-    graphs: Literal["none", "passes", "updates"] = "passes"
-    """What a GPU replays as CUDA graphs. passes: forward and backward, of the whole network at constant depth and, with
-    compile, under unit-level rules, else of every block that is present. updates: there, instead of whole passes, whole
-    updates. Nothing is recorded in several processes, with micro_batches, or beside budget and watch."""
+    graphs: Literal["none", "passes", "updates"] = "updates"
+    """What a GPU replays as CUDA graphs. updates: whole updates at constant depth and, with compile, under unit-level
+    rules, else the passes of every block that is present. passes: at most whole passes. Nothing is recorded in several
+    processes, with micro_batches, or beside budget and watch."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
     channels_last: bool = True
