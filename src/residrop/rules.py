@@ -60,6 +60,7 @@ class Rule(nn.Module, ABC):
         super().__init__()
         check_choice("granularity", granularity, Granularity)
         self.rates = rates
+        self._random = len(rates) > 0  # a compiler that reads the rates themselves makes a graph for each
         self.granularity: Granularity = granularity
         self.scope: Scope = ("shared" if granularity == "block" else "per_rank") if scope is None else scope
         check_choice("scope", self.scope, Scope)
@@ -92,7 +93,7 @@ class Rule(nn.Module, ABC):
 
     def tosses(self) -> bool:
         """Whether coins are tossed in this pass; elsewhere expectation takes their place."""
-        if len(self.rates) == 0:
+        if not self._random:
             return False
         return self.training or (self._sampler is not None and self._sampler.in_force.always)
 
