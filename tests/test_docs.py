@@ -253,11 +253,13 @@ def test_first_screen_of_readme_is_what_was_measured():
     )
     block, row = (("residrop", granularity) for granularity in ("block", "row"))
     timm, vision = ("timm DropPath", "row"), ("torchvision StochasticDepth", "row")
-    speed = entries("throughput_cpu_202611")
-    images = [
-        one(speed, variant=variant, rule=rule)["images_per_second"]
-        for variant, rule in (("residrop", "stochastic-depth"), ("residrop", "constant"), ("plain loop", "constant"))
-    ]
+    speed, eager = entries("throughput_compiled_cpu_202611"), entries("throughput_cpu_202611")
+    ours = {rule: one(speed, variant="residrop", rule=rule) for rule in ("constant", "stochastic-depth", "swapout")}
+    images = [row["images_per_second"] for row in (*ours.values(), one(speed, variant="plain loop"))]
+    times_loop, swapout_loop = (ours[rule]["relative_to_plain"] for rule in ("constant", "swapout"))
+    eager_loop, eager_deep = (
+        one(eager, variant="residrop", rule=rule)["relative_to_plain"] for rule in ("constant", "stochastic-depth")
+    )
     constant, stochastic = (
         [row for row in entries("throughput_sizes_cpu_202611") if row["variant"] == "residrop" and row["rule"] == rule]
         for rule in ("constant", "stochastic-depth")
@@ -271,7 +273,6 @@ def test_first_screen_of_readme_is_what_was_measured():
         )
     )
     assert len(times) == len(more) == 9
-    once = one(speed, variant="residrop", rule="constant")["relative_to_plain"]
     swapped, dropped = (
         one(entries(f"throughput_resnet-{name}_h200_202611"), variant="residrop", rule=rule)
         for name, rule in (("20_updates", "swapout"), ("110", "stochastic-depth"))
@@ -291,8 +292,11 @@ def test_first_screen_of_readme_is_what_was_measured():
         f"timm `DropPath` {skip(time, deep, *timm)}, torchvision {skip(time, deep, *vision)} |",
         f"**{skip(kept, deep, *block)}** (by row {skip(kept, deep, *row)}) | both {skip(kept, deep, *timm)} |",
         f"**{skip(time, vit, *block)}** (by row {skip(time, vit, *row)}) | both {skip(time, vit, *vision)} |",
-        "**{:.0f}** (constant depth {:.0f}) | the usual loop {:.0f} |".format(*images),
-        f"makes {images[1]:.0f} images a second with ResNet-20, {once:.2f} times the usual loop",
+        "**{:.0f}** at constant depth, {:.0f} with stochastic depth, {:.0f} with swapout | ".format(*images),
+        f"with swapout | the usual loop {images[3]:.0f} |",
+        f"makes {images[0]:.0f} images a second with ResNet-20, {times_loop:.2f} times the usual loop",
+        f"under swapout {swapout_loop:.2f} times",
+        f"Without a compiler it is {eager_loop:.2f} times the loop, {eager_deep:.2f} with stochastic depth",
         f"of what a step spends outside the network are at most {math.ceil(100 * outside)}%",
         f"it is {times[0]:.1f} to {times[-1]:.1f} times the loop and {bare[0]:.0%} to {bare[-1]:.0%} of what".replace(
             "% to", " to"
@@ -307,6 +311,18 @@ def test_first_screen_of_readme_is_what_was_measured():
         assert words in text
 
 
+def test_compiled_steps_are_those_measured():
+    rows = json.loads((ROOT / "results" / "compiled_cpu_202611.json").read_text())["entries"]
+    ratios = {(row["network"], row["variant"]): f"{row['relative_to_eager']:.2f}" for row in rows}
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    text = (DOCS / "skipping.md").read_text()
+    starts = [row["start_seconds"] for row in rows if row["variant"] == "residrop.compile"]
+    assert f" and {min(starts):.0f} to {max(starts):.0f} seconds at the start" in text
+    assert len(names) == 4
+    for name in names:
+        assert f" | {ratios[name, 'torch.compile']} | {ratios[name, 'residrop.compile']} |\n" in text
+
+
 def test_short_trainings_of_readme_are_those_measured():
     def errors(file, metric="error"):
         seeds = {}  # of all documents: those of another version of torch are in one of their own
@@ -318,7 +334,9 @@ def test_short_trainings_of_readme_are_those_measured():
 
     once, sampled = (errors("swapout_table-2_w1_cpu_scale0.01", metric) for metric in ("error", "sampled_error"))
     gains = [once[f"{key}-deterministic"] - sampled[f"{key}-stochastic"] for key in SCHEDULES]
-    figure = json.loads((ROOT / "results" / "stochastic-depth_figure-8-left_resnet-20_cpu_scale0.01.json").read_text())
+    figure = json.loads(
+        (ROOT / "results" / "stochastic-depth_figure-8-left_resnet-20_cpu_scale0.01_2.json").read_text()
+    )
     curves = {entry["curve"]: dict(zip(entry["x"], entry["y"], strict=True)) for entry in figure["entries"]}
     behind = [curves["uniform"][rate] - curves["linear decay"][rate] for rate in (0.2, 0.5, 0.8)]
     ratios = errors("depth-dropout_table-1_resnet-20_cpu_scale0.03")

@@ -17,7 +17,7 @@ FLOORS = [
     ("timing", "budgets"),
     ("sampler",),
     ("inactive",),
-    ("kernels",),
+    ("kernels", "decompositions"),
     ("functional", "layout", "cut", "touch"),
     ("rows", "kept"),
     ("windows",),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from residrop.attach import before_root, rules_of
+from residrop.decompositions import inductor
 from residrop.errors import ConfigError
 from residrop.kept import Kept
 from residrop.skippable import Skippable
@@ -31,7 +32,8 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
 
     Args:
         model: the attached model itself (not a wrapper such as DDP), which is called directly.
-        options: of `torch.compile` (backend, mode, fullgraph, dynamic, ...).
+        options: of `torch.compile` (backend, mode, fullgraph, dynamic, ...). On the CPU, where no backend, mode or
+            options of one are given, the backend is `residrop.decompositions.inductor`.
 
     Returns:
         The same model.
@@ -45,6 +47,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
             f"{type(model).__name__} is not attached; call residrop.attach(model, seed=...) first, and compile the "
             "attached model itself rather than a wrapper around it"
         )
+    options = _with_backend(model, options)
     random = [rule for rule in rules_of(model) if rule.rates]
     if all(
         rule.granularity == "unit" or (getattr(rule, "rows", "") == "window" and rule.granularity == "row")
@@ -62,6 +65,14 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     else:
         compile_branches(model, **options)
     return model
+
+
+def _with_backend(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    first = next(model.parameters(), None)
+    chosen = any(options.get(name) is not None for name in ("backend", "mode", "options"))
+    if chosen or first is None or first.device.type != "cpu":
+        return options
+    return {**options, "backend": inductor}
 
 
 def replays(model: nn.Module) -> bool:
@@ -103,7 +114,7 @@ def compile_branches(model: nn.Module, **options: Any) -> int:
 
     Args:
         model: a model of residrop, or one that `residrop.apply` has put under rules.
-        options: of `torch.compile` (backend, mode, fullgraph, ...).
+        options: as in `compile`.
 
     Returns:
         The number of different structures among the branches.
@@ -113,6 +124,7 @@ def compile_branches(model: nn.Module, **options: Any) -> int:
     """
     from residrop import tracing
 
+    options = _with_backend(model, options)
     compiled: dict[Any, tracing.Bodies] = {}
     for block in model.modules():
         for number, (rule, _) in enumerate(block.residrop_branches() if isinstance(block, Skippable) else ()):

@@ -1,4 +1,4 @@
-"""Trainings whose branches are compiled."""
+"""Trainings whose networks are compiled."""
 
 import logging
 import shutil
@@ -22,9 +22,9 @@ def test_a_machine_without_compiler_says_so_before_anything_is_written(tiny, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_compile_reaches_the_branches(tiny, monkeypatch):
+def test_compile_reaches_the_network(tiny, monkeypatch):
     compiled = []
-    monkeypatch.setattr(run, "compile_branches", compiled.append)
+    monkeypatch.setattr(run, "compile", compiled.append)
     for recipe in (tiny(compile=True), tiny()):
         run.start(recipe, setup.prepare(recipe))
     assert len(compiled) == 1

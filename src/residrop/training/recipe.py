@@ -124,8 +124,7 @@ class Recipe:
     """Arithmetic of the network; auto takes bf16 autocast where the device computes it in hardware."""
     compile: bool = False
     """Compile the network (as a whole where its rules allow, else its branches) and augmentation as one kernel: half a
-    minute or more at the start, other roundings. Meant for GPUs; on the CPU only branches are compiled, and on two
-    cores ResNet-20 was slower with it."""
+    minute or more at the start, other roundings. On the CPU it needs a C++ compiler."""
     graphs: Literal["none", "passes", "updates"] = "updates"
     """What a GPU replays as CUDA graphs. updates: whole updates at constant depth and, with compile, under unit-level
     rules, else the passes of every block that is present. passes: at most whole passes. Nothing is recorded in several

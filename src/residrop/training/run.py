@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from residrop.attach import expected_depth_of, rules_of, set_survival
-from residrop.compiling import compile, compile_branches, replays
+from residrop.compiling import compile, replays
 from residrop.data import Loader
 from residrop.distributed import data_parallel
 from residrop.distributed.ranks import broadcast
@@ -143,10 +143,6 @@ def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE) -> State:
 
 def _hasten(recipe: Recipe, model: nn.Module, ready: Prepared, ranks: Ranks) -> bool:
     """Compile and record a network in the way that suits its rules and device; True if updates are to be recorded."""
-    if ready.device.type == "cpu":
-        if recipe.compile:
-            compile_branches(model)
-        return False
     if ready.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # batches have one size
     measured = recipe.budget is not None or bool(recipe.watch)  # which needs the parts of blocks as they are
