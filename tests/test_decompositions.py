@@ -245,3 +245,30 @@ def test_training_with_it_equals_eager(autocast):
         torch.testing.assert_close(one, other, rtol=1e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
     plain.eval(), fast.eval()
     torch.testing.assert_close(plain(x), step(x), rtol=1e-2, atol=1e-2)
+
+
+VIEWS = {
+    "rows": lambda x, norm: norm(x[2:]),
+    "rows of what is computed": lambda x, norm: norm(x.sigmoid()[1:4]).relu(),
+    "both halves": lambda x, norm: norm(x.chunk(2)[1]) + norm(x.chunk(2)[0]).relu(),
+    "pixels": lambda x, norm: norm(torch.cat([x, x], 2)[:, :, 4:]),
+    "permuted": lambda x, norm: norm(x.sin().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)),
+    "transposed": lambda x, norm: norm(x.transpose(2, 3).sin()),
+}
+
+
+@compiled
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_read_where_they_are(name):
+    """Strides are set by hand; they must be those of the part that a view shows."""
+    torch._dynamo.reset()
+    x = batch((6, 8, 4, 4), torch.float32)
+    found = []
+    for backend in ("eager", inductor):
+        norm, one = nn.BatchNorm2d(8), x.clone(memory_format=torch.preserve_format).requires_grad_()
+        step = torch.compile(lambda x, norm=norm: VIEWS[name](x, norm), backend=backend)
+        y = step(one)
+        (y * batch(y.shape, torch.float32, 1)).sum().backward()
+        found.append((y, one.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var))
+    for eager, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)

@@ -75,9 +75,10 @@ def test_what_is_recorded_has_the_form_of_all_full_batches(tiny):
 @NEEDS_COMPILER
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("rule", ["constant", "swapout"])
-def test_network_compiled_as_a_whole_trains_as_the_plain_one(tiny, rule, monkeypatch):
-    """As on a GPU, less the recording: the draw of every update enters the graph."""
+def test_network_compiled_as_a_whole_trains_as_the_plain_one(tiny, rule, mode, monkeypatch):
+    """In the form of the CPU, and as on a GPU, less the recording: the draw of every update enters the graph."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     torch._dynamo.reset()
     recipe = tiny(rule=rule)
@@ -86,7 +87,7 @@ def test_network_compiled_as_a_whole_trains_as_the_plain_one(tiny, rule, monkeyp
         ready = setup.prepare(recipe)
         state = run.start(recipe, ready)
         if compiled:
-            run.compile(state.model, mode="reduce-overhead")
+            run.compile(state.model, mode=mode)
         losses.append(
             [
                 float(state.sums[0])
