@@ -38,7 +38,6 @@ def cifar(rule: str, survival: str | None) -> Callable[[], tuple[nn.Module, Tens
 
 
 def vision() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
     residrop.apply(model, survival=0.75, seed=0)
     return model, torch.randn(32, 3, 96, 96)
@@ -52,19 +51,16 @@ NETWORKS = {
 }
 
 
-def plain(model: nn.Module) -> None:
-    model.compile()
-
-
 WAYS: dict[str, Callable[[nn.Module], object]] = {
     "eager": lambda model: None,
-    "torch.compile": plain,
+    "torch.compile": nn.Module.compile,
     "residrop.compile": residrop.compile,
 }
 
 
 def measure(network: str, steps: int, recipe: Recipe) -> list[dict[str, object]]:
     autocast = precision_context(recipe, CPU)
+    torch.manual_seed(0)
     model, x = NETWORKS[network]()
     model, x = (one.to(memory_format=torch.channels_last) for one in (model, x))
     y = torch.arange(len(x)) % 10
