@@ -72,6 +72,17 @@ def test_equal_to_the_last_bit(dtype, channels_last):
         assert_same(both(lambda *each: mix(each, (0.5, 0.9, 0.1), 77), tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=SLOW)])
+def test_signed_zeros_are_equal_bits(dtype):
+    """torch.equal takes -0.0 for 0.0, so bits are compared."""
+    integers = {torch.float32: torch.int32, torch.float16: torch.int16}[dtype]
+    zeros = torch.zeros(20000, dtype=dtype)
+    for a, b in [(zeros, -zeros), (-zeros, zeros), (-zeros, -zeros)]:
+        for function in (lambda a, b: skip_forward(a, b, 0.4, 9), lambda a, b: swapout(a, b, 0.4, 0.7, 9)):
+            eager, compiled = both(function, [a, b])
+            assert torch.equal(eager[0].view(integers), compiled[0].view(integers))
+
+
 def test_is_compiled_at_all(monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -16,6 +16,7 @@ from residrop.inactive import EvalWatch, warn_if_certain
 from residrop.kept import Kept
 from residrop.rules import Rule
 from residrop.sampler import DepthSampler, Plan
+from residrop.skippable import forget_blocks
 from residrop.survival import explicit
 from residrop.timing import Schedule, Timing
 
@@ -50,7 +51,7 @@ def attach(
         seed: seed of all draws; equal on all ranks of a distributed run.
         timing: the share of every drop that is in force at a step: a `Timing`, or a string such as "warmup(1000)" that
             `residrop.timing.parse` reads. Times are training steps.
-        rank: rank of this process (default: torch.distributed's, or 0).
+        rank: rank of this process (default: at every draw, what torch.distributed says then, or 0).
 
     Raises:
         ConfigError: the model has no rules.
@@ -72,9 +73,9 @@ def connect(
         raise ConfigError(
             f"{type(model).__name__} has no rules; build its blocks with residrop.Residual(..., rule=...)"
         )
-    if rank is None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    sampler = DepthSampler([rule.site for rule in rules], seed=seed, timing=timing, rank=rank)
+    sampler = DepthSampler(
+        [rule.site for rule in rules], seed=seed, timing=timing, rank=_current_rank if rank is None else rank
+    )
     detach(model)  # an earlier sampler must not go on drawing
     for index, rule in enumerate(rules):
         rule.join(sampler, index)
@@ -83,8 +84,14 @@ def connect(
     return sampler
 
 
+def _current_rank() -> int:
+    # asked at every draw: models are often built before their process joins a group
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def detach(model: nn.Module) -> None:
     """Undo `attach`: the model no longer draws plans. Its rules, if it still has some, need `attach` again to train."""
+    forget_blocks(model)
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):

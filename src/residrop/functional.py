@@ -269,7 +269,8 @@ class _Select(torch.autograd.Function):
         def work(rows: slice, first: int) -> tuple[Tensor]:
             in_a, in_b = _at(a, rows), _at(b, rows)
             bits = _bits(_words(in_a, key, 0, first), 0, theta, a.dtype)
-            return (_present(in_a, bits) + _present(in_b, bits.bitwise_not_()),)
+            # put together as bits: a sum would turn the -0.0 of a present unit into 0.0
+            return ((in_a.view(bits.dtype) & bits | in_b.view(bits.dtype) & bits.bitwise_not()).view(a.dtype),)
 
         return _in_pieces(a, 1, work)[0]
 

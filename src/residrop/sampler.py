@@ -135,17 +135,23 @@ class DepthSampler:
         seed: any integer; the same on all ranks.
         timing: the share of every drop that is in force at a step: a `Timing`, or a string such as "warmup(1000)" that
             `residrop.timing.parse` reads. Times are training steps.
-        rank: index of this process; enters only draws whose scope is `per_rank`.
+        rank: index of this process, or a function that gives it at the moment of a draw; enters only draws whose scope
+            is `per_rank`.
 
     The state is two integers, `seed` and `step` (the number of training steps drawn so far).
     """
 
     def __init__(
-        self, sites: Sequence[Site], *, seed: int = 0, timing: Timing | str = "constant", rank: int = 0
+        self,
+        sites: Sequence[Site],
+        *,
+        seed: int = 0,
+        timing: Timing | str = "constant",
+        rank: int | Callable[[], int] = 0,
     ) -> None:
         self.seed = check_whole("seed", seed)
         self.step = 0
-        self.rank = rank
+        self._rank = rank
         self._place(sites, parse(timing))
         self._now = _Force()
         self._recalled: _Force | None = None  # what a running backward pass recomputes under
@@ -158,6 +164,15 @@ class DepthSampler:
         self._layout = _Layout(self.sites)
         self._final = _Ready(self._layout, self.schedule, timing.final)
         self._current = self._final
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, now."""
+        return self._rank() if callable(self._rank) else self._rank
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self._rank = rank
 
     def change(self, sites: Sequence[Site]) -> None:
         """Go on with other rates, one site per rule as before; seed, step and timing stay."""

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from residrop.rules import Rule
 
-__all__ = ["Skippable", "parameters_of", "pass_by_when_absent", "passed_by"]
+__all__ = ["Skippable", "forget_blocks", "parameters_of", "pass_by_when_absent", "passed_by"]
 
 Part = nn.Module | nn.Parameter
 
@@ -58,6 +58,12 @@ def passed_by(module: nn.Module) -> bool:
             found = []  # a shortcut's parameters, say, are needed in every pass
         module.__dict__["_only_branches"] = found  # not an attribute proper, which would register the blocks once more
     return bool(found) and all(block.residrop_absent() for block in found)
+
+
+def forget_blocks(model: nn.Module) -> None:
+    """Drop what `passed_by` remembers of a model, whose blocks are no longer what they were."""
+    for module in model.modules():
+        module.__dict__.pop("_only_branches", None)
 
 
 def pass_by_when_absent(cls: type[nn.Module]) -> None:

@@ -23,6 +23,7 @@ QUICK = [
     "own_rows_untouched",
     "own_blocks_untouched",
     "stock_own_rows",
+    "early",
     "unused",
     "join",
     "buffers",
@@ -137,6 +138,12 @@ def test_draws_per_rank_with_touched_branches(found, name):
 
 def test_unused_parameters(found):
     assert found["unused"] == {"never": True, "error": pytest.approx(0.0, abs=1e-6)}
+
+
+def test_the_rank_is_that_of_the_moment_of_the_draw(found):
+    """Accelerator() and TrainingArguments make the process group after the model is built and attached."""
+    first, second = found["early"]
+    assert first != second
 
 
 def test_a_rank_without_data_joins(found):

@@ -17,6 +17,7 @@ import residrop
 from residrop.errors import ConfigError, InactiveWarning, PlanError
 from residrop.rules import Rule
 from residrop.sampler import Plan
+from residrop.skippable import passed_by
 from residrop.surgery.blocks import AppliedBlock
 
 
@@ -418,6 +419,18 @@ def test_dead_parameters_get_no_gradient():
         for name in model.state_dict()
         if name.startswith(dead) and "downsample" not in name and name in dict(model.named_parameters())
     }
+
+
+def test_what_a_wrapper_remembers_of_its_block_goes_with_the_rule():
+    """A wrapper that is sharded by itself asks `passed_by` at every call, also after `remove` and a second `apply`."""
+    model = nn.Sequential(nn.Sequential(BasicBlock(4, 4)))
+    absent = Plan.of([False])
+    for _ in range(2):
+        residrop.apply(model, survival=0.5)
+        with residrop.using(model, absent):
+            assert passed_by(model[0])
+        residrop.remove(model)
+        assert not passed_by(model[0])
 
 
 def test_timing_moves_the_rates():

@@ -71,7 +71,7 @@ def check_ranks(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> 
     if own and len(set(ranks)) < len(ranks):
         raise RankError(
             f"draws are made per rank, but the ranks draw as numbers {', '.join(map(str, ranks))}; "
-            "call residrop.attach after init_process_group, or give it rank="
+            "leave rank= of residrop.attach out, or give every rank its own"
         )
 
 

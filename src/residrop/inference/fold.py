@@ -21,6 +21,7 @@ from residrop.models.checks import check_images
 from residrop.models.vanilla import Vanilla
 from residrop.residual import Chain, Residual
 from residrop.rules import Rule
+from residrop.skippable import forget_blocks
 from residrop.surgery.blocks import AppliedBlock, give_back
 from residrop.surgery.generic import GenericBlock
 
@@ -151,8 +152,7 @@ def _plain_again(model: nn.Module, factors: dict[Rule, tuple[float, ...]]) -> di
             give_back(block)
             if not certain:
                 generic[block] = own[0]
-    for module in model.modules():
-        module.__dict__.pop("_passable", None)
+    forget_blocks(model)
     return generic
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any, Literal, get_args
 
-import torch.distributed as dist
 from torch import nn
 
 from residrop.attach import sampler_of
@@ -23,15 +22,10 @@ def check_per(per: str) -> Any:
 
 
 def started(model: nn.Module, saved: dict[str, int] | None) -> DepthSampler:
-    """The sampler of a model whose training begins now, or goes on where `saved` stood; RankError if ranks disagree.
-
-    A model is often built before its process knows its rank, which draws per rank need.
-    """
+    """The sampler of a model whose training begins now, or goes on where `saved` stood; RankError if ranks disagree."""
     sampler = sampler_of(model)
     if saved:
         sampler.load_state_dict(saved)
-    if dist.is_available() and dist.is_initialized():
-        sampler.rank = dist.get_rank()
     check_ranks(model)
     return sampler
 

@@ -154,8 +154,6 @@ def _take_away(model: nn.Module) -> None:
     # drop modules that several blocks share were switched off by the first of them
     for block in reversed([module for module in model.modules() if isinstance(module, AppliedBlock)]):
         give_back(block)
-    for module in model.modules():
-        module.__dict__.pop("_passable", None)  # what `skippable.passed_by` remembers
     detach(model)
 
 

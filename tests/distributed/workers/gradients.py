@@ -305,6 +305,16 @@ def mismatches():
     return found
 
 
+EARLY = network(granularity="row", survival=0.5)  # before there is a process group
+
+
+def early():
+    """Keys of rows, by rank, for a model that was attached before its process knew its rank."""
+    plan = sampler_of(EARLY).plan(0)
+    check_ranks(EARLY)
+    return everywhere(plan.draws[0].key % 2**32)
+
+
 PER_RANK = {"granularity": "row", "survival": 0.4}
 CHECKS = {
     "ours": lambda: follow(ours),
@@ -326,6 +336,7 @@ CHECKS = {
     "own_rows_untouched": lambda: follow(ours_untouched, rows=dist.get_world_size(), **PER_RANK),
     "own_blocks_untouched": lambda: follow(ours_untouched, scope="per_rank"),
     "stock_own_rows": lambda: follow(stock, rows=dist.get_world_size(), fill=True, **PER_RANK),
+    "early": early,
     "unused": unused,
     "join": join,
     "buffers": buffers,
