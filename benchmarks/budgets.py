@@ -19,9 +19,10 @@ from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 
-from residrop import ledger, sampler_of, set_survival, using
-from residrop.errors import UsageError
-from residrop.sampler import Plan
+from residrop import sampler_of, set_survival, using
+from residrop.common.errors import UsageError
+from residrop.research import ledger
+from residrop.schedule.sampler import Plan
 from residrop.training import Interrupted, Recipe, load_run, preset
 from residrop.training.pool import train_all
 from residrop.training.setup import precision_context

@@ -21,8 +21,8 @@ from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
 import residrop
-from residrop import ledger
-from residrop.bench.measure import median_ratio, quiet_collector
+from residrop.research import ledger
+from residrop.research.bench.measure import median_ratio, quiet_collector
 from residrop.training.memory import keep_memory
 from residrop.training.recipe import Recipe
 from residrop.training.setup import precision_context, resolve

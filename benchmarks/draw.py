@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from residrop import ledger
-from residrop.sampler import DepthSampler, Site
-from residrop.survival import linear_decay
+from residrop.research import ledger
+from residrop.schedule.sampler import DepthSampler, Site
+from residrop.schedule.survival import linear_decay
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--blocks", type=int, default=54)

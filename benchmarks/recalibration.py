@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import residrop
-from residrop import ledger
 from residrop.data import Loader, load
 from residrop.inference import score
+from residrop.research import ledger
 from residrop.training import Recipe, load_run, train
 from residrop.training.setup import loader_of_run
 

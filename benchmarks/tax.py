@@ -16,7 +16,7 @@ import torchvision
 from torch.nn import functional as F
 
 import residrop
-from residrop import ledger
+from residrop.research import ledger
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=40)

@@ -4,7 +4,7 @@
 
 Wirings of one and the same network, at the same draws, in turns: none (no communication), stock DDP with
 find_unused_parameters, DDP around every branch, composable `replicate` on every branch, and
-`residrop.distributed.data_parallel`. Gradients of all must agree to 1e-6 before anything is timed.
+`residrop.engines.distributed.data_parallel`. Gradients of all must agree to 1e-6 before anything is timed.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import residrop
-from residrop import ledger
-from residrop.distributed import data_parallel
+from residrop.engines.distributed import data_parallel
+from residrop.research import ledger
 
 
 class Traffic(TorchDispatchMode):

@@ -6,7 +6,7 @@
 No glue is needed: the sampler of the draws is registered for checkpointing like a scheduler. The micro-batches of an
 update share a plan, so blocks that are absent have no gradient when the optimizer steps, and are left as they are.
 Under several processes Accelerate wraps the network in stock DDP, which has to be told that gradients may be absent
-(`residrop.distributed.data_parallel` is told by the draws, and sends less). Needs accelerate.
+(`residrop.engines.distributed.data_parallel` is told by the draws, and sends less). Needs accelerate.
 """
 
 import argparse

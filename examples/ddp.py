@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py
 
-The one line that makes it data parallel is `residrop.distributed.data_parallel(model)`. It prints losses, and how many
-bytes of gradients were not sent because their blocks were dead. (Stock DistributedDataParallel works, too, with
-find_unused_parameters=True; it sends zeros for dead blocks.)
+The one line that makes it data parallel is `residrop.engines.distributed.data_parallel(model)`. It prints losses, and
+how many bytes of gradients were not sent because their blocks were dead. (Stock DistributedDataParallel works, too,
+with find_unused_parameters=True; it sends zeros for dead blocks.)
 """
 
 import argparse
@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 import residrop
-from residrop.distributed import check_ranks, data_parallel
+from residrop.engines.distributed import check_ranks, data_parallel
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, default=8)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import residrop
-from residrop.distributed import check_ranks, prefetch
+from residrop.engines.distributed import check_ranks, prefetch
 
 
 class Counted(TorchDispatchMode):

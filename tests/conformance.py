@@ -25,7 +25,7 @@ from residrop import (
     UnitDropout,
     attach,
 )
-from residrop.sampler import Draw
+from residrop.schedule.sampler import Draw
 
 Pair = tuple[Tensor | float, Tensor | float]
 

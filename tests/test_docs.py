@@ -21,8 +21,8 @@ import tyro
 
 import residrop
 from residrop import cli
-from residrop.papers import find
-from residrop.papers.swapout_tables import SCHEDULES
+from residrop.research.papers import find
+from residrop.research.papers.swapout_tables import SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

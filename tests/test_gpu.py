@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 
 import residrop
-from residrop.attach import rules_of
+from residrop.blocks.attach import rules_of
+from residrop.engines.graphs import record_blocks
 from residrop.functional import skip_forward, swapout, unit_mask, use_compiler
-from residrop.graphs import record_blocks
 from residrop.training import Recipe, loop, run, setup, train
 
 pytestmark = [

@@ -1,7 +1,20 @@
-"""The shape of the house: imports go down, files and functions stay small, tests can fail."""
+"""The structure of the package: what may import what, and that tests can fail.
+
+Six rules:
+
+1. A package imports only from packages above it in `PACKAGES`.
+2. Inside a package no modules import each other in a circle.
+3. Nothing imports from the root: `residrop/__init__.py` only lists names for users.
+4. `common`, `schedule` and the command line's entry need no torch.
+5. The packages up to `theory` import nothing at the top of a file but Python, torch, numpy and safetensors.
+6. Only `__main__` imports `cli`.
+"""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,168 +24,184 @@ SOURCE = TESTS.parent / "src" / "residrop"
 FILES = sorted(SOURCE.rglob("*.py"))
 TEST_FILES = sorted(TESTS.rglob("*.py"))
 
-FLOORS = [
-    ("errors",),
-    ("survival",),
-    ("timing", "budgets"),
-    ("sampler",),
-    ("inactive",),
-    ("kernels", "decompositions"),
-    ("functional", "layout", "cut", "touch"),
-    ("rows", "kept"),
-    ("windows",),
-    ("tracing",),
-    ("rules",),
-    ("units", "gaussian"),
-    ("skippable",),
-    ("catalogue", "residual"),
-    ("attach",),
-    ("compiling",),
-    ("graphs",),
-    ("distributed",),
-    ("models",),
-    ("surgery",),
-    ("integrations",),
-    ("observe",),
-    ("inference",),
-    ("theory",),
-    ("data",),
-    ("training",),
-    ("ledger",),
-    ("output",),
-    ("bench",),
-    ("papers",),
-    ("report",),
-    ("evaluating", "export_command", "analyze", "reproduce_command", "report_command"),
-    ("commands",),
-    ("cli",),
-    ("__main__",),
-]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_TORCH = ("errors", "survival", "timing", "sampler")
-
-MAX_FILE, MAX_FUNCTION = 350, 60
-LONG_FILES: dict[str, str] = {}  # path: reason
-LONG_FUNCTIONS: dict[str, str] = {}  # path::function: reason
+PACKAGES = (
+    *("common", "schedule", "functional", "rules", "blocks", "engines", "models", "surgery", "inference", "theory"),
+    *("data", "training", "research", "cli"),
+)
+WITHOUT_TORCH = ("common", "schedule")
+LIGHT = PACKAGES[: PACKAGES.index("theory") + 1]
+ALLOWED = {"torch", "numpy", "safetensors", "residrop", *sys.stdlib_module_names}
+# these modules are glue for another library, and are imported by whoever has it
+GLUE = {"engines.integrations.lightning", "engines.integrations.transformers"}
 
 
-def module_of(path: Path, root: Path = SOURCE) -> list[str]:
-    """Dotted name of a source file below the package, as a list; [] is the roof, residrop/__init__.py."""
-    parts = list(path.relative_to(root).with_suffix("").parts)
-    return parts[:-1] if parts[-1] == "__init__" else parts
+def module_of(path: Path, root: Path = SOURCE) -> str:
+    """Dotted name of a source file below residrop; "" is residrop/__init__.py."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(tree: ast.AST, module: list[str], *, is_package: bool) -> Iterator[str]:
-    """Absolute dotted names of everything imported anywhere in a file (in functions and TYPE_CHECKING, too)."""
-    for node in ast.walk(tree):
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(tree: ast.AST, *, top: bool = False) -> Iterator[str]:
+    """Absolute dotted names of everything imported in a file, or at the `top` of it, outside of functions."""
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                here = ["residrop", *module]
-                here = here[: len(here) - node.level + is_package]
-                base = ".".join([*here, *filter(None, [base])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            yield from imports(node, top=top)
 
 
-def violations(tree: ast.AST, module: list[str], *, is_package: bool) -> list[str]:
-    """What a file imports from its own floor or above."""
-    found = []
-    for name in imports(tree, module, is_package=is_package):
-        if name.split(".")[0] != "residrop":
-            continue
-        room = [*name.split("."), ""][1]
-        if room not in FLOOR_OF:
-            found.append(f"{name} (the roof, or a room without a floor)")
-        elif room != module[0] and FLOOR_OF[room] >= FLOOR_OF[module[0]]:
-            found.append(name)
-    return found
+def ours(tree: ast.AST, *, top: bool = False) -> list[str]:
+    """The same for residrop's own names, without "residrop."."""
+    return [name.removeprefix("residrop").removeprefix(".") for name in imports(tree, top=top) if is_ours(name)]
+
+
+def is_ours(name: str) -> bool:
+    return name.split(".")[0] == "residrop"
+
+
+def violations(tree: ast.AST, module: str) -> list[str]:
+    """What a file imports from the root, or from a package that is not above its own."""
+    mine = module.split(".")[0]
+    place = PACKAGES.index(mine) if mine in PACKAGES else len(PACKAGES)
+    above = (*PACKAGES[:place], mine)
+    return [name or "residrop" for name in ours(tree) if name.split(".")[0] not in above]
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def by_path(path: Path) -> str:
     return str(path.relative_to(TESTS.parent))
 
 
-every_file = pytest.mark.parametrize("path", FILES, ids=by_path)
+every_file = pytest.mark.parametrize("path", [path for path in FILES if module_of(path)], ids=by_path)
 
 
-@every_file
-def test_file_has_a_floor(path):
-    module = module_of(path)
-    assert not module or module[0] in FLOOR_OF, f"give {module[0]} a floor in test_layering.py"
+def test_the_package_holds_the_packages_and_nothing_else():
+    names = {path.name for path in SOURCE.iterdir() if path.name != "__pycache__"}
+    assert names == {*PACKAGES, "__init__.py", "__main__.py", "py.typed"}
 
 
 @every_file
 def test_imports_go_down(path):
-    module = module_of(path)
-    tree = ast.parse(path.read_text())
-    upward = violations(tree, module, is_package=path.name == "__init__.py") if module else []
-    assert not upward, f"{by_path(path)} imports from its own floor or above: {upward}"
+    assert not violations(parsed(path), module_of(path))
 
 
 @pytest.mark.parametrize(
     ("source", "module", "found"),
     [
-        ("from residrop.rules import Rule", "attach", 0),
-        ("from residrop.attach import attach", "rules", 1),
-        ("from residrop import functional", "rules", 0),
-        ("from residrop import attach", "rules", 1),
+        ("from residrop.rules.base import Rule", "blocks.attach", 0),
+        ("from residrop.blocks.attach import attach", "rules.base", 1),
+        ("from residrop import functional", "rules.base", 0),
+        ("from residrop import attach", "rules.base", 1),
         ("from residrop import Rule", "cli", 1),
         ("import residrop", "cli", 1),
         ("import residrop.rules", "cli", 0),
-        ("def f():\n    import residrop.cli", "rules", 1),
-        ("from residrop.residual import Residual", "catalogue", 1),
+        ("def f():\n    import residrop.cli", "rules.base", 1),
         ("from residrop.models.blocks import conv", "models.cifar", 0),
-        ("from . import blocks", "models.cifar", 0),
-        ("from .blocks import conv", "models.cifar", 0),
-        ("from ..attach import attach", "models.cifar", 0),
-        ("from ..training import loop", "models.cifar", 1),
-        ("from .training import loop", "rules", 1),
-        ("import math, torch", "rules", 0),
+        ("from residrop.training import loop", "models.cifar", 1),
+        ("import math, torch", "rules.base", 0),
         ("from residrop.unknown import x", "cli", 1),
+        ("from residrop.cli import main", "__main__", 0),
     ],
 )
 def test_layering_check_catches(source, module, found):
-    assert len(violations(ast.parse(source), module.split("."), is_package=False)) == found
+    assert len(violations(ast.parse(source), module)) == found
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_ground_floor_without_torch(name):
-    tree = ast.parse((SOURCE / f"{name}.py").read_text())
-    roots = {imported.split(".")[0] for imported in imports(tree, [name], is_package=False)}
-    assert "residrop" in roots or name == "errors"
-    assert not roots & {"torch", "torchvision", "numpy", "scipy"}
-    rooms = {i.split(".")[1] for i in imports(tree, [name], is_package=False) if i.startswith("residrop.")}
-    assert rooms <= set(WITHOUT_TORCH)
+def links(module: str, top: bool) -> set[str]:
+    """The modules that a module imports."""
+    found = set()
+    for name in ours(parsed(MODULES[module]), top=top):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        if name and name != module:
+            found.add(name)
+    return found
 
 
-# Size
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Nodes on or before a circle of a graph; none if there is no circle."""
+    left = dict(graph)
+    while free := [node for node, to in left.items() if not any(other in left for other in to)]:
+        for node in free:
+            del left[node]
+    return sorted(left)
 
 
-def functions(path: Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield f"{by_path(path)}::{node.name}", (node.end_lineno or 0) - node.lineno + 1
+def test_no_circles():
+    """Not even through the `__init__.py` of the packages that are imported on the way."""
+    assert not circle({module: links(module, top=True) for module in MODULES})
 
 
-@every_file
-def test_file_size(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= MAX_FILE or by_path(path) in LONG_FILES, f"{lines} lines; make it two rooms"
+def test_circle_check_catches():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-@every_file
-def test_function_sizes(path):
-    long = {name: lines for name, lines in functions(path) if lines > MAX_FUNCTION and name not in LONG_FUNCTIONS}
-    assert not long
+def depth_of(graph: dict[str, set[str]]) -> int:
+    @cache
+    def depth(node: str) -> int:
+        return 1 + max((depth(other) for other in graph[node]), default=0)
+
+    return max(map(depth, graph))
 
 
-def test_exceptions_are_needed_and_explained():
-    lines = {by_path(path): len(path.read_text().splitlines()) for path in FILES}
-    lengths = dict(pair for path in FILES for pair in functions(path))
-    assert all(lines.get(path, 0) > MAX_FILE and reason for path, reason in LONG_FILES.items())
-    assert all(lengths.get(name, 0) > MAX_FUNCTION and reason for name, reason in LONG_FUNCTIONS.items())
+def test_at_most_thirteen_layers():
+    graph = {package: set() for package in PACKAGES}
+    for module in filter(None, MODULES):
+        mine = module.split(".")[0]
+        if mine in graph:
+            graph[mine] |= {other.split(".")[0] for other in links(module, top=False)} - {mine}
+    assert depth_of(graph) <= 13
+
+
+# What importing costs
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if module_of(p).split(".")[0] in LIGHT], ids=by_path)
+def test_the_core_needs_nothing_but_torch_numpy_and_safetensors(path):
+    roots = {name.split(".")[0] for name in imports(parsed(path), top=True)}
+    package, module = module_of(path).split(".")[0], module_of(path)
+    allowed = ALLOWED - ({"torch", "numpy"} if package in WITHOUT_TORCH else set())
+    assert roots <= allowed or module in GLUE, f"import {roots - allowed} inside the functions that need them"
+
+
+def loaded(code: str) -> set[str]:
+    """The top-level modules, and torch._dynamo, that a fresh interpreter has loaded after `code`."""
+    report = (
+        "import sys; print(*{m.split('.')[0] for m in sys.modules} | {m for m in sys.modules if m == 'torch._dynamo'})"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+SLOW_TO_IMPORT = {"scipy", "torchvision", "torchmetrics", "matplotlib", "sklearn", "pyarrow", "torch._dynamo"}
+RUN = "import sys, residrop.cli\ntry:\n    residrop.cli.main({!r})\nexcept SystemExit:\n    pass"
+
+
+def test_importing_residrop_loads_nothing_slow():
+    names = "from residrop import apply, attach, predict, fold, create, StochasticDepth, Swapout, observe, recalibrate"
+    found = loaded(names)
+    assert "torch" in found
+    assert not found & SLOW_TO_IMPORT
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["trian"], []])
+def test_help_and_mistyped_commands_need_no_torch(arguments):
+    assert not loaded(RUN.format(arguments)) & {"torch", *SLOW_TO_IMPORT}
+
+
+def test_help_of_train_needs_no_torchvision_and_no_compiler():
+    assert not loaded(RUN.format(["train", "--help"])) & SLOW_TO_IMPORT
 
 
 # Tests that can fail

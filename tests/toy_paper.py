@@ -2,8 +2,8 @@
 
 from contextlib import contextmanager
 
-from residrop import papers
-from residrop.papers import Claim, Curve, Figure, Paper, Point, Row, Table, Variant
+from residrop.research import papers
+from residrop.research.papers import Claim, Curve, Figure, Paper, Point, Row, Table, Variant
 from residrop.training import Recipe, train
 
 RANDOM = Recipe(

@@ -1,43 +1,98 @@
 """Residual networks whose blocks are randomly present: train them, and predict with them."""
 
-from residrop.attach import attach as attach
-from residrop.attach import sampler_of as sampler_of
-from residrop.attach import sampling as sampling
-from residrop.attach import set_survival as set_survival
-from residrop.attach import using as using
-from residrop.catalogue import RULES as RULES
-from residrop.catalogue import make_rule as make_rule
-from residrop.compiling import compile as compile
-from residrop.compiling import compile_branches as compile_branches
-from residrop.errors import InactiveWarning as InactiveWarning
-from residrop.errors import UsageError as UsageError
-from residrop.gaussian import GaussianDepth as GaussianDepth
-from residrop.inference import AdaptivePrediction as AdaptivePrediction
-from residrop.inference import Prediction as Prediction
-from residrop.inference import Sampled as Sampled
-from residrop.inference import evaluate as evaluate
-from residrop.inference import export as export
-from residrop.inference import fold as fold
-from residrop.inference import predict as predict
-from residrop.inference import predict_adaptive as predict_adaptive
-from residrop.inference import recalibrate as recalibrate
-from residrop.models import create as create
-from residrop.models import list_models as list_models
-from residrop.observe import branch_flops as branch_flops
-from residrop.observe import observe as observe
-from residrop.residual import Residual as Residual
-from residrop.rules import ConstantDepth as ConstantDepth
-from residrop.rules import DepthDropout as DepthDropout
-from residrop.rules import Rule as Rule
-from residrop.rules import StochasticDepth as StochasticDepth
-from residrop.sampler import DepthSampler as DepthSampler
-from residrop.sampler import Plan as Plan
-from residrop.surgery import apply as apply
-from residrop.surgery import remove as remove
-from residrop.theory import survival_for as survival_for
-from residrop.units import Mix as Mix
-from residrop.units import SkipForward as SkipForward
-from residrop.units import Swapout as Swapout
-from residrop.units import UnitDropout as UnitDropout
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from residrop.blocks.attach import attach as attach
+    from residrop.blocks.attach import sampler_of as sampler_of
+    from residrop.blocks.attach import sampling as sampling
+    from residrop.blocks.attach import set_survival as set_survival
+    from residrop.blocks.attach import using as using
+    from residrop.blocks.observe import branch_flops as branch_flops
+    from residrop.blocks.observe import observe as observe
+    from residrop.blocks.residual import Residual as Residual
+    from residrop.common.errors import InactiveWarning as InactiveWarning
+    from residrop.common.errors import UsageError as UsageError
+    from residrop.engines.compiling import compile as compile
+    from residrop.engines.compiling import compile_branches as compile_branches
+    from residrop.inference.deploy.export import export as export
+    from residrop.inference.deploy.fold import fold as fold
+    from residrop.inference.deploy.recalibrate import recalibrate as recalibrate
+    from residrop.inference.evaluate import evaluate as evaluate
+    from residrop.inference.sampled.adaptive import AdaptivePrediction as AdaptivePrediction
+    from residrop.inference.sampled.adaptive import predict_adaptive as predict_adaptive
+    from residrop.inference.sampled.predict import Prediction as Prediction
+    from residrop.inference.sampled.predict import Sampled as Sampled
+    from residrop.inference.sampled.predict import predict as predict
+    from residrop.models.registry import create as create
+    from residrop.models.registry import list_models as list_models
+    from residrop.rules.base import Rule as Rule
+    from residrop.rules.catalogue import RULES as RULES
+    from residrop.rules.catalogue import make_rule as make_rule
+    from residrop.rules.depth import ConstantDepth as ConstantDepth
+    from residrop.rules.depth import DepthDropout as DepthDropout
+    from residrop.rules.depth import StochasticDepth as StochasticDepth
+    from residrop.rules.gaussian import GaussianDepth as GaussianDepth
+    from residrop.rules.units import Mix as Mix
+    from residrop.rules.units import SkipForward as SkipForward
+    from residrop.rules.units import Swapout as Swapout
+    from residrop.rules.units import UnitDropout as UnitDropout
+    from residrop.schedule.sampler import DepthSampler as DepthSampler
+    from residrop.schedule.sampler import Plan as Plan
+    from residrop.surgery.apply import apply as apply
+    from residrop.surgery.apply import remove as remove
+    from residrop.theory.costs import survival_for as survival_for
 
 __version__ = "0.1.0"
+
+_PACKAGES = (
+    "blocks",
+    "common",
+    "data",
+    "engines",
+    "functional",
+    "inference",
+    "models",
+    "research",
+    "rules",
+    "schedule",
+)
+_PACKAGES += ("surgery", "theory", "training")
+_NAMES = {
+    "residrop.blocks.attach": ("attach", "sampler_of", "sampling", "set_survival", "using"),
+    "residrop.blocks.observe": ("branch_flops", "observe"),
+    "residrop.blocks.residual": ("Residual",),
+    "residrop.common.errors": ("InactiveWarning", "UsageError"),
+    "residrop.engines.compiling": ("compile", "compile_branches"),
+    "residrop.inference.deploy.export": ("export",),
+    "residrop.inference.deploy.fold": ("fold",),
+    "residrop.inference.deploy.recalibrate": ("recalibrate",),
+    "residrop.inference.evaluate": ("evaluate",),
+    "residrop.inference.sampled.adaptive": ("AdaptivePrediction", "predict_adaptive"),
+    "residrop.inference.sampled.predict": ("Prediction", "Sampled", "predict"),
+    "residrop.models.registry": ("create", "list_models"),
+    "residrop.rules.base": ("Rule",),
+    "residrop.rules.catalogue": ("RULES", "make_rule"),
+    "residrop.rules.depth": ("ConstantDepth", "DepthDropout", "StochasticDepth"),
+    "residrop.rules.gaussian": ("GaussianDepth",),
+    "residrop.rules.units": ("Mix", "SkipForward", "Swapout", "UnitDropout"),
+    "residrop.schedule.sampler": ("DepthSampler", "Plan"),
+    "residrop.surgery.apply": ("apply", "remove"),
+    "residrop.theory.costs": ("survival_for",),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import names and packages when they are first asked for: `residrop --help` need not wait for torch."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"residrop.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'residrop' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES, *_HOME})

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from residrop.common.errors import ConfigError
 from residrop.data import Augmentation, augmentation, augmentations
-from residrop.errors import ConfigError
 
 NAMES = [name for name in augmentations() if name != "resized-crop"]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from residrop.common.errors import ConfigError, DataError
 from residrop.data import Files, load
-from residrop.errors import ConfigError, DataError
 
 
 def test_folder_is_resized_and_centre_cropped(tmp_path, write_tree):

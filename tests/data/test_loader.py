@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._inductor import metrics
 
+from residrop.common.errors import ConfigError
 from residrop.data import Images, Loader, augmentation, fit
 from residrop.data.augment import Draw
 from residrop.data.fused import _compiled
-from residrop.errors import ConfigError
 
 
 def numbered(n, side=8, channels=3):

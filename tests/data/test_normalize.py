@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from residrop.common.errors import ConfigError
 from residrop.data import Files, Images, fit
-from residrop.errors import ConfigError
 
 
 @pytest.fixture

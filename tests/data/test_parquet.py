@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from residrop.common.errors import DataError
 from residrop.data import load
-from residrop.errors import DataError
 
 
 def chw(pixels):

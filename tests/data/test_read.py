@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
+from residrop.common.errors import DataError
 from residrop.data.read import read_images
-from residrop.errors import DataError
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from residrop.common.errors import ConfigError, DataError
 from residrop.data import Loader, augmentation, fit, load, sources
-from residrop.errors import ConfigError, DataError
 
 
 def rows(pixels):

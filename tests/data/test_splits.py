@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from residrop.common.errors import ConfigError, DataError
 from residrop.data.splits import Files, Images, balanced_limit, hold_out, select, svhn_validation, take_apart
-from residrop.errors import ConfigError, DataError
 
 
 def test_hold_out_depends_on_the_seed_only():

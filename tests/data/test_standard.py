@@ -9,8 +9,8 @@ import scipy.io
 import torch
 from torchvision import datasets
 
+from residrop.common.errors import DataError
 from residrop.data import load
-from residrop.errors import DataError
 
 
 def md5(path):

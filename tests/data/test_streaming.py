@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from residrop.common.errors import ConfigError, DataError
 from residrop.data import Loader, augmentation, fit, load
 from residrop.data.streaming import resized_crop_box
-from residrop.errors import ConfigError, DataError
 
 # Python 3.12 and later warn of every fork while other threads (torch's own) exist.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

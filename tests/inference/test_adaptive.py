@@ -8,10 +8,10 @@ from torch import nn
 
 import residrop
 from helpers import ALPHA
-from residrop.attach import sampler_of
-from residrop.errors import ConfigError, PlanError
+from residrop.blocks.attach import sampler_of
+from residrop.common.errors import ConfigError, PlanError
 from residrop.inference import predict, predict_adaptive
-from residrop.inference.adaptive import Race, _least
+from residrop.inference.sampled.adaptive import Race, _least
 
 HORIZON = 30
 

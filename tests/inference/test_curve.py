@@ -10,7 +10,7 @@ from PIL import Image
 
 import residrop
 from residrop.cli import main
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.inference import ErrorCurve, error_curve, evaluate_adaptive, predict, predict_adaptive
 from residrop.training import Recipe, load_run, train
 from residrop.training.setup import loader_of_run
@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(cli, run, arguments, words):
 
 
 def test_a_run_that_cannot_be_written_is_told_before_the_work(cli, run, monkeypatch):
-    room = sys.modules["residrop.evaluating"]
+    room = sys.modules["residrop.cli.evaluating"]
     monkeypatch.setattr(room.os, "access", lambda path, mode: False)
     monkeypatch.setattr(room, "evaluate", lambda *args, **options: pytest.fail("work was done"))
     code, _, err = cli("evaluate", run, "--curve")

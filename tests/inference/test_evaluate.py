@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from residrop.attach import sampler_of
-from residrop.errors import UsageError
+from residrop.blocks.attach import sampler_of
+from residrop.common.errors import UsageError
 from residrop.inference import evaluate, predict, score
 from residrop.models import create
 

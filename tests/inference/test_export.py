@@ -9,10 +9,10 @@ from safetensors import safe_open
 from torch import nn
 
 import residrop
-from residrop.attach import sampler_of, using
-from residrop.errors import ConfigError
+from residrop.blocks.attach import sampler_of, using
+from residrop.common.errors import ConfigError
 from residrop.inference import export
-from residrop.inference.sampled_graph import SampledGraph
+from residrop.inference.deploy.sampled_graph import SampledGraph
 
 KINDS = {
     "v1": ("resnet-8", "stochastic-depth", {}),

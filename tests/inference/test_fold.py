@@ -7,9 +7,9 @@ import torch
 from torch import fx, nn
 
 import residrop
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.inference import fold
-from residrop.inference.fold import coefficients
+from residrop.inference.deploy.fold import coefficients
 from residrop.rules import Rule
 
 CIFAR = {

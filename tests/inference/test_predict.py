@@ -4,8 +4,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from residrop.attach import sampler_of, using
-from residrop.errors import ConfigError, PlanError
+from residrop.blocks.attach import sampler_of, using
+from residrop.common.errors import ConfigError, PlanError
 from residrop.inference import Sampled, predict
 from residrop.models import create
 

@@ -4,8 +4,8 @@ import torch.distributed as dist
 from torch import nn
 
 import residrop
-from residrop.attach import sampler_of, sampling
-from residrop.errors import ConfigError, RankError
+from residrop.blocks.attach import sampler_of, sampling
+from residrop.common.errors import ConfigError, RankError
 from residrop.inference import recalibrate
 
 MODES = ["layers", "at-once"]

@@ -6,15 +6,15 @@ import torchvision
 from torch import nn
 
 import residrop
-from residrop.attach import sampler_of, sampling
-from residrop.errors import ConfigError
+from residrop.blocks.attach import sampler_of, sampling
+from residrop.blocks.residual import Residual
+from residrop.common.errors import ConfigError
 from residrop.inference import predict
-from residrop.inference.memory import Peak
-from residrop.inference.pieces import pieces_of
-from residrop.inference.shared import batch_wide, passes
-from residrop.residual import Residual
+from residrop.inference.sampled.memory import Peak
+from residrop.inference.sampled.pieces import pieces_of
+from residrop.inference.sampled.shared import batch_wide, passes
 from residrop.rules import ConstantDepth, StochasticDepth
-from residrop.units import Swapout
+from residrop.rules.units import Swapout
 
 N, SAMPLES, FIRST = 6, 9, 4
 BLOCK = {"stochastic-depth": {}, "train": {"rescale": "train"}, "depth-dropout": {}, "layer-dropout": {}}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.models.blocks import (
     PadShortcut,
     Scale,

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from residrop import ConstantDepth, StochasticDepth, attach
-from residrop.errors import ConfigError
+from residrop.blocks.residual import Residual
+from residrop.common.errors import ConfigError
 from residrop.models import CifarResNet, create, group_starts
 from residrop.models.blocks import TransformShortcut
-from residrop.residual import Residual
 
 OURS = {"downsample": "pool", "shortcut": "project", "head": "conv", "conv_bias": True}
 VARIANTS = [
@@ -181,8 +181,8 @@ def test_initialisation_is_hes():
         ({"depth": 20.0}, "depth is 20.0; give a whole number"),
         ({"rules": [ConstantDepth()]}, "1 rules were given for 9 residual blocks"),
         ({"rules": [ConstantDepth()] * 9}, "same rule object"),
-        ({"block": "v3"}, "block is 'v3'; allowed: v"),
-        ({"shortcut": "padd"}, "shortcut is 'padd'; allowed: pad, "),
+        ({"block": "v3"}, "block is 'v3'; choose one of 'v"),
+        ({"shortcut": "padd"}, "shortcut is 'padd'; choose one of "),
         ({"downsample": "max"}, "downsample is 'max'"),
         ({"head": None}, "head is None"),
         ({"bn_gamma_init": "zeros"}, "bn_gamma_init is 'zeros'"),

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torchvision.models import resnet18, resnet50
 
-from residrop.errors import ConfigError
+from residrop.blocks.residual import Residual
+from residrop.common.errors import ConfigError
 from residrop.models import ImageNetResNet, create, reshaping_blocks
 from residrop.models.blocks import TransformShortcut
-from residrop.residual import Residual
 
 
 def residuals(model):
@@ -51,7 +51,7 @@ def test_other_classes_and_channels():
     [
         ({"depth": 20}, "depth is 20; allowed: 18, 34, 50, 101, 152"),
         ({"classes": 0}, "classes is 0"),
-        ({"bn_gamma_init": "one"}, "bn_gamma_init is 'one'; allowed: ones, uniform"),
+        ({"bn_gamma_init": "one"}, "bn_gamma_init is 'one'; choose one of 'ones', 'uniform'"),
         ({"rules": []}, "0 rules were given for 8 residual blocks"),
     ],
 )

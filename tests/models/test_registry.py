@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from residrop import RULES, ConstantDepth, DepthDropout, StochasticDepth, Swapout, sampler_of, sampling
-from residrop.attach import depth_of, expected_depth_of, rules_of
-from residrop.errors import ConfigError
+from residrop.blocks.attach import depth_of, expected_depth_of, rules_of
+from residrop.common.errors import ConfigError
 from residrop.models import create, group_starts, list_models, num_blocks
-from residrop.survival import linear, linear_decay
-from residrop.timing import early
+from residrop.schedule.survival import linear, linear_decay
+from residrop.schedule.timing import early
 
 
 def rates_of(model):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.models import Vanilla, create
 
 KEPT = [1.0, 0.0, 1.0, 1.0, 0.0]

@@ -9,7 +9,7 @@ from scipy import stats
 
 from helpers import assert_binomial, assert_chi_square, assert_independent, assert_lag_independent, seed
 from residrop.functional import mix, row_mask, unit_mask
-from residrop.sampler import DepthSampler, Site, derive_key
+from residrop.schedule.sampler import DepthSampler, Site, derive_key
 
 MANY = 1 << 16
 SEED = seed(2024)

@@ -6,7 +6,7 @@ import torch
 
 from helpers import ALPHA, assert_binomial, assert_chi_square, assert_independent, seed
 from residrop.functional import swapout, unit_mask, use_compiler
-from residrop.sampler import DepthSampler, Site
+from residrop.schedule.sampler import DepthSampler, Site
 
 SEED = seed(7)
 SITES = [Site((0.5, 0.5), "unit", "per_rank") for _ in range(54)]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import residrop
-from residrop.errors import InactiveWarning
-from residrop.sampler import Draw, Plan
-from residrop.skippable import parameters_of
+from residrop.blocks.skippable import parameters_of
+from residrop.common.errors import InactiveWarning
+from residrop.schedule.sampler import Draw, Plan
 
 ROWS, RATE = 4, 0.4
 EXACT = 0

@@ -14,10 +14,10 @@ from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 
 import residrop
-from residrop.errors import ConfigError, InactiveWarning, PlanError
+from residrop.blocks.skippable import passed_by
+from residrop.common.errors import ConfigError, InactiveWarning, PlanError
 from residrop.rules import Rule
-from residrop.sampler import Plan
-from residrop.skippable import passed_by
+from residrop.schedule.sampler import Plan
 from residrop.surgery.blocks import AppliedBlock
 
 

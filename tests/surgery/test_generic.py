@@ -11,9 +11,9 @@ from torchvision.ops import StochasticDepth
 
 import residrop
 from residrop import functional
-from residrop.errors import ConfigError, PlanError
-from residrop.sampler import Draw, Plan
-from residrop.skippable import parameters_of
+from residrop.blocks.skippable import parameters_of
+from residrop.common.errors import ConfigError, PlanError
+from residrop.schedule.sampler import Draw, Plan
 from residrop.surgery.blocks import AppliedBlock
 
 D = 6

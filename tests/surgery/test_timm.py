@@ -16,11 +16,11 @@ from timm_blocks import CASES  # noqa: E402
 from torch import nn  # noqa: E402
 
 import residrop  # noqa: E402
-from residrop.errors import ConfigError, InactiveWarning, PlanError  # noqa: E402
-from residrop.sampler import Plan  # noqa: E402
+from residrop.common.errors import ConfigError, InactiveWarning, PlanError  # noqa: E402
+from residrop.schedule.sampler import Plan  # noqa: E402
 from residrop.surgery.adapters import Adapter  # noqa: E402
 from residrop.surgery.forms import form_of  # noqa: E402
-from residrop.surgery.timm import ADAPTERS  # noqa: E402
+from residrop.surgery.libraries.timm import ADAPTERS  # noqa: E402
 
 
 def installed(adapter: Adapter) -> bool:

@@ -12,11 +12,11 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision_blocks import CASES
 
 import residrop
-from residrop.errors import ConfigError
-from residrop.sampler import Draw, Plan
+from residrop.common.errors import ConfigError
+from residrop.schedule.sampler import Draw, Plan
 from residrop.surgery.adapters import Adapter
 from residrop.surgery.forms import form_of
-from residrop.surgery.torchvision import ADAPTERS
+from residrop.surgery.libraries.torchvision import ADAPTERS
 
 
 def installed(adapter: Adapter) -> bool:

@@ -10,9 +10,9 @@ from torch import nn
 
 import residrop
 from residrop import StochasticDepth
-from residrop.errors import PlanError, UsageError
-from residrop.sampler import Draw, Plan
-from residrop.skippable import parameters_of
+from residrop.blocks.skippable import parameters_of
+from residrop.common.errors import PlanError, UsageError
+from residrop.schedule.sampler import Draw, Plan
 from residrop.surgery import Report
 
 pytest.importorskip("transformers")

@@ -5,8 +5,8 @@ import torch
 
 import residrop
 from residrop import sampler_of, survival_for
-from residrop.attach import rules_of
-from residrop.errors import ConfigError
+from residrop.blocks.attach import rules_of
+from residrop.common.errors import ConfigError
 from residrop.theory import costs_of, discrepancy, sensitivity
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from helpers import assert_binomial, assert_chi_square, seed
-from residrop.errors import ConfigError
-from residrop.sampler import DepthSampler, Site
-from residrop.survival import linear_decay, uniform
+from residrop.common.errors import ConfigError
+from residrop.schedule.sampler import DepthSampler, Site
+from residrop.schedule.survival import linear_decay, uniform
 from residrop.theory import cost_law, depth_bound, depth_bound_probability, depth_law
 
 RATES = (0.1, 0.5, 0.9, 1.0, 0.0, 0.35, 0.7, 0.7)

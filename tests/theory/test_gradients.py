@@ -14,10 +14,10 @@ from torchvision.models import VisionTransformer, resnet18
 import residrop
 from helpers import ALPHA, assert_binomial, seed
 from residrop import sampler_of
-from residrop.attach import connect
-from residrop.budgets import linear_at, uniform_at
-from residrop.errors import ConfigError
+from residrop.blocks.attach import connect
+from residrop.common.errors import ConfigError
 from residrop.models import Vanilla
+from residrop.schedule.budgets import linear_at, uniform_at
 from residrop.theory import gated, gradient_growth, growth, growth_rates, measure_growth
 from residrop.theory.vanilla_gradients import _log_ratios, _masks
 

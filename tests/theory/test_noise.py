@@ -14,8 +14,8 @@ from torch import nn
 import residrop
 from helpers import ALPHA, assert_binomial, assert_chi_square, assert_mean
 from residrop import Residual, StochasticDepth, Swapout, attach, sampler_of
-from residrop.attach import rules_of
-from residrop.errors import ConfigError
+from residrop.blocks.attach import rules_of
+from residrop.common.errors import ConfigError
 from residrop.theory import (
     block_effects,
     condition_ratio,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import residrop
 from residrop import sampler_of
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.theory import (
     discrepancy,
     exact_curvature,

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 import residrop
-from residrop import budgets
-from residrop.attach import sampler_of
-from residrop.errors import ConfigError, RunError
+from residrop.blocks.attach import sampler_of
+from residrop.common.errors import ConfigError, RunError
+from residrop.schedule import budgets
 from residrop.training import Recipe, Run, loop, train
 from residrop.training.checkpoint import load_run, survival_of
 from residrop.training.setup import prepare

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.models import create
 from residrop.training import loop, run, setup, train
 from residrop.training.distributed import ALONE

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from residrop.attach import depth_of, expected_depth_of, sampler_of, using
+from residrop.blocks.attach import depth_of, expected_depth_of, sampler_of, using
+from residrop.common.errors import ConfigError, RunError, UsageError
 from residrop.data import Files, Images, Loader, augmentation, fit, load
-from residrop.errors import ConfigError, RunError, UsageError
 from residrop.inference import evaluate
 from residrop.training import Run, load_run, loop, train
 from residrop.training.checkpoint import build_network
@@ -225,7 +225,7 @@ def test_warm_up_of_the_rates_reaches_plans_metrics_and_evaluation(tiny, tmp_pat
     assert outcome.expected_depth == pytest.approx(0.3)
 
 
-@pytest.mark.filterwarnings("ignore::residrop.errors.InactiveWarning")  # rates of 1 are meant here
+@pytest.mark.filterwarnings("ignore::residrop.common.errors.InactiveWarning")  # rates of 1 are meant here
 def test_select_best_reports_the_weights_of_the_lowest_validation_error(tiny, tmp_path):
     # the second half of the training destroys the network
     spoil = {"lr_drops": (0.5,), "lr_factor": 1e4, "epochs": 4, "validation": 60, "lr": 0.1, "limit": 400}
@@ -253,7 +253,7 @@ def test_eval_every_leaves_epochs_out_but_never_the_last(tiny, tmp_path):
     assert [line["train_loss"] for line in every] == [line["train_loss"] for line in history]
 
 
-@pytest.mark.filterwarnings("ignore::residrop.errors.InactiveWarning")  # rates of 1 are meant here
+@pytest.mark.filterwarnings("ignore::residrop.common.errors.InactiveWarning")  # rates of 1 are meant here
 def test_loss_that_is_not_finite_is_an_error_with_advice(tiny, tmp_path):
     with pytest.raises(RunError, match=r"the loss is (nan|inf) in epoch 1; try a smaller lr"):
         train(tiny(lr=1e30, survival="1"), tmp_path / "run", quiet=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from residrop.errors import UsageError
+from residrop.common.errors import UsageError
 from residrop.training import pool
 from residrop.training.pool import train_all
 

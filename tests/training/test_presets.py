@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from residrop.attach import rules_of
-from residrop.errors import ConfigError
+from residrop.blocks.attach import rules_of
+from residrop.common.errors import ConfigError
 from residrop.models import create
 from residrop.training import PRESETS, preset
 from residrop.training.checkpoint import build_network

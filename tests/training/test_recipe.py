@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.training import Recipe, checkpoint, loop, measuring, recipe, run, setup
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from residrop.errors import RunError
+from residrop.common.errors import RunError
 from residrop.training import Recipe, Run, loop, preset, run, setup, train
 
 BF16 = pytest.param("bf16", marks=pytest.mark.skipif(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from residrop.errors import RunError, UsageError
+from residrop.common.errors import RunError, UsageError
 from residrop.training import Run, checkpoint, load_run, logbook
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 
 __all__ = ["Augmentation", "Crop", "Draw", "augmentation", "augmentations"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from residrop.common.errors import DataError
 from residrop.data.decode import DecodePool, DecodingError, open_rgb, shrink_and_crop, to_chw
 from residrop.data.decoded import Decoded
 from residrop.data.splits import Files, Images
-from residrop.errors import DataError
 
 __all__ = ["Tree", "decode_tree", "find_tree", "tree_files"]
 

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from residrop.common.errors import ConfigError
 from residrop.data.augment import Augmentation, Draw
 from residrop.data.fused import fused_batch
 from residrop.data.normalize import Normalization
 from residrop.data.seeds import generator_for
 from residrop.data.splits import Files, Images
 from residrop.data.streaming import check_streamable, stream
-from residrop.errors import ConfigError
-from residrop.sampler import derive_key
+from residrop.schedule.sampler import derive_key
 
 __all__ = ["Loader"]
 

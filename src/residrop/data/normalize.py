@@ -8,8 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from residrop.common.errors import ConfigError
 from residrop.data.splits import Files, Images
-from residrop.errors import ConfigError
 
 __all__ = ["Normalization", "NormalizationMode", "fit"]
 

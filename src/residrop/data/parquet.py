@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from residrop.common.errors import DataError
 from residrop.data.decode import DecodePool, DecodingError, open_rgb, to_chw
 from residrop.data.decoded import Decoded
 from residrop.data.splits import Images
-from residrop.errors import DataError
 
 __all__ = ["Shards", "decode_shards", "find_shards"]
 

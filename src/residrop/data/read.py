@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from residrop.common.errors import DataError
 from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw
-from residrop.errors import DataError
 
 __all__ = ["read_images"]
 

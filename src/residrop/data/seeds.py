@@ -2,7 +2,7 @@
 
 import torch
 
-from residrop.sampler import derive_key
+from residrop.schedule.sampler import derive_key
 
 __all__ = ["generator_for"]
 

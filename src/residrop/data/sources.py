@@ -7,20 +7,12 @@ from pathlib import Path
 
 import torch
 
+from residrop.common.errors import ConfigError, DataError
 from residrop.data.decoded import Decoded, decoded_or_build, fingerprint, user_cache
 from residrop.data.folders import Tree, decode_tree, find_tree, tree_files
 from residrop.data.parquet import Shards, decode_shards, find_shards
-from residrop.data.splits import (
-    Images,
-    Splits,
-    balanced_limit,
-    hold_out,
-    select,
-    svhn_validation,
-    take_apart,
-)
+from residrop.data.splits import Images, Splits, balanced_limit, hold_out, select, svhn_validation, take_apart
 from residrop.data.standard import CIFAR_FOLDERS, cifar, digits, svhn
-from residrop.errors import ConfigError, DataError
 
 __all__ = ["load", "sources"]
 

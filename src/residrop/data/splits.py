@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from residrop.common.errors import ConfigError, DataError
 from residrop.data.seeds import generator_for
-from residrop.errors import ConfigError, DataError
 
 __all__ = [
     "Files",

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from residrop.common.errors import DataError
 from residrop.data.decoded import Decoded, decoded_or_build, fingerprint
 from residrop.data.splits import Images
-from residrop.errors import DataError
 
 __all__ = ["CIFAR_FOLDERS", "cifar", "digits", "svhn"]
 

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from residrop.common.errors import ConfigError, DataError
 from residrop.data.augment import Augmentation
 from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw
 from residrop.data.seeds import generator_for
 from residrop.data.splits import Files
-from residrop.errors import ConfigError, DataError
 
 __all__ = ["check_streamable", "resized_crop_box", "stream"]
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from residrop.inference.predict import predict
-from residrop.survival import check_whole
+from residrop.common.checks import check_whole
+from residrop.inference.sampled.predict import predict
 
 __all__ = ["Evaluation", "Scores", "evaluate", "score"]
 

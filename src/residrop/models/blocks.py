@@ -1,6 +1,6 @@
 """The parts of residual blocks: branches, shortcuts, and how they are initialised.
 
-Nothing here knows of rules. A branch and a shortcut meet only in `residrop.residual.Residual`, and both map
+Nothing here knows of rules. A branch and a shortcut meet only in `residrop.blocks.residual.Residual`, and both map
 `Tensor[n, c_in, h, w]` to `Tensor[n, c_out, ceil(h / stride), ceil(w / stride)]`, for odd sizes too.
 
 No ReLU is in place. A block that is left out returns its input itself, so an in-place ReLU behind it would
@@ -14,7 +14,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 
 __all__ = [
     "PadShortcut",

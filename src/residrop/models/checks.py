@@ -1,27 +1,14 @@
 """Checks shared by the model constructors. Every one raises before any parameter exists."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from residrop.errors import ConfigError
-from residrop.rules import ConstantDepth, Rule
+from residrop.common.errors import ConfigError
+from residrop.rules.base import Rule
+from residrop.rules.depth import ConstantDepth
 
-__all__ = ["check_choice", "check_images", "closest_first", "complete_rules"]
-
-
-def closest_first(given: str, allowed: Iterable[str]) -> str:
-    """The allowed words joined by commas, the one most like `given` first."""
-    words = list(allowed)
-    words.sort(key=lambda word: -difflib.SequenceMatcher(None, given.lower(), word.lower()).ratio())
-    return ", ".join(words)
-
-
-def check_choice(option: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not one of the allowed words."""
-    if value not in allowed:
-        raise ConfigError(f"{option} is {value!r}; allowed: {closest_first(str(value), allowed)}")
+__all__ = ["check_images", "complete_rules"]
 
 
 def complete_rules(rules: Sequence[Rule] | None, num_blocks: int) -> list[Rule]:

@@ -7,20 +7,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from residrop.errors import ConfigError
-from residrop.models.blocks import (
-    PadShortcut,
-    TransformShortcut,
-    basic_v1,
-    basic_v2,
-    conv,
-    init_weights,
-    project,
-)
-from residrop.models.checks import check_choice, check_images, complete_rules
-from residrop.residual import Chain, Residual
-from residrop.rules import Rule
-from residrop.survival import check_whole
+from residrop.blocks.residual import Chain, Residual
+from residrop.common.checks import check_choice, check_whole
+from residrop.common.errors import ConfigError
+from residrop.models.blocks import PadShortcut, TransformShortcut, basic_v1, basic_v2, conv, init_weights, project
+from residrop.models.checks import check_images, complete_rules
+from residrop.rules.base import Rule
 
 __all__ = ["CifarResNet", "blocks_per_group", "group_starts"]
 

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from residrop.attach import connect
-from residrop.catalogue import RULES, entry_of, make_rule
-from residrop.errors import ConfigError
-from residrop.inactive import warn_if_certain
+from residrop.blocks.attach import connect
+from residrop.blocks.inactive import warn_if_certain
+from residrop.common.checks import check_whole, closest_first
+from residrop.common.errors import ConfigError
 from residrop.models import cifar, imagenet
-from residrop.models.checks import closest_first
 from residrop.models.cifar import CifarResNet
 from residrop.models.imagenet import ImageNetResNet
 from residrop.models.vanilla import Vanilla
-from residrop.rules import ConstantDepth, Rule
-from residrop.survival import check_whole, parse
-from residrop.timing import Timing
+from residrop.rules.base import Rule
+from residrop.rules.catalogue import RULES, entry_of, make_rule
+from residrop.rules.depth import ConstantDepth
+from residrop.schedule.survival import parse
+from residrop.schedule.timing import Timing
 
 __all__ = ["create", "list_models", "num_blocks", "reads_flat_rows"]
 
@@ -171,8 +172,8 @@ def create(
     Args:
         name: one of the patterns of `list_models()`, such as "resnet-110".
         rule: a name in `residrop.RULES`, or a function from one survival rate to a new rule.
-        survival: rate per block, in any form that `residrop.survival.parse` reads; None is 1 for "constant" and the
-            paper's schedule for the other names. A function as `rule` needs it.
+        survival: rate per block, in any form that `residrop.schedule.survival.parse` reads; None is 1 for "constant"
+            and the paper's schedule for the other names. A function as `rule` needs it.
         theta_2: for swapout, the same for the branch's mask; None means as `survival`.
         granularity: passed to the rule.
         rescale: passed to the rule.

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from residrop.errors import ConfigError
+from residrop.blocks.residual import Chain, Residual
+from residrop.common.checks import check_whole
+from residrop.common.errors import ConfigError
 from residrop.models.blocks import Scale
 from residrop.models.checks import complete_rules
-from residrop.residual import Chain, Residual
-from residrop.rules import Rule
-from residrop.survival import check_whole
+from residrop.rules.base import Rule
 
 __all__ = ["Vanilla"]
 

@@ -6,18 +6,18 @@ from typing import Any
 
 from torch import nn
 
-from residrop.attach import connect, detach
-from residrop.catalogue import make_rule
-from residrop.errors import ConfigError, InactiveWarning
-from residrop.rules import Rule
+from residrop.blocks.attach import connect, detach
+from residrop.common.errors import ConfigError, InactiveWarning
+from residrop.rules.base import Rule
+from residrop.rules.catalogue import make_rule
+from residrop.schedule.survival import parse
+from residrop.schedule.timing import Timing
 from residrop.surgery.blocks import AppliedBlock, check_unchanged, give_back, take_over, undo_later
 from residrop.surgery.drops import Own, own_survival, silenced
+from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
 from residrop.surgery.report import Entry, Report
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
-from residrop.surgery.transformers.layerdrop import end_layer_drop, layer_drops
-from residrop.survival import parse
-from residrop.timing import Timing
 
 __all__ = ["apply", "remove"]
 
@@ -50,8 +50,8 @@ def apply(
             the root: calling it in training mode draws the next step.
         rule: a name in `residrop.RULES`, or a function from one survival rate to a new rule.
         survival: "from_model" (the rates of the model's own drop modules, or of its layer drop, which is of whole
-            layers and never rescaled), or rates for the L blocks in any form that `residrop.survival.parse` reads. The
-            branches of a block (attention, MLP) have its rate, and coins of their own.
+            layers and never rescaled), or rates for the L blocks in any form that `residrop.schedule.survival.parse`
+            reads. The branches of a block (attention, MLP) have its rate, and coins of their own.
         blocks: which blocks: None for all of known classes; a name pattern ("encoder.layers.*"), a class, a module
             list (which stands for its elements), a module, or several of these. A block of unknown class needs input
             and output of one shape, and gets the generic rule x + b (block(x) - x).

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_with_path
 
-from residrop.errors import PlanError
+from residrop.common.errors import PlanError
 
 __all__ = ["Cutting", "Signature", "Whole", "call", "pack", "settle_caches", "unpack"]
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from residrop.errors import ConfigError
-from residrop.layout import relu_by_signs
-from residrop.rules import Rule
-from residrop.skippable import Part, Skippable
+from residrop.blocks.skippable import Part, Skippable
+from residrop.common.errors import ConfigError
+from residrop.functional.layout import relu_by_signs
+from residrop.rules.base import Rule
 from residrop.surgery.arguments import Cutting, Signature, call, pack, settle_caches
 from residrop.surgery.containers import RULES, Container
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from residrop.errors import ConfigError, PlanError
-from residrop.rules import Rule
-from residrop.skippable import Part
+from residrop.blocks.skippable import Part
+from residrop.common.errors import ConfigError, PlanError
+from residrop.rules.base import Rule
 from residrop.surgery.blocks import AppliedBlock, Branch, no_grad_eval
 from residrop.surgery.containers import RULES
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from residrop.errors import ConfigError
-from residrop.residual import Residual
-from residrop.rules import Rule
-from residrop.surgery import timm, torchvision, transformers
+from residrop.blocks.residual import Residual
+from residrop.common.errors import ConfigError
+from residrop.rules.base import Rule
 from residrop.surgery.adapters import Adapter
 from residrop.surgery.blocks import AppliedBlock, ForeignBlock
 from residrop.surgery.drops import Own, own_survival
 from residrop.surgery.generic import GenericBlock
-from residrop.surgery.transformers.layerdrop import LayerDrop
+from residrop.surgery.libraries import timm, torchvision, transformers
+from residrop.surgery.libraries.transformers.layerdrop import LayerDrop
 
 __all__ = ["Found", "LeftAlone", "adapter_of", "check_bare", "drops_of", "find", "own_drops"]
 

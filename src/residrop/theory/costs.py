@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from residrop import budgets
-from residrop.attach import rules_of, sampler_of, using
-from residrop.errors import ConfigError
-from residrop.observe import branch_flops
-from residrop.sampler import Plan
+from residrop.blocks.attach import rules_of, sampler_of, using
+from residrop.blocks.observe import branch_flops
+from residrop.common.errors import ConfigError
+from residrop.schedule import budgets
+from residrop.schedule.sampler import Plan
 from residrop.theory.discrepancy import discrepancy
 from residrop.theory.gates import gated, kept_as_is
 from residrop.theory.sensitivity import sensitivity

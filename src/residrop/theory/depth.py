@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 
-from residrop.errors import ConfigError
-from residrop.survival import check_rate
+from residrop.common.checks import check_rate
+from residrop.common.errors import ConfigError
 
 __all__ = ["Law", "cost_law", "depth_bound", "depth_bound_probability", "depth_law"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residrop.attach import rules_of
-from residrop.errors import ConfigError
+from residrop.blocks.attach import rules_of
+from residrop.common.errors import ConfigError
 from residrop.theory.gates import gated, kept_as_is
 
 __all__ = ["Discrepancy", "discrepancy", "exact_curvature", "flat_discrepancy", "regularizer"]

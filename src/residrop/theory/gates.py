@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residrop.attach import rules_of, sampler_of, using
-from residrop.distributed.gradients import alone
-from residrop.errors import ConfigError
-from residrop.rules import Rule
+from residrop.blocks.attach import rules_of, sampler_of, using
+from residrop.common.errors import ConfigError
+from residrop.engines.distributed.gradients import alone
+from residrop.rules.base import Rule
 
 __all__ = ["gated", "kept_as_is"]
 

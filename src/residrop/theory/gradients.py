@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from residrop.attach import rules_of
-from residrop.errors import ConfigError
-from residrop.rules import Rule
-from residrop.sampler import derive_key
-from residrop.skippable import Skippable
-from residrop.survival import check_rate, check_whole, parse
+from residrop.blocks.attach import rules_of
+from residrop.blocks.skippable import Skippable
+from residrop.common.checks import check_rate, check_whole
+from residrop.common.errors import ConfigError
+from residrop.rules.base import Rule
+from residrop.schedule.sampler import derive_key
+from residrop.schedule.survival import parse
 from residrop.theory.gates import gated, kept_as_is
 
 __all__ = ["Growth", "gradient_growth", "growth", "growth_rates"]
@@ -234,8 +235,8 @@ def gradient_growth(
         model: a model with rules, not compiled.
         batches: pairs of input Tensor[n, ...] and target.
         loss: from output and target to Tensor[]; a sum or mean of what the rows give.
-        rates: probabilities of presence, in any form that `residrop.survival.parse` reads; 1.0 is full depth, for
-            comparison. None is the rules' own.
+        rates: probabilities of presence, in any form that `residrop.schedule.survival.parse` reads; 1.0 is full depth,
+            for comparison. None is the rules' own.
         passes: masks for every input.
         seed: of the masks.
 

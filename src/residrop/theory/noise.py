@@ -17,12 +17,12 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from residrop.attach import rules_of
-from residrop.errors import ConfigError
-from residrop.rules import Rule
-from residrop.sampler import derive_key
-from residrop.skippable import Skippable
-from residrop.survival import check_rate, check_whole
+from residrop.blocks.attach import rules_of
+from residrop.blocks.skippable import Skippable
+from residrop.common.checks import check_rate, check_whole
+from residrop.common.errors import ConfigError
+from residrop.rules.base import Rule
+from residrop.schedule.sampler import derive_key
 from residrop.theory.gates import gated, kept_as_is
 
 __all__ = [

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residrop.errors import ConfigError
+from residrop.common.checks import check_whole
+from residrop.common.errors import ConfigError
 from residrop.models import create
-from residrop.sampler import derive_key
-from residrop.survival import check_whole
+from residrop.schedule.sampler import derive_key
 from residrop.theory.noise import Neurons, Noise, noise
 
 __all__ = ["Course", "sine_task", "train_regression"]
@@ -84,7 +84,7 @@ def train_regression(
         width: N.
         stable: whether branches are scaled by 1 / sqrt(L).
         rule: a name in `residrop.RULES` of a rule with one rate per block.
-        survival: rates, in any form that `residrop.survival.parse` reads.
+        survival: rates, in any form that `residrop.schedule.survival.parse` reads.
         epochs: rising; after which epochs to measure, 0 being before training. The last one ends the training.
         inputs: the first so many training inputs are those whose neurons are sampled.
         masks: samples for each.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residrop.errors import ConfigError
-from residrop.sampler import derive_key
-from residrop.survival import check_whole
+from residrop.common.checks import check_whole
+from residrop.common.errors import ConfigError
+from residrop.schedule.sampler import derive_key
 from residrop.theory.gradients import Growth, checked, summary_of
 
 __all__ = ["measure_growth"]

@@ -28,25 +28,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from residrop.attach import rules_of, set_survival
+from residrop.blocks.attach import rules_of, set_survival
+from residrop.common.errors import RunError
+from residrop.common.files import replacing, write_json
 from residrop.data import Normalization
-from residrop.errors import RunError
 from residrop.models import create, reads_flat_rows
-from residrop.timing import parse as parse_timing
-from residrop.training.files import replacing
+from residrop.schedule.timing import parse as parse_timing
 from residrop.training.recipe import Recipe
 
-__all__ = ["Run", "build_network", "load_run", "survival_of", "versions", "write_json"]
+__all__ = ["Run", "build_network", "load_run", "survival_of", "versions"]
 
 
 _SURVIVAL = "survival_rates"  # in the metadata of weights
 _UNMEASURED = 0.5  # the survival rate before there is another
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _read_json(path: Path) -> Any:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from residrop.errors import ConfigError, UsageError
+from residrop.common.errors import ConfigError, UsageError
 
 __all__ = ["ALONE", "Ranks", "SaidElsewhere", "Votes", "launched_ranks", "process_group"]
 

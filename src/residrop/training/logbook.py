@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from residrop.training.files import replacing
+from residrop.common.files import replacing
 
 __all__ = ["Logbook", "Meter", "draw_curves"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residrop.attach import depth_of, expected_depth_of, sampler_of, using
+from residrop.blocks.attach import depth_of, expected_depth_of, sampler_of, using
+from residrop.common.errors import RunError
 from residrop.data import Loader
-from residrop.errors import RunError
 from residrop.inference import evaluate
 from residrop.training.checkpoint import Run
 from residrop.training.distributed import Votes

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from residrop.attach import set_survival
+from residrop.blocks.attach import set_survival
+from residrop.blocks.residual import Residual
 from residrop.data import Loader
-from residrop.residual import Residual
 from residrop.theory import discrepancy, sensitivity, survival_for
 from residrop.training.distributed import Ranks
 from residrop.training.recipe import Recipe

@@ -7,7 +7,7 @@ recipes, and in the note of a recipe that departs from its group.
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from residrop.errors import ConfigError
+from residrop.common.errors import ConfigError
 from residrop.training.recipe import Recipe
 
 __all__ = ["PRESETS", "Preset", "preset"]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from residrop.common.checks import check_whole
+from residrop.common.errors import ConfigError
 from residrop.data import sources
-from residrop.errors import ConfigError
-from residrop.survival import check_whole
+from residrop.schedule.timing import parse as parse_timing
 from residrop.theory.costs import read_budget
-from residrop.timing import parse as parse_timing
 
 __all__ = ["Recipe"]
 

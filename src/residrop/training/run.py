@@ -8,15 +8,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from residrop.attach import expected_depth_of, rules_of, set_survival
-from residrop.compiling import compile, replays
+from residrop.blocks.attach import expected_depth_of, rules_of, set_survival
+from residrop.common.errors import RankError, RunError
+from residrop.common.files import write_json
 from residrop.data import Loader
-from residrop.distributed import data_parallel
-from residrop.distributed.ranks import broadcast
-from residrop.errors import RankError, RunError
-from residrop.graphs import record_blocks, record_pass
+from residrop.engines.compiling import compile, replays
+from residrop.engines.distributed import data_parallel
+from residrop.engines.distributed.ranks import broadcast
+from residrop.engines.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate
-from residrop.training.checkpoint import Run, build_network, survival_of, write_json
+from residrop.training.checkpoint import Run, build_network, survival_of
 from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import Interrupted, run_epochs, stop_signals

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from residrop.catalogue import entry_of
+from residrop.common.errors import ConfigError, RunError
 from residrop.data import Files, Images, Loader, Normalization, Splits, augmentation, fit, load
-from residrop.errors import ConfigError, RunError
+from residrop.rules.catalogue import entry_of
 from residrop.training.checkpoint import Run, build_network
 from residrop.training.distributed import ALONE, Ranks
 from residrop.training.recipe import Recipe

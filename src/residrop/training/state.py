@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residrop.attach import sampler_of, set_survival
-from residrop.distributed import GradientSync
-from residrop.errors import RunError
+from residrop.blocks.attach import sampler_of, set_survival
+from residrop.common.errors import RunError
+from residrop.engines.distributed import GradientSync
 from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks
 from residrop.training.update import RecordedUpdate

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residrop.attach import using
-from residrop.graphs import Capture, CudaCapture, WholePass
-from residrop.sampler import Plan
+from residrop.blocks.attach import using
+from residrop.engines.graphs import Capture, CudaCapture, WholePass
+from residrop.schedule.sampler import Plan
 
 __all__ = ["RecordedUpdate", "note_gradient", "one_pass"]
 
@@ -51,7 +51,7 @@ def note_gradient(first: nn.Parameter, gradient: Tensor) -> None:
 class RecordedUpdate:
     """Updates of full batches as one CUDA graph, from images and labels to the optimizer's step.
 
-    For models whose draws decide no kernel and no size: see `residrop.graphs.record_pass`.
+    For models whose draws decide no kernel and no size: see `residrop.engines.graphs.record_pass`.
 
     Args:
         model: in training mode, on a CUDA device; called with one Tensor[n, ...].

@@ -1,0 +1,331 @@
+"""Connecting a model to its draws: `attach` once, then `using` and `sampling` as contexts."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
+
+from residrop.blocks.inactive import EvalWatch, warn_if_certain
+from residrop.blocks.skippable import forget_blocks
+from residrop.common.errors import ConfigError, PlanError
+from residrop.functional.kept import Kept
+from residrop.rules.base import Rule
+from residrop.schedule.sampler import DepthSampler, Plan
+from residrop.schedule.survival import explicit
+from residrop.schedule.timing import Schedule, Timing
+
+__all__ = [
+    "attach",
+    "depth_of",
+    "detach",
+    "expected_depth_of",
+    "rules_of",
+    "sampler_of",
+    "sampling",
+    "set_survival",
+    "using",
+]
+
+
+def rules_of(model: nn.Module) -> list[Rule]:
+    """All rules of a model, in module order (input to output); a shared rule counts once."""
+    return [module for module in model.modules() if isinstance(module, Rule)]
+
+
+def attach(
+    model: nn.Module, *, seed: int = 0, timing: Timing | str = "constant", rank: int | None = None
+) -> DepthSampler:
+    """Number the rules of `model` and make it draw a fresh plan at each training forward.
+
+    `model` becomes the root: calling it in training mode draws the plan of the next step. Attaching again replaces the
+    sampler. Networks from `residrop.create` are attached already.
+
+    Args:
+        model: any module that contains rules; it is changed in place, its `state_dict` is not.
+        seed: seed of all draws; equal on all ranks of a distributed run.
+        timing: the share of every drop that is in force at a step: a `Timing`, or a string such as "warmup(1000)" that
+            `residrop.schedule.timing.parse` reads. Times are training steps.
+        rank: rank of this process (default: at every draw, what torch.distributed says then, or 0).
+
+    Raises:
+        ConfigError: the model has no rules.
+
+    Warns:
+        InactiveWarning: all rates are 1.
+    """
+    sampler = connect(model, seed=seed, timing=timing, rank=rank)
+    warn_if_certain(sampler, "residrop.attach")
+    return sampler
+
+
+def connect(
+    model: nn.Module, *, seed: int = 0, timing: Timing | str = "constant", rank: int | None = None
+) -> DepthSampler:
+    """`attach` for callers that warn of inactive rules themselves."""
+    rules = rules_of(model)
+    if not rules:
+        raise ConfigError(
+            f"{type(model).__name__} has no rules; build its blocks with residrop.Residual(..., rule=...)"
+        )
+    sampler = DepthSampler(
+        [rule.site for rule in rules], seed=seed, timing=timing, rank=_current_rank if rank is None else rank
+    )
+    detach(model)  # an earlier sampler must not go on drawing
+    for index, rule in enumerate(rules):
+        rule.join(sampler, index)
+    model.register_forward_pre_hook(_BeforeRoot(sampler, rules), with_kwargs=True)
+    model.register_forward_hook(_AfterRoot(sampler, rules))
+    return sampler
+
+
+def _current_rank() -> int:
+    # asked at every draw: models are often built before their process joins a group
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: the model no longer draws plans. Its rules, if it still has some, need `attach` again to train."""
+    forget_blocks(model)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _AtRoot):
+                    del hooks[key]
+        if isinstance(module, Rule):
+            module.leave()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class _AtRoot:
+    """A hook of the root; an object, so that it is found again, copied and pickled with its sampler.
+
+    Where `torch.compile` traces it, it is run by Python between two graphs, and not at all in a pass without coins.
+    """
+
+    def __init__(self, sampler: DepthSampler, rules: list[Rule]) -> None:
+        self.sampler, self.rules = sampler, rules
+
+    def deferred(self, module: nn.Module) -> bool | None:
+        """Whether Python has to run it later; None if nobody has to."""
+        if not torch.compiler.is_compiling():
+            return False
+        return True if module.training or self.sampler.in_force.always else None
+
+
+class _BeforeRoot(_AtRoot):
+    boards = False  # whether a graph comes next
+    kept: Kept | None = None  # where its draws are to lie, if it is a CUDA graph
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        deferred = self.deferred(module)
+        if deferred:
+            from residrop.rules import tracing
+
+            tracing.outside(self.begin, module, (args, kwargs), True)
+        elif deferred is not None:
+            self.begin(module, (args, kwargs), self.boards)
+
+    def begin(self, module: nn.Module, args: object, boards: bool) -> None:
+        backward = _in_backward()  # a checkpointed root is run again there, and is no new step
+        if not backward:
+            self.sampler.before_forward(module.training)
+            plan = self.sampler.in_force.plan
+            if self.sampler.observers and module.training and plan is not None:
+                rows = _batch_size(args)
+                for tell in self.sampler.observers:
+                    tell(plan, rows)
+        if backward or not torch.is_grad_enabled():
+            self.remember()
+        self.sampler.board = None
+        if boards:
+            from residrop.rules import tracing
+
+            self.sampler.board = tracing.board(self.rules, args, self.kept)
+
+    def remember(self) -> None:
+        """Tie the plan to the reentrant checkpoints around this call, and in their backward passes find it again.
+
+        They run the root without gradients, so its outputs know nothing of the backward pass that will recompute them.
+        """
+        inside, again = _reentrant_checkpoints()
+        force = self.sampler.in_force
+        if again is not None and (forces := _forces_of(again, self.sampler)):
+            force = forces.pop(0)
+            forces.append(force)  # for another backward pass through the same graph
+            self.sampler.recall(force)
+        for node in inside:
+            _forces_of(node, self.sampler).append(force)
+
+
+def _reentrant_checkpoints() -> tuple[list[Any], Any]:
+    """The autograd nodes of the reentrant checkpoints that run this call, up to one that recomputes it; and that one.
+
+    The node of a `torch.utils.checkpoint.CheckpointFunction` is known nowhere but in its own two methods.
+    """
+    found: list[Any] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            found.append(frame.f_locals["ctx"])
+        elif frame.f_code is CheckpointFunction.backward.__code__:
+            return found, frame.f_locals["ctx"]
+        frame = frame.f_back
+    return found, None
+
+
+def _forces_of(node: Any, sampler: DepthSampler) -> list[Any]:
+    """What calls of a root obeyed inside a reentrant checkpoint, in their order."""
+    return node.__dict__.setdefault("residrop_forces", {}).setdefault(sampler, [])
+
+
+def before_root(model: nn.Module) -> _BeforeRoot | None:
+    """The hook that makes the plans of `model`; None if it is no attached root."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _BeforeRoot)), None)
+
+
+def _batch_size(args: object) -> int | None:
+    """The first dimension of the first tensor among a forward's arguments; None if there is none."""
+    return next((leaf.shape[0] for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim), None)
+
+
+class _AfterRoot(_AtRoot):
+    """Ties a forward's plan to its outputs, so that recomputation in their backward finds it, whatever ran since."""
+
+    def __init__(self, sampler: DepthSampler, rules: list[Rule]) -> None:
+        super().__init__(sampler, rules)
+        self.watch = EvalWatch(sampler)
+
+    def __call__(self, module: nn.Module, args: object, output: object) -> None:
+        deferred = self.deferred(module)
+        if deferred:
+            from residrop.rules import tracing
+
+            tracing.outside(self.end, module, output)
+        elif deferred is not None:
+            self.end(module, output)
+
+    def end(self, module: nn.Module, output: object) -> None:
+        self.sampler.board = None
+        force = self.sampler.in_force
+        if not torch.is_grad_enabled() or _in_backward():
+            return
+        if not (module.training or force.always):
+            self.watch.after_forward(module, output)
+        if force.plan is None:
+            return
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                leaf.grad_fn.register_prehook(lambda grads: self.sampler.recall(force))
+
+
+def sampler_of(model: nn.Module) -> DepthSampler:
+    """The sampler of a model (or of a wrapper around it, such as DDP); ConfigError if it was never attached."""
+    root = before_root(model)
+    if root is not None and all(rule.sampler is root.sampler for rule in root.rules):
+        return root.sampler  # without a walk through all modules, which every step of a loop may ask for
+    samplers = {id(rule.sampler): rule.sampler for rule in rules_of(model) if rule.sampler is not None}
+    if len(samplers) != 1:
+        found = "several samplers" if samplers else "no sampler"
+        raise ConfigError(
+            f"{type(model).__name__} has {found}; call residrop.attach(model, seed=...) on the whole model"
+        )
+    return next(iter(samplers.values()))
+
+
+def set_survival(model: nn.Module, rates: Sequence[float]) -> None:
+    """Give the blocks of an attached model other survival rates, at any time of a training.
+
+    Seed, step and timing go on as they were. A block's word of a step does not depend on its rate, so where a rate
+    stays, its coins do, and where it rises, the block lives in all steps in which it would have lived.
+
+    Args:
+        model: attached; on a distributed run every rank must be given the same rates.
+        rates: p_l in [0, 1], one per rule from input to output. Rules without coins (`ConstantDepth`) take 1 only.
+
+    Raises:
+        ConfigError: a number of rates other than that of the rules, a rate outside [0, 1], or rules of several rates
+            (Swapout's). Nothing is changed then.
+    """
+    sampler, rules = sampler_of(model), rules_of(model)
+    given = explicit(len(rules), rates)
+    for number, (rule, rate) in enumerate(zip(rules, given, strict=True), start=1):
+        if len(rule.rates) > 1 or (not rule.rates and rate != 1.0):
+            has = f"{len(rule.rates)} rates" if rule.rates else "no coins"
+            raise ConfigError(
+                f"rule {number} ({type(rule).__name__}) has {has} and cannot be given survival rate {rate}; "
+                "build the model with a rule of one rate per block, such as stochastic-depth"
+            )
+    for rule, rate in zip(rules, given, strict=True):
+        rule.rates = (rate,) if rule.rates else ()
+    sampler.change([rule.site for rule in rules])
+
+
+def expected_depth_of(model: nn.Module) -> float:
+    """Expected number of live branches at the rates that the timing ends with (units count by their share).
+
+    That is the sum of p_l, unless the timing ends elsewhere: with `early` and `plateau` it is all of them.
+    """
+    total = 0.0
+    for rule in rules_of(model):
+        share = 1.0 if rule.sampler is None else rule.sampler.schedule.timing.final
+        total += rule.branch_rate(Schedule(rule.rates).under(share))
+    return total
+
+
+def depth_of(model: nn.Module, plan: Plan) -> float:
+    """Number of branches present under a plan (rows and units count by their rate)."""
+    root = before_root(model)
+    rules = rules_of(model) if root is None else root.rules
+    if len(rules) != len(plan.draws):
+        raise PlanError(f"the plan has {len(plan.draws)} draws, the model {len(rules)} rules; they must agree")
+    return sum(rule.presence(draw) for rule, draw in zip(rules, plan.draws, strict=True))
+
+
+@contextmanager
+def using(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Inside, every forward of `model` obeys `plan`, in training and eval mode alike; steps do not advance.
+
+    Raises PlanError if the plan was made for other rules. Of nested contexts the innermost counts.
+    """
+    sampler = sampler_of(model)
+    before = sampler.in_force
+    sampler.give(plan)
+    try:
+        yield
+    finally:
+        sampler.in_force = before
+
+
+@contextmanager
+def sampling(model: nn.Module, *, first: int = 0) -> Iterator[None]:
+    """Stochastic inference: inside, coins are tossed while everything else (batch norm) is in eval mode.
+
+    Every forward of the root is one sampled pass with a draw of its own; pass number k is a function of (seed, k), so
+    results repeat. Training steps are not advanced, and each module's training flag is put back at the end.
+
+    Args:
+        model: an attached model.
+        first: number of the first pass; give another one for other samples.
+    """
+    sampler = sampler_of(model)
+    if first < 0:
+        raise PlanError(f"first is {first}; sampled passes are numbered from 0")
+    flags = {module: module.training for module in model.modules()}
+    before = sampler.in_force
+    sampler.start_sampling(first)
+    model.eval()
+    try:
+        yield
+    finally:
+        sampler.in_force = before
+        for module, flag in flags.items():
+            module.training = flag

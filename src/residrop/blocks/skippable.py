@@ -1,0 +1,87 @@
+"""Blocks that are passed by when all their branches are absent, before any engine's hooks see the call."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from residrop.rules.base import Rule
+
+__all__ = ["Skippable", "forget_blocks", "parameters_of", "pass_by_when_absent", "passed_by"]
+
+Part = nn.Module | nn.Parameter
+
+
+def parameters_of(parts: Sequence[Part]) -> Iterator[nn.Parameter]:
+    """The parameters of modules, and parameters given themselves."""
+    for part in parts:
+        if isinstance(part, nn.Parameter):
+            yield part
+        else:
+            yield from part.parameters()
+
+
+class Skippable(nn.Module):
+    """Base of blocks with rules: says which of its parameters which rule may leave out.
+
+    Its names begin with `residrop`, as it also stands in front of classes that nobody here wrote.
+
+    A block that is sharded by itself (`torch.distributed.fsdp.fully_shard(block)`) gathers its parameters in a hook
+    that runs before its forward. So for sharded blocks, and for those only, the call looks at the draw first: where no
+    parameter is needed it goes straight to `forward`, and the block is neither gathered nor reduced. Forward hooks
+    that others put on the block do not run then, either.
+    """
+
+    def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[Part]]]:
+        """Every rule of the block with the modules (or parameters) that only its branch uses."""
+        raise NotImplementedError
+
+    def residrop_absent(self) -> bool:
+        """Whether the coming forward computes no branch of this block, on any rank."""
+        return all(rule.scope == "shared" and rule.draw().alive is False for rule, _ in self.residrop_branches())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if hasattr(cls, "_get_fsdp_state"):  # fully_shard makes this class, under the block's own one
+            pass_by_when_absent(cls)
+
+
+def passed_by(module: nn.Module) -> bool:
+    """Whether the coming forward of a block, or of a wrapper around blocks, uses none of its parameters."""
+    found: list[Skippable] | None = module.__dict__.get("_only_branches")
+    if found is None:
+        found = [one for one in module.modules() if isinstance(one, Skippable)]
+        inside = {id(p) for block in found for _, parts in block.residrop_branches() for p in parameters_of(parts)}
+        if not all(id(parameter) in inside for parameter in module.parameters()):
+            found = []  # a shortcut's parameters, say, are needed in every pass
+        module.__dict__["_only_branches"] = found  # not an attribute proper, which would register the blocks once more
+    return bool(found) and all(block.residrop_absent() for block in found)
+
+
+def forget_blocks(model: nn.Module) -> None:
+    """Drop what `passed_by` remembers of a model, whose blocks are no longer what they were."""
+    for module in model.modules():
+        module.__dict__.pop("_only_branches", None)
+
+
+def pass_by_when_absent(cls: type[nn.Module]) -> None:
+    """Make calls of sharded modules of a class go straight to `forward`, past all hooks, when `passed_by` says so."""
+    cls.__call__ = _call_sharded
+
+
+def _call_sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not passed_by(self):
+        return nn.Module.__call__(self, *args, **kwargs)
+    # what the hooks would do to the dtypes of a block that is present
+    policy = self._get_fsdp_state()._mp_policy
+    if policy.cast_forward_inputs:
+        args, kwargs = _cast((args, kwargs), policy.param_dtype)
+    return _cast(self.forward(*args, **kwargs), policy.output_dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return value
+    return tree_map(lambda one: one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one, value)

@@ -1,0 +1,126 @@
+"""Growth of gradients towards the input: Proposition 1 on Vanilla networks, measured on others; Figure 7 of runs."""
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from residrop.cli.analyze.pictures import panels
+from residrop.cli.analyze.targets import Target
+from residrop.common.errors import RunError
+from residrop.schedule.budgets import linear_at, uniform_at
+from residrop.theory import Growth, gradient_growth, growth, growth_rates, measure_growth
+
+__all__ = ["draw_gradients", "measure_gradients", "table_of_gradients"]
+
+
+def measure_gradients(
+    target: Target, budgets: Sequence[float], samples: int, passes: int, seed: int, beside: Sequence[Path]
+) -> dict[str, Any]:
+    """Growth of the squared gradient from the last block down, in every mode; the course of runs.
+
+    Of a Vanilla network the measurement is over weights, masks and data at initialisation, beside the prediction; of
+    any other it is over masks and inputs, for its weights as they are.
+    """
+    rows: list[dict[str, Any]] = []
+    if target.vanilla is not None:
+        blocks, width, stable = target.vanilla
+        modes = {("standard", 1.0): (1.0,) * blocks}
+        for budget in budgets:
+            modes["uniform", budget] = uniform_at(blocks, budget * blocks)
+            if budget >= 0.5 - 0.5 / blocks:
+                modes["linear", budget] = linear_at(blocks, budget * blocks)
+        for (mode, budget), rates in modes.items():
+            found = measure_growth(rates, width=width, stable=stable, samples=samples, seed=seed)
+            q, predicted = growth(rates, stable=stable), growth_rates(rates, stable=stable)
+            rows.append(
+                {
+                    "mode": mode,
+                    "budget": budget,
+                    **_numbers(found),
+                    "predicted_q": [q[level] for level in found.levels],
+                    "predicted_rates": [predicted[level] for level in found.levels],
+                }
+            )
+    else:
+        for mode, rates in (("full depth", 1.0), ("its own rates", None)):
+            at = (rates,) * len(target.rates) if rates is not None else target.rates
+            found = gradient_growth(target.model, target.batches, target.loss, rates=at, passes=passes, seed=seed)
+            rows.append({"mode": mode, "budget": math.fsum(at) / len(at), **_numbers(found)})
+    runs = [*([] if target.run is None else [target.run.path]), *beside]
+    return {"target": target.name, "inputs": target.inputs, "rows": rows, "runs": {str(p): _course(p) for p in runs}}
+
+
+def _numbers(found: Growth) -> dict[str, Any]:
+    return {
+        "levels": list(found.levels),
+        "q": found.q.tolist(),
+        "q_error": found.q_error.tolist(),
+        "rates": found.rates.tolist(),
+        "rates_error": found.rates_error.tolist(),
+        "samples": found.samples,
+    }
+
+
+def _course(path: Path) -> list[dict[str, float]]:
+    """Mean |gradient| of the first convolution of block 1 and learning rate, epoch by epoch."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        raise RunError(f"{file} does not exist; give directories that residrop train wrote")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    known = [line for line in lines if line.get("first_gradient") is not None]
+    return [{"epoch": line["epoch"], "first_gradient": line["first_gradient"], "lr": line["lr"]} for line in known]
+
+
+def table_of_gradients(found: dict[str, Any]) -> Table:
+    """One row per level, one column per mode: measured rate (predicted), as Table 1 of Hayou & Ayed."""
+    title = f"{found['target']}: growth of the squared gradient per block, from block L down to l"
+    table = Table(title=title, title_justify="left")
+    table.add_column("l", justify="right")
+    for row in found["rows"]:
+        table.add_column(f"{row['mode']} {row['budget']:.2g}", justify="right")
+    for place, level in enumerate(found["rows"][0]["levels"]):
+        cells = []
+        for row in found["rows"]:
+            text = f"{row['rates'][place]:.4f} ± {row['rates_error'][place]:.4f}"
+            if "predicted_rates" in row:
+                text += f" ({row['predicted_rates'][place]:.4f})"
+            cells.append(text)
+        table.add_row(str(level), *cells)
+    return table
+
+
+def draw_gradients(found: dict[str, Any], path: Path) -> None:
+    """Growth against the block (Figure 2), and the first gradients of runs (Figure 7 of Huang et al.)."""
+    runs = {name: lines for name, lines in found["runs"].items() if lines}
+    with panels(path, 1 + bool(runs), f"{found['target']}: gradients") as axes:
+        for number, row in enumerate(found["rows"]):
+            axes[0].errorbar(
+                row["levels"],
+                row["q"],
+                row["q_error"],
+                fmt="o",
+                ms=4,
+                color=f"C{number}",
+                label=f"{row['mode']} {row['budget']:.2g}",
+            )
+            if "predicted_q" in row:
+                axes[0].plot(row["levels"], row["predicted_q"], "-", color=f"C{number}", linewidth=1)
+        values = [value for row in found["rows"] for value in row["q"] if 0 < value < math.inf]
+        if values and max(values) > 20 * min(values):
+            axes[0].set_yscale("log")
+        lines = "; lines: Proposition 1" if "predicted_q" in found["rows"][0] else ""
+        axes[0].set(xlabel=f"block l{lines}", ylabel="q: squared gradient at l over that at L")
+        for name, course in runs.items():
+            axes[1].plot(
+                [line["epoch"] for line in course], [line["first_gradient"] for line in course], label=Path(name).name
+            )
+            drops = [b["epoch"] for a, b in pairwise(course) if b["lr"] < a["lr"]]
+            for drop in drops:
+                axes[1].axvline(drop, color="grey", linestyle=":", linewidth=1)
+        if runs:
+            axes[1].set(xlabel="epoch", ylabel="mean |gradient|, first convolution of block 1", yscale="log")

@@ -1,0 +1,129 @@
+"""Which blocks a budget should be spent on: sensitivities, costs and the rates of every mode."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from residrop.cli.analyze.pictures import panels
+from residrop.cli.analyze.targets import Target
+from residrop.common.errors import ConfigError
+from residrop.schedule import budgets as spend
+from residrop.theory import costs_of, discrepancy, regularizer, removal_losses, sensitivity
+
+__all__ = ["draw_survival", "measure_survival", "table_of_survival"]
+
+
+def measure_survival(
+    target: Target,
+    budgets: Sequence[float],
+    unit: Literal["blocks", "flops", "time"],
+    least: float,
+    *,
+    tell: Any = None,
+) -> dict[str, Any]:
+    """Scores, discrepancies and costs of the blocks, and rates at every budget in every mode that can meet it."""
+    costs = costs_of(target.model, unit, target.x, tell=tell)
+    scores = sensitivity(target.model, target.batches, target.loss)
+    removal = removal_losses(target.model, target.batches, target.loss)
+    curvature = discrepancy(target.model, target.batches, target.loss).curvature
+    per_cost = [score / cost for score, cost in zip(scores.scores.tolist(), costs.branches, strict=True)]
+    blocks, rows = len(costs.branches), []
+    for budget in budgets:
+        left = budget * costs.total - costs.fixed
+        modes = {
+            "uniform": lambda left=left: spend.uniform_at(blocks, left, costs.branches),
+            "linear": lambda left=left: spend.linear_at(blocks, left, costs.branches),
+            "sensitivity": lambda left=left: spend.sensitivity_at(
+                scores.scores.tolist(), left, costs.branches, least=least
+            ),
+            "sensitivity per cost": lambda left=left: spend.sensitivity_at(per_cost, left, costs.branches, least=least),
+            "max_regularization": lambda left=left: spend.max_regularization_at(
+                curvature.clamp_min(1e-30).tolist(), left, costs.branches
+            ),
+        }
+        if unit == "blocks":
+            del modes["sensitivity per cost"]
+        for mode, rates_of in modes.items():
+            row: dict[str, Any] = {"budget": budget, "mode": mode}
+            try:
+                rates = rates_of()
+                row |= {
+                    "rates": list(rates),
+                    "depth": math.fsum(rates),
+                    "regularizer": regularizer(curvature, rates),
+                    "never": sum(rate == 0.0 for rate in rates),
+                    "always": sum(rate == 1.0 for rate in rates),
+                }
+            except ConfigError as error:
+                row["refused"] = str(error)
+            rows.append(row)
+    return {
+        "target": target.name,
+        "inputs": target.inputs,
+        "unit": unit,
+        "costs": list(costs.branches),
+        "fixed": costs.fixed,
+        "scores": scores.scores.tolist(),
+        "removal_losses": removal.tolist(),
+        "curvature": curvature.tolist(),
+        "rows": rows,
+        "course": _course(target),
+    }
+
+
+def _course(target: Target) -> list[dict[str, Any]]:
+    """The rates that a run measured for itself along its training."""
+    file = None if target.run is None else target.run.path / "survival.jsonl"
+    if file is None or not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def table_of_survival(found: dict[str, Any]) -> list[Table]:
+    """What is known of every block, and one row per budget and mode."""
+    blocks = Table(title=f"{found['target']}: its blocks, on {found['inputs']}", title_justify="left")
+    for name in ("block", "S (SenseMode)", "loss change without it", "discrepancy h", f"cost ({found['unit']})"):
+        blocks.add_column(name, justify="right")
+    whole = found["fixed"] + sum(found["costs"])
+    columns = (found["scores"], found["removal_losses"], found["curvature"], found["costs"])
+    for number, (score, removal, curvature, cost) in enumerate(zip(*columns, strict=True), start=1):
+        blocks.add_row(str(number), f"{score:+.4g}", f"{-removal:+.4g}", f"{curvature:.4g}", f"{cost / whole:.4f}")
+    table = Table(title=f"survival rates at shares of {found['unit']}", title_justify="left")
+    for name in ("budget", "mode", "expected blocks", "never", "always", "regulariser", "rates"):
+        table.add_column(name, justify="left" if name in ("mode", "rates") else "right", overflow="fold")
+    for row in found["rows"]:
+        if "refused" in row:
+            table.add_row(f"{row['budget']:g}", row["mode"], "", "", "", "", row["refused"])
+            continue
+        rates = " ".join(f"{rate:.2f}" for rate in row["rates"])
+        numbers = (f"{row['depth']:.2f}", str(row["never"]), str(row["always"]), f"{row['regularizer']:.4g}")
+        table.add_row(f"{row['budget']:g}", row["mode"], *numbers, rates)
+    return [blocks, table]
+
+
+def draw_survival(found: dict[str, Any], path: Path) -> None:
+    """Rates at the middle budget by mode, what the loss needs, and the course of a run that measured for itself."""
+    budgets = list(dict.fromkeys(row["budget"] for row in found["rows"]))
+    count = len(found["costs"])
+    numbers = range(1, count + 1)
+    with panels(path, len(budgets) + 1 + bool(found["course"]), f"{found['target']}: survival rates") as axes:
+        first, *others = axes
+        first.bar([n - 0.2 for n in numbers], [abs(s) for s in found["scores"]], 0.4, label="|S|, in one backward pass")
+        first.bar(
+            [n + 0.2 for n in numbers], [abs(s) for s in found["removal_losses"]], 0.4, label="|loss change|, exact"
+        )
+        first.set(xlabel="block (rule)", ylabel="what the loss needs of it")
+        for axis, budget in zip(others, budgets, strict=False):
+            for row in found["rows"]:
+                if row["budget"] == budget and "rates" in row:
+                    axis.plot(numbers, row["rates"], "o-", ms=3, label=row["mode"])
+            axis.set(title=f"budget {budget:g} of {found['unit']}", xlabel="block (rule)", ylim=(-0.03, 1.03))
+        if found["course"]:
+            for block in range(count):
+                rates = [line["rates"][block] for line in found["course"]]
+                others[-1].plot([line["epoch"] for line in found["course"]], rates, ".-", label=f"block {block + 1}")
+            others[-1].set(title="along the training", xlabel="epoch", ylim=(-0.03, 1.03))

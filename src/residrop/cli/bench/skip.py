@@ -1,0 +1,98 @@
+"""`residrop bench`: its options, and what it does once they are read."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from residrop.cli.bench.gather import command_of, gather
+from residrop.cli.bench.show import progress, table_of
+from residrop.common.output import check_target
+from residrop.research.bench.networks import network
+from residrop.research.bench.skip import MODELS, Settings, bench_skip
+from residrop.training.setup import choose_device
+
+__all__ = ["BENCHMARKS", "QUICK", "BenchSkip", "bench_skip_command"]
+
+BENCHMARKS = """usage: residrop bench NAME [OPTIONS]
+
+benchmarks:
+  skip       time and memory of skipping, against masks and the ideal     residrop bench skip --quick
+  swapout    cost of swapout, against the addition it replaces            residrop bench swapout --quick
+  inference  cost of sampled inference, against passes one by one         residrop bench inference --quick
+  throughput images/s of training, against a plain loop and convolutions  residrop bench throughput --quick
+
+residrop bench NAME --help explains every option.
+"""
+
+_Layout = tyro.conf.create_mutex_group(required=False)
+
+
+@dataclass(frozen=True)
+class BenchSkip:
+    """Measure what skipping saves: training steps of constant depth, ours, peers, and the least work there is.
+
+    Compared are residrop by block and by row, torchvision's StochasticDepth and timm's DropPath (masks over branches
+    that are all computed), rows gathered by an index as in DINOv2, and two ideals that obey the same draws: for blocks
+    the plain network with exactly the live blocks, for rows the plain network on exactly as many rows as live in each
+    block. A ratio is the median over steps of time(variant) / time(other) at the same step; all variants take turns.
+    First every variant is checked to compute what it should. Ctrl-C prints what there is.
+
+    residrop bench skip --quick
+    residrop bench skip --models resnet-110 --survival 0.8 --steps 30 --json skip.json
+
+    All defaults take about ten minutes on two cores; --quick takes less than one. Set OMP_NUM_THREADS to the number of
+    cores that nobody else uses.
+    """
+
+    models: tuple[str, ...] = MODELS
+    """Networks: ours (resnet-56; resnet-56/v2 for pre-activation), torchvision/RESNET, timm/VIT."""
+    survival: tuple[str, ...] = ("uniform(0.5)", "linear_decay(0.5)")
+    """Survival rates: a number, one number per block, or a schedule."""
+    batch_size: int | None = None
+    """Images in a step (default: 64 of 32 pixels, or 32 of 64 pixels)."""
+    steps: int = 15
+    """Timed steps of every variant."""
+    quick: bool = False
+    """Two networks, uniform(0.5), small batches and few steps; options given beside it count."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast."""
+    channels_last: Annotated[bool, _Layout, tyro.conf.FlagCreatePairsOff] = False
+    """Memory format of convolutional networks; this is the default."""
+    contiguous: Annotated[bool, _Layout, tyro.conf.FlagCreatePairsOff] = False
+    """The other memory format."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    compile: bool = False
+    """Compile every branch with torch.compile, in all variants."""
+    seed: int = 0
+    """Seed of weights, images and draws."""
+    json: str | None = None
+    """Write the rows to this file as JSON (- for standard output)."""
+
+
+QUICK = BenchSkip(
+    models=("resnet-56", "torchvision/resnet18"), survival=("uniform(0.5)",), batch_size=16, steps=5, quick=True
+)
+
+
+def bench_skip_command(args: BenchSkip) -> int:
+    """Measure, print a table per network and survival, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    check_target(args.json)
+    said = command_of("residrop bench skip", args, QUICK if args.quick else BenchSkip())
+    said += " --quick" if args.quick else ""
+    settings = Settings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        channels_last=not args.contiguous,
+        device=choose_device(args.device),
+        compile=args.compile,
+        seed=args.seed,
+    )
+    for name in args.models:  # all of them before the first is measured
+        network(name)
+    with progress(Console(stderr=True, markup=False), len(args.models) * len(args.survival)) as (on_start, on_step):
+        parts = bench_skip(args.models, args.survival, settings, on_start, on_step)
+        return gather(args.json, parts, table_of, "Skipping against peers and the ideal", said)

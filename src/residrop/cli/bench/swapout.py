@@ -1,0 +1,126 @@
+"""`residrop bench swapout`: its options, and what it does once they are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+from rich.table import Table
+
+from residrop.cli.bench.gather import command_of, gather, steps_bar
+from residrop.common.errors import ConfigError
+from residrop.common.output import check_target
+from residrop.research.bench.swapout import NETWORKS, SHAPES, SwapoutSettings, bench_steps, bench_swapout
+from residrop.training.setup import choose_device
+
+__all__ = ["QUICK_SWAPOUT", "BenchSwapout", "bench_swapout_command"]
+
+
+@dataclass(frozen=True)
+class BenchSwapout:
+    """Measure what swapout costs beside the addition it replaces: the operation, and training steps with it.
+
+    Compared are X + F, two bernoulli_ masks (as they are and compiled by torch.compile), and ours without and with the
+    compiler; then training steps of ResNet-20 (pre-activation) at constant depth, with two bernoulli_ masks, and ours.
+    All variants take turns; a ratio is the median over steps of time(variant) / time(addition or constant depth).
+    Ctrl-C prints what there is.
+
+    residrop bench swapout --quick
+    residrop bench swapout --shapes 256,64,16,16 --widths 4 --json swapout.json
+
+    All defaults take about four minutes on two cores. Set OMP_NUM_THREADS to the number of cores that nobody else uses.
+    """
+
+    shapes: tuple[str, ...] = tuple(",".join(map(str, shape)) for shape in SHAPES)
+    """Shapes of the tensors of the operation, sizes with commas between them."""
+    widths: tuple[int, ...] = tuple(width for _, width in NETWORKS)
+    """Width factors of ResNet-20 whose training steps are measured."""
+    steps: int = 15
+    """Timed steps of every variant."""
+    batch_size: int = 128
+    """Images in a training step."""
+    quick: bool = False
+    """Small tensors, one network, few steps; options given beside it count."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the tensors; networks run in fp32, with bf16 under autocast."""
+    channels_last: bool = False
+    """Memory format."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of tensors, weights and keys."""
+    json: str | None = None
+    """Write the rows to this file as JSON (- for standard output)."""
+
+
+QUICK_SWAPOUT = BenchSwapout(shapes=("16,32,32,32",), widths=(1,), steps=3, batch_size=16, quick=True)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise ConfigError(f"shape {text!r} is not understood; give sizes such as 128,32,32,32") from None
+
+
+def bench_swapout_command(args: BenchSwapout) -> int:
+    """Measure, print a table each, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    check_target(args.json)
+    said = command_of("residrop bench swapout", args, QUICK_SWAPOUT if args.quick else BenchSwapout())
+    said += " --quick" if args.quick else ""
+    shapes = [_shape(text) for text in args.shapes]
+    settings = SwapoutSettings(
+        steps=args.steps,
+        precision=args.precision,
+        channels_last=args.channels_last,
+        batch_size=args.batch_size,
+        device=choose_device(args.device),
+        seed=args.seed,
+    )
+    networks = [("resnet-20", width) for width in args.widths]
+    total = (len(shapes) + len(networks)) * (settings.warmup + settings.steps)
+    with steps_bar("swapout (the first steps compile)", total) as on_step:
+        parts = chain(bench_swapout(shapes, settings, on_step), bench_steps(networks, settings, on_step))
+        return gather(args.json, parts, _table, "Cost of swapout against addition", said)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    return _of_operation(rows) if "shape" in rows[0] else _of_network(rows)
+
+
+def _of_operation(rows: Sequence[dict[str, Any]]) -> Table:
+    first = rows[0]
+    shape = " x ".join(map(str, first["shape"]))
+    table = Table(
+        title=f"{shape}, {first['dtype']}, {first['memory_format']}, {first['steps']} steps", title_justify="left"
+    )
+    for name in ("variant", "forward", "forward + backward", "x add", "x add inside a graph", "kept for backward"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for row in rows:
+        table.add_row(
+            row["variant"],
+            f"{1000 * row['forward_seconds']:.2f} ms",
+            f"{1000 * row['forward_backward_seconds']:.2f} ms",
+            f"{row['relative_to_add']:.2f}",
+            f"{row['relative_to_add_inside']:.2f}",
+            f"{row['saved_bytes'] / 2**20:.1f} MiB",
+        )
+    return table
+
+
+def _of_network(rows: Sequence[dict[str, Any]]) -> Table:
+    first = rows[0]
+    title = (
+        f"{first['model']}, training step of {first['batch_size']} images, {first['dtype']}, {first['memory_format']}"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("variant", "time", "x constant depth", "kept for backward"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for row in rows:
+        table.add_row(
+            row["variant"],
+            f"{1000 * row['step_seconds']:.1f} ms",
+            f"{row['relative_to_constant']:.3f}",
+            f"{row['saved_bytes'] / 2**20:.1f} MiB",
+        )
+    return table

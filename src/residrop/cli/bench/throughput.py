@@ -1,0 +1,114 @@
+"""`residrop bench throughput`: its options, and what it does once they are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rich.table import Table
+
+from residrop.cli.bench.gather import command_of, gather, steps_bar
+from residrop.common.output import check_target
+from residrop.research.bench.throughput import RULES, ThroughputSettings, bench_throughput
+from residrop.training.setup import choose_device
+
+__all__ = ["QUICK_THROUGHPUT", "BenchThroughput", "bench_throughput_command"]
+
+_ALL: dict[str, Any] = {"networks": ("resnet-20", "resnet-56", "resnet-110"), "widths": (1, 2, 4)}
+
+
+@dataclass(frozen=True)
+class BenchThroughput:
+    """Measure training in images per second: ours, against a plain loop and against bare convolutions.
+
+    Compared are the updates of residrop train, data and optimizer included, with the loop that people write today
+    (torchvision's transforms in a DataLoader, float32, eager, at constant depth) and with the convolutions that live in
+    these updates, by themselves. Images are synthetic, of CIFAR's size. All take turns; ratios are medians over rounds.
+    Ctrl-C prints what there is.
+
+    residrop bench throughput --quick
+    residrop bench throughput --networks resnet-20 --widths 1 2 --json throughput.json
+
+    All defaults take about ten minutes on two cores; --all takes an hour there. Nothing else should run beside it.
+    """
+
+    networks: tuple[str, ...] = ("resnet-20", "resnet-56")
+    """Networks of 6n + 2 layers; each is measured in the form that goes with a rule."""
+    widths: tuple[int, ...] = (1, 2)
+    """Multiples of their width."""
+    rules: tuple[str, ...] = tuple(RULES)
+    """Rules: constant, stochastic-depth, swapout, depth-dropout."""
+    batch_size: int = 128
+    """Images in a step."""
+    steps: int = 5
+    """Timed rounds."""
+    plain_steps: int = 3
+    """Steps of the plain loop in a round."""
+    quick: bool = False
+    """One small network, small batches, few rounds; options given beside it count."""
+    all: bool = False
+    """ResNet-20, -56 and -110, widths 1, 2 and 4; options given beside it count."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of ours; auto takes bf16 autocast where the device computes it in hardware."""
+    compile: bool = False
+    """Compile our networks and augmentation, as residrop train --compile does."""
+    graphs: Literal["none", "passes", "updates"] = "updates"
+    """What a GPU replays as CUDA graphs, see residrop train."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of weights, images and draws."""
+    json: str | None = None
+    """Write the rows to this file as JSON (- for standard output)."""
+
+
+QUICK_THROUGHPUT = BenchThroughput(
+    networks=("resnet-8",), widths=(1,), batch_size=32, steps=3, plain_steps=2, quick=True
+)
+
+
+def bench_throughput_command(args: BenchThroughput) -> int:
+    """Measure, print a table per network and width, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    check_target(args.json)
+    start = QUICK_THROUGHPUT if args.quick else BenchThroughput()
+    said = command_of("residrop bench throughput", args, start) + (" --quick" if args.quick else "")
+    if args.all:
+        args = replace(
+            args, **{name: most for name, most in _ALL.items() if getattr(args, name) == getattr(start, name)}
+        )
+    settings = ThroughputSettings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        plain_steps=args.plain_steps,
+        images=256 if args.quick else 2048,
+        precision=args.precision,
+        compile=args.compile,
+        graphs=args.graphs,
+        device=choose_device(args.device),
+        seed=args.seed,
+    )
+    total = len(args.networks) * len(args.widths) * (settings.warmup + settings.steps)
+    with steps_bar("throughput", total) as on_step:
+        parts = bench_throughput(args.networks, args.widths, args.rules, settings, on_step)
+        how = "compiled, " if args.compile else ""
+        what = f"Images per second of training, {how}against a plain loop and bare convolutions"
+        return gather(args.json, parts, _table, what, said)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    first = rows[0]
+    title = f"{first['model']}, W x{first['width']}, batches of {first['batch_size']}, {first['steps']} rounds"
+    table = Table(title=title, title_justify="left")
+    for name in ("loop", "img/s", "GFLOP/s", "x plain loop", "of bare convolutions", "outside the network"):
+        table.add_column(name, justify="left" if name == "loop" else "right")
+    for row in rows:
+        ours = row["variant"] == "residrop"
+        flops = row["model_flops_per_second"]
+        table.add_row(
+            f"residrop, {row['rule']}, {row['precision']}" if ours else f"{row['variant']}, {row['precision']}",
+            f"{row['images_per_second']:.0f}",
+            "" if flops is None else f"{flops / 1e9:.0f}",
+            f"{row['relative_to_plain']:.2f}",
+            f"{100 * row['share_of_bare']:.0f}%" if ours else "",
+            f"{100 * row['share_outside']:.1f}%" if ours else "",
+        )
+    return table

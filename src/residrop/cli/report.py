@@ -1,0 +1,88 @@
+"""`residrop report`: the ledger, or runs, as a summary on the terminal, Markdown and one HTML page."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table as Grid
+
+from residrop.common.errors import ConfigError
+from residrop.common.files import replacing
+from residrop.common.output import console_for
+from residrop.research import ledger
+from residrop.research.papers.status import overview
+from residrop.research.report import as_markdown, as_page, collect
+
+__all__ = ["Report", "report_command"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Show what the ledger holds: the papers' tables beside our numbers, figures, benchmarks.
+
+    residrop report                                         a summary here, and the page report.html
+    residrop report --markdown docs/results.md --html docs/report.html
+    residrop report runs/digits-001 runs/digits-002         learning curves of runs, as report.html
+
+    The page is one file that needs no network. Numbers of shortened schedules stand in columns of their own. With run
+    directories the report is of them only, unless --ledger is given, too.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Run directories to show: results, learning curves, first gradients."""
+    ledger: Path | None = None
+    """Folder of what was measured (default: results, or with RUNS none)."""
+    markdown: Path | None = None
+    """Write the report as Markdown to this file."""
+    html: Path | None = None
+    """Write it as one HTML page to this file (default: report.html, unless only --markdown is given)."""
+
+
+def report_command(args: Report) -> int:
+    """Write the files, then print a summary."""
+    folder = args.ledger if args.ledger or args.runs else Path("results")
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; give --ledger the folder of the ledger, or run directories")
+    page = args.html or (None if args.markdown else Path("report.html"))
+    found = collect(folder, args.runs)
+    console = console_for(None)
+    if folder is not None:
+        _summary(folder, console)
+    if args.markdown is not None:
+        near = args.markdown.parent
+        _write(args.markdown, as_markdown(found, _link(page, near), _link(folder, near)), "--markdown")
+    if page is not None:
+        _write(page, as_page(found), "--html")
+    for path in filter(None, (args.markdown, page)):
+        console.print(f"written: {path}")
+    return 0
+
+
+def _link(path: Path | None, start: Path) -> str | None:
+    return None if path is None else os.path.relpath(path, start).replace(os.sep, "/")
+
+
+def _summary(folder: Path, console: Console) -> None:
+    """How many rows and curves of each paper are measured."""
+    grid = Grid(title=f"rows of tables and curves of figures in {folder}", title_justify="left")
+    for name in ("paper", "in full", "scaled", "not yet", "quoted"):
+        grid.add_column(name, justify="left" if name == "paper" else "right", overflow="fold")
+    found = [one for one in overview(ledger.read(folder)) if not one.drawing]
+    for paper in dict.fromkeys(one.id.partition("/")[0] for one in found):
+        mine = [one for one in found if one.id.startswith(f"{paper}/")]
+        scaled = sum(max(one.scaled.values(), default=0) for one in mine)
+        counts = (sum(one.full for one in mine), scaled, sum(one.open for one in mine), sum(one.quoted for one in mine))
+        grid.add_row(paper, *map(str, counts))
+    console.print(grid)
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); give another file") from None

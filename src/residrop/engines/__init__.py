@@ -1,0 +1,1 @@
+"""Training engines: compilers, CUDA graphs, data parallelism, and trainers of other libraries."""

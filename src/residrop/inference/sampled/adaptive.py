@@ -1,0 +1,190 @@
+"""Sampling an input only while its decision is open.
+
+The question is what the decision after all `max_samples` = N passes will be. The first n of them are n draws without
+replacement from the N, so tests of a finite population's mean apply, and may be looked at after every pass: for a class
+a that leads and any other class c, the hypothesis "a is not ahead of c after all N passes" is that the N differences
+d_k = p_k[a] - p_k[c] in [-1, 1] have a mean of at most 0. A gambler stakes a share of his capital on the next d_k being
+larger than the mean of the rest that would end in a draw. If the hypothesis holds, he has no better prospect than to
+keep his capital: it exceeds 1/alpha at any time with probability at most alpha (Ville's inequality; Waudby-Smith &
+Ramdas 2024, "Estimating means of bounded random variables by betting", sampling without replacement).
+
+a settles when the capitals against all c exceed 1/(alpha w_a). The weights w_a are made of the first pass, which is not
+betted on, and sum to 1 over the classes that may settle; so a class other than the final one settles with probability
+at most alpha = 1 - confidence, for every input.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from residrop.common.checks import check_whole, is_number
+from residrop.common.errors import ConfigError
+from residrop.inference.sampled.shared import passes
+
+__all__ = ["AdaptivePrediction", "check_confidence", "predict_adaptive"]
+
+_CANDIDATES = 3  # classes that may settle: the likeliest of the first pass
+_SMOOTHING = 0.1  # added to their probabilities, so that a first pass that misleads can be overruled
+_BOLDNESS = 0.95  # largest stake, as a share of the one that may lose everything
+_VARIANCE = 0.05  # of a difference, before anything is known
+
+
+class AdaptivePrediction(NamedTuple):
+    """Class probabilities of n inputs, and how many passes they took.
+
+    Attributes:
+        probabilities: Tensor[n, classes] float32, the mean over the passes that the input was given.
+        used: Tensor[n] int64, the number of those passes.
+        settled: Tensor[n] bool, whether it stopped because its decision was settled, not because passes ran out.
+        max_samples: the largest number of passes.
+        confidence: probability, of every input, that its decision is that of `max_samples` passes; at least.
+    """
+
+    probabilities: Tensor
+    used: Tensor
+    settled: Tensor
+    max_samples: int
+    confidence: float
+
+    @property
+    def classes(self) -> Tensor:
+        """Tensor[n] int64, the most probable class."""
+        return self.probabilities.argmax(dim=1)
+
+    @property
+    def mean_samples(self) -> float:
+        """Passes that an input was given, on average; NaN for no inputs."""
+        return float(self.used.double().mean())
+
+
+class Race:
+    """The bets on n inputs. Tensors are [n, candidates, classes] float64: a leads, c is behind.
+
+    Args:
+        p: Tensor[n, classes], probabilities of the first pass.
+        horizon: number of passes N that decide.
+        alpha: allowed probability that a class settles that N passes do not decide for.
+    """
+
+    def __init__(self, p: Tensor, horizon: int, alpha: float) -> None:
+        p = p.double()
+        self.horizon, self.count = horizon, 1
+        top, self.candidates = p.topk(min(_CANDIDATES, p.shape[1]), dim=1)
+        weights = (top + _SMOOTHING) / (top + _SMOOTHING).sum(dim=1, keepdim=True)
+        self.goal = -(alpha * weights).log()
+        self.total = p.clone()
+        self.sum = self._differences(p)
+        self.square = self.sum**2
+        self.capital = torch.zeros_like(self.sum)  # its logarithm
+        self.capital.scatter_(2, self.candidates[:, :, None], torch.inf)  # nobody races against himself
+
+    def _differences(self, p: Tensor) -> Tensor:
+        return p.gather(1, self.candidates)[:, :, None] - p[:, None, :]
+
+    def update(self, p: Tensor) -> None:
+        """Tell the probabilities Tensor[n, classes] of the next pass."""
+        p = p.double()
+        d, seen = self._differences(p), self.count
+        even = -self.sum / (self.horizon - seen)  # mean of the passes to come that would end in a draw
+        mean = self.sum / seen
+        variance = (_VARIANCE + (self.square - seen * mean**2).clamp_min(0.0)) / (seen + 1)
+        edge = (mean - even).clamp_min(0.0)
+        most = _BOLDNESS / (1.0 + even).clamp_min(1e-9)
+        stake = torch.minimum(edge / (variance + edge**2), most)
+        self.capital += torch.log1p(stake * (d - even).clamp_min(-1.0 - even))
+        self.sum += d
+        self.square += d**2
+        self.total += p
+        self.count += 1
+
+    def settled(self) -> Tensor:
+        """Bool Tensor[n]: whether the class that leads now is settled."""
+        sure = self.sum > self.horizon - self.count  # no passes to come can change it
+        ahead = (self.capital >= self.goal[:, :, None]) | sure
+        leads = self.candidates == self.total.argmax(dim=1, keepdim=True)
+        return (ahead.all(dim=2) & leads).any(dim=1)
+
+    def keep(self, wanted: Tensor) -> None:
+        """Go on with some inputs, bool Tensor[n]."""
+        for name in ("candidates", "goal", "total", "sum", "square", "capital"):
+            setattr(self, name, getattr(self, name)[wanted])
+
+
+@functools.cache
+def _least(horizon: int, alpha: float) -> int:
+    """Passes after which the surest decision settles."""
+    sure = torch.tensor([[1.0, 0.0]])
+    race = Race(sure, horizon, alpha)
+    while race.count < horizon and not bool(race.settled()):
+        race.update(sure)
+    return race.count
+
+
+def check_confidence(confidence: object) -> float:
+    """Return it as a float; ConfigError unless it is a number between 0 and 1."""
+    if not is_number(confidence) or not 0.0 < confidence < 1.0:
+        raise ConfigError(f"confidence is {confidence!r}; give a number between 0 and 1")
+    return float(confidence)
+
+
+@torch.no_grad()
+def predict_adaptive(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    confidence: float = 0.95,
+    max_samples: int = 30,
+    first: int = 0,
+    stack: int | None = None,
+) -> AdaptivePrediction:
+    """Predict a batch by sampling, each input only while its decision is open.
+
+    The samples are those of `predict(model, x, max_samples, first=first)`, of which an input is given the first few;
+    for every input the decision is that of all `max_samples` with probability at least `confidence` (over the draws;
+    see the module). Inputs that are settled leave the batch. Where samples are made one at a time (other models;
+    branches that are repeated, outputs that are read again), rules whose draws belong to a batch as a whole draw for
+    the smaller batch; the bound then speaks of passes made so.
+
+    Args:
+        model: an attached network, Tensor[n, ...] to logits Tensor[n, classes].
+        x: Tensor[n, ...], the batch.
+        confidence: in (0, 1).
+        max_samples: passes after which an input is decided in any case.
+        first: number of the first sampled pass; the same number and seed give the same samples.
+        stack: rows (inputs times samples) that go through the network together, though never fewer than x has; None
+            chooses for the device.
+
+    Raises:
+        ConfigError: a bad number, or a model that is not attached.
+    """
+    alpha = 1.0 - check_confidence(confidence)
+    check_whole("max_samples", max_samples, least=1)
+    stack = None if stack is None else check_whole("stack", stack, least=1)
+    with passes(model, x, first=first, stack=stack) as sampled:
+        count = _least(max_samples, alpha)
+        found = sampled.draw(range(first, first + count))
+        race = Race(found[0], max_samples, alpha)
+        for p in found[1:]:
+            race.update(p)
+        probabilities = torch.empty_like(found[0])
+        used = torch.full((len(x),), max_samples, device=found.device)
+        settled = torch.zeros(len(x), dtype=torch.bool, device=found.device)
+        rows = torch.arange(len(x), device=found.device)
+        while True:
+            done = race.settled()
+            stop = done if race.count < max_samples else torch.ones_like(done)
+            leave = rows[stop]
+            probabilities[leave] = (race.total[stop] / race.count).to(probabilities.dtype)
+            used[leave], settled[leave] = race.count, done[stop]
+            if bool(stop.all()):
+                break
+            rows = rows[~stop]
+            race.keep(~stop)
+            count = min(math.ceil(race.count / 5), max_samples - race.count)  # looks grow rarer
+            start = first + race.count
+            for p in sampled.draw(range(start, start + count), None if len(rows) == len(x) else rows):
+                race.update(p)
+    return AdaptivePrediction(probabilities, used, settled, max_samples, float(confidence))

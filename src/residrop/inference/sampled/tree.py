@@ -1,0 +1,111 @@
+"""Samples of block- and row-level networks as a tree: they share the work up to where their coins first differ."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residrop.blocks.residual import Residual
+from residrop.functional.units import row_mask
+from residrop.inference.sampled.pieces import softmax, with_branch, without_branch
+from residrop.rules.depth import StochasticDepth
+from residrop.schedule.sampler import Draw, Plan
+
+__all__ = ["Tree"]
+
+
+class Tree:
+    """One walk down the tree of coins, for some passes.
+
+    A row of the walk is a row of the batch together with the samples whose coins for it have agreed so far.
+
+    Args:
+        pieces: what is left of the network, and for each whether samples may differ behind it.
+        plans: one per sample.
+        own: int64 Tensor[rows] on the CPU, the rows' numbers in the batch that they belong to.
+        total: rows of that batch.
+        stack: rows of the walk that go through a piece together, at most; no fewer than `own` has.
+    """
+
+    def __init__(
+        self, pieces: Sequence[tuple[nn.Module, bool]], plans: Sequence[Plan], own: Tensor, total: int, stack: int
+    ) -> None:
+        self.pieces, self.stack, self.shape = [piece for piece, _ in pieces], stack, (len(plans), len(own))
+        self.coins: list[Tensor | None] = [None] * len(self.pieces)  # Bool [rows, samples]
+        self.scales = [1.0] * len(self.pieces)
+        for number, (piece, is_random) in enumerate(pieces):
+            if is_random:
+                assert isinstance(piece, Residual)
+                assert isinstance(piece.rule, StochasticDepth)
+                draws = [plan.draws[piece.rule.index] for plan in plans]
+                self.scales[number] = piece.rule.scale(draws[0])
+                coins = torch.stack([_coins(piece.rule, draw, total) for draw in draws], dim=1)
+                self.coins[number] = coins[own]
+        self.found: Tensor | None = None
+
+    def walk(self, h: Tensor) -> Tensor:
+        """Probabilities Tensor[samples, rows, classes]."""
+        samples, rows = self.shape
+        self._down(h, torch.arange(rows), torch.ones(rows, samples, dtype=torch.bool), 0)
+        assert self.found is not None
+        return self.found
+
+    def _down(self, h: Tensor, rows: Tensor, members: Tensor, number: int) -> None:
+        """From piece `number` to the end.
+
+        Args:
+            h: Tensor[r, ...], input of the piece.
+            rows: int64 Tensor[r], the row of the batch that each is; on the CPU.
+            members: bool Tensor[r, samples], the samples that each stands for; on the CPU.
+            number: place of the piece.
+        """
+        while number < len(self.pieces):
+            piece: Any = self.pieces[number]
+            coins, scale = self.coins[number], self.scales[number]
+            number += 1
+            if coins is None:
+                h = piece(h)
+                continue
+            told = coins[rows]
+            present, absent = members & told, members & ~told
+            alive, dead = present.any(dim=1), absent.any(dim=1)
+            some, others = int(alive.sum()), int(dead.sum())
+            if not others:
+                h = with_branch(piece, h, scale)
+            elif not some:
+                h = without_branch(piece, h)
+            elif some + others > self.stack and 2 * min(some, others) >= self.stack:
+                self._down(without_branch(piece, _some(h, dead)), rows[dead], absent[dead], number)
+                h = with_branch(piece, _some(h, alive), scale)
+                rows, members = rows[alive], present[alive]
+            else:
+                h = torch.cat((with_branch(piece, _some(h, alive), scale), without_branch(piece, _some(h, dead))))
+                rows, members = torch.cat((rows[alive], rows[dead])), torch.cat((present[alive], absent[dead]))
+                if len(h) > self.stack:  # no more than twice as many: two even parts, not a full one and a rest
+                    half = len(h) // 2
+                    self._down(h[:half], rows[:half], members[:half], number)
+                    h, rows, members = h[half:], rows[half:], members[half:]
+        self._arrive(softmax(h), rows, members)
+
+    def _arrive(self, p: Tensor, rows: Tensor, members: Tensor) -> None:
+        if self.found is None:
+            self.found = p.new_empty(*self.shape, p.shape[1])
+        at, sample = members.nonzero(as_tuple=True)
+        row = rows[at]
+        self.found[sample.to(p.device), row.to(p.device)] = p[at.to(p.device)]
+
+
+def _some(h: Tensor, wanted: Tensor) -> Tensor:
+    return h if bool(wanted.all()) else h.index_select(0, wanted.nonzero().squeeze(1).to(h.device))
+
+
+def _coins(rule: StochasticDepth, draw: Draw, total: int) -> Tensor:
+    """Bool Tensor[total] on the CPU: which rows of the batch have the branch."""
+    if draw.alive is not None:
+        return torch.full((total,), draw.alive)
+    if rule.rows == "bernoulli":
+        assert draw.key is not None
+        return row_mask(total, draw.rates[0], draw.key)
+    start, live = draw.rows(total)
+    return (torch.arange(total) - start) % total < live

@@ -1,0 +1,1 @@
+"""Benchmarks, the ledger of results, the papers as data, and reports."""

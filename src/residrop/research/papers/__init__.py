@@ -1,0 +1,61 @@
+"""The four papers as data: every table and figure, with the recipe or instrument that fills each row and curve.
+
+`find("swapout/table-2")` is a table or figure, `find_row("swapout/table-2/0.5-0.5-stochastic")` one number.
+"""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from residrop.common.errors import ConfigError
+from residrop.research.papers.depth_dropout import DEPTH_DROPOUT
+from residrop.research.papers.rows import INSTRUMENTS as INSTRUMENTS
+from residrop.research.papers.rows import METRICS as METRICS
+from residrop.research.papers.rows import PLOTTED as PLOTTED
+from residrop.research.papers.rows import Claim as Claim
+from residrop.research.papers.rows import Curve as Curve
+from residrop.research.papers.rows import Figure as Figure
+from residrop.research.papers.rows import Metric as Metric
+from residrop.research.papers.rows import Paper as Paper
+from residrop.research.papers.rows import Point as Point
+from residrop.research.papers.rows import Row as Row
+from residrop.research.papers.rows import Table as Table
+from residrop.research.papers.rows import Variant as Variant
+from residrop.research.papers.sd_regularization import SD_REGULARIZATION
+from residrop.research.papers.stochastic_depth import STOCHASTIC_DEPTH
+from residrop.research.papers.swapout import SWAPOUT
+
+PAPERS: dict[str, Paper] = {
+    paper.name: paper for paper in (STOCHASTIC_DEPTH, SWAPOUT, DEPTH_DROPOUT, SD_REGULARIZATION)
+}
+"""By name, in order of publication."""
+
+_FOUND: dict[str, Table | Figure] = {
+    one.id: one for paper in PAPERS.values() for one in (*paper.tables, *paper.figures)
+}
+
+
+def find(name: str) -> Table | Figure:
+    """The table or figure of that id, such as "swapout/table-2"; ConfigError with the closest ids if there is none."""
+    if name in _FOUND:
+        return _FOUND[name]
+    close = get_close_matches(name, _FOUND, n=3, cutoff=0.4) or list(_FOUND)[:3]
+    raise ConfigError(
+        f"{name!r} is no table or figure; did you mean {', '.join(close)}? `residrop reproduce` lists all"
+    )
+
+
+def find_row(name: str) -> tuple[Table, Row]:
+    """The row "paper/table/key" and its table; ConfigError with the closest names if there is none."""
+    place, _, key = name.rpartition("/")
+    table = find(place)
+    if isinstance(table, Figure):
+        raise ConfigError(f"{place} is a figure and has curves, no rows; give the id of a table")
+    return table, table.row(key)
+
+
+def all_rows() -> Iterator[tuple[Table, Row]]:
+    """Every row of every table of every paper, in order, each with its table."""
+    for paper in PAPERS.values():
+        for table in paper.tables:
+            for row in table.rows:
+                yield table, row

@@ -1,0 +1,7 @@
+"""The ledger and run directories as a report: Markdown for the docs, one HTML page that needs nothing else."""
+
+from residrop.research.report.collect import collect
+from residrop.research.report.markdown import as_markdown
+from residrop.research.report.page import as_page
+
+__all__ = ["as_markdown", "as_page", "collect"]

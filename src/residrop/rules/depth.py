@@ -1,0 +1,171 @@
+"""Rules of whole branches and rows: constant depth, stochastic depth, depth dropout."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from residrop import functional
+from residrop.common.checks import check_choice, check_rate
+from residrop.common.errors import ConfigError
+from residrop.functional.rows import Lane, keep_index, keep_rows
+from residrop.functional.touch import touch
+from residrop.rules.base import Rescale, Rule
+from residrop.schedule.sampler import Draw, Scope
+
+__all__ = ["ConstantDepth", "DepthDropout", "StochasticDepth"]
+
+Map = Callable[..., Tensor]
+_IDENTITY = nn.Identity()
+
+
+class ConstantDepth(Rule):
+    """shortcut(x) + branch(x) in every mode: the plain residual block. It has no coins."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def as_built(self) -> bool:
+        return self.compiled is None
+
+    def forward(
+        self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
+    ) -> Tensor:
+        return self._whole(x, shortcut, branch, 1.0, False, post, along)
+
+
+class StochasticDepth(Rule):
+    """The branch is present with probability p, for the whole mini-batch or for every row (Huang et al. 2016, eq. 2).
+
+    - Drawn: one coin per mini-batch (`block`), or per row. Rows live in a random wrapping window of p * n rows rounded
+      at random (`rows="window"`), or by one coin each (`rows="bernoulli"`).
+    - Training: shortcut(x) + b branch(x), times 1/p under `rescale="train"`. A dead branch is not called.
+    - Test: shortcut(x) + p branch(x) under `rescale="test"` (eq. 5), else shortcut(x) + branch(x).
+    - Batch norm in the branch sees, and keeps statistics of, live rows only; nothing when the branch is dead.
+    - Parameters of a dead branch get no gradient (`grad is None`), so optimizers leave them alone.
+
+    Args:
+        survival: p in [0, 1].
+        granularity: `block` or `row`.
+        rescale: `test` (the paper), `train` (torchvision, timm) or `none` (depth dropout).
+        rows: `window` or `bernoulli`; only for granularity `row`.
+        scope: see `Rule`.
+    """
+
+    def __init__(
+        self,
+        survival: float,
+        granularity: Literal["block", "row"] = "block",
+        rescale: Rescale = "test",
+        rows: Literal["window", "bernoulli"] = "window",
+        scope: Scope | None = None,
+    ) -> None:
+        check_choice("granularity", granularity, Literal["block", "row"])
+        check_choice("rescale", rescale, Rescale)
+        check_choice("rows", rows, Literal["window", "bernoulli"])
+        if rows != "window" and granularity != "row":
+            raise ConfigError(
+                f"rows is {rows!r}, which a {granularity}-level rule has no use for; set granularity='row'"
+            )
+        super().__init__((check_rate("survival", survival),), granularity, scope)
+        self.rescale: Rescale = rescale
+        self.rows: Literal["window", "bernoulli"] = rows
+
+    def forward(
+        self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
+    ) -> Tensor:
+        return self._present(x, shortcut, branch, False, post, along)
+
+    def carried(self, x: Tensor, shortcut: Map, branch: Map, post: Map | None, lane: Lane) -> Tensor:
+        """As `forward`, for a batch that only the blocks of a chain see (`residrop.functional.rows.Lane`)."""
+        draw = self.draw()
+        if self.rows == "window" and draw.alive is None and not draw.expected:
+            rows = draw.rows(x.shape[0])
+            if rows.live == 0 and isinstance(shortcut, nn.Identity) and not self.lives_elsewhere():
+                return x
+            if rows.live > 0:
+                return keep_rows(x, shortcut, self._on_rows(branch, x), rows, self.scale(draw), post=post, lane=lane)
+        return self._present(lane.settle(x), shortcut, branch, False, post, ())
+
+    def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
+        return self._present(x, _IDENTITY, block, True, None, along)
+
+    def _present(
+        self,
+        x: Tensor,
+        shortcut: Map,
+        branch: Map,
+        includes_input: bool,
+        post: Map | None,
+        along: Sequence[Any],
+    ) -> Tensor:
+        if self.deferred():
+            from residrop.rules import tracing
+
+            return tracing.present(self, x, shortcut, branch, includes_input, post, along)
+        draw = self.draw()
+        scale = self.scale(draw)
+        if draw.alive is False:
+            return self._absent(x, shortcut, branch, along)
+        if draw.alive or draw.expected:
+            return shortcut(x) if scale == 0.0 else self._whole(x, shortcut, branch, scale, includes_input, post, along)
+        run = self._on_rows(branch, x)
+        options: dict[str, Any] = {"post": post, "along": along, "includes_input": includes_input}
+        if self.rows == "bernoulli":
+            assert draw.key is not None
+            live = functional.row_mask(x.shape[0], draw.rates[0], draw.key).nonzero().squeeze(1)
+            if live.numel() > 0:
+                return keep_index(x, shortcut, run, live.to(x.device), scale, **options)
+        elif (rows := draw.rows(x.shape[0])).live > 0:
+            return keep_rows(x, shortcut, run, rows, scale, **options)
+        return self._absent(x, shortcut, branch, along)
+
+    def _on_rows(self, branch: Map, x: Tensor) -> Map:
+        """The branch for some rows of x."""
+        return branch if self.compiled is None else self.compiled.on_rows(branch, self.fixed(x.shape[0]))
+
+    def as_built(self) -> bool:
+        if self.deferred() or self.compiled is not None:
+            return False
+        draw = self.draw()
+        present = draw.expected or draw.alive or (draw.alive is None and draw.rates[0] == 1.0)
+        return present and self.scale(draw) == 1.0
+
+    def scale(self, draw: Draw) -> float:
+        """Factor of a branch that is present: p at test under `rescale="test"`, 1/p in training under `"train"`."""
+        survival = draw.rates[0]
+        if draw.expected:
+            return survival if self.rescale == "test" else 1.0
+        return 1.0 / survival if self.rescale == "train" and survival > 0 else 1.0
+
+    def _absent(self, x: Tensor, shortcut: Map, branch: Map, along: Sequence[Any]) -> Tensor:
+        return touch(x, shortcut(x), branch, along) if self.lives_elsewhere() else shortcut(x)
+
+    def fixed(self, total: int) -> bool:
+        """Whether the same number of rows of a batch of `total` lives in every step."""
+        steady = self._sampler is not None and self._sampler.schedule.timing.steady
+        return steady and (self.rates[0] * total) % 1.0 == 0.0
+
+    def lives_elsewhere(self) -> bool:
+        """Whether a branch that is absent here may be present on another rank of this step."""
+        return self.scope == "per_rank" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+    def extra_repr(self) -> str:
+        rows = f", rows={self.rows!r}" if self.granularity == "row" else ""
+        return f"{self.rates[0]!r}, granularity={self.granularity!r}, rescale={self.rescale!r}{rows}"
+
+
+class DepthDropout(StochasticDepth):
+    """Uniform block-level dropping for speed, never rescaled (Guo & Gould 2016, eq. 3-4).
+
+    The paper's networks give every droppable block a trainable shortcut (1x1 convolution, batch norm, ReLU) and never
+    drop the first block of a group; `residrop.create(..., rule="depth-dropout")` builds both. The paper's p is the
+    *drop* ratio; `survival` is 1 - p.
+    """
+
+    def __init__(self, survival: float, scope: Scope | None = None) -> None:
+        super().__init__(survival, "block", "none", scope=scope)
+
+    def extra_repr(self) -> str:
+        return f"{self.rates[0]!r}"

@@ -1,0 +1,361 @@
+"""Draws: which blocks, rows and units are present in a step, as a pure function of (seed, step, block). No torch.
+
+Every coin comes from a counter-based hash of Python integers, so two calls with the same numbers agree: on every rank,
+under activation checkpointing, and after a resume. Nothing is read from or left in a random number generator, and
+nothing asks the device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, floor
+from struct import unpack
+from typing import Any, Literal, NamedTuple
+
+from residrop.common.checks import check_whole
+from residrop.common.errors import PlanError
+from residrop.schedule.timing import Schedule, Timing, parse
+
+__all__ = ["DepthSampler", "Draw", "Granularity", "Plan", "Rows", "Scope", "Site", "derive_key"]
+
+Granularity = Literal["block", "row", "unit", "number"]
+Scope = Literal["shared", "per_rank"]
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of the SplitMix64 sequence
+_UNIT = 2.0**64
+_COINS, _KEYS = 1, 2
+_STREAMS = {"train": 3, "sample": 4}
+
+
+def _mix(z: int, lanes: int = _MASK) -> int:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit integers.
+
+    With `lanes`, a mask of 64 bits in every 128, it is that of all lanes of `z` at once: the product of two 64-bit
+    numbers has 128 bits and does not reach the next lane.
+    """
+    z = ((z ^ (z >> 30) & lanes) * 0xBF58476D1CE4E5B9) & lanes
+    z = ((z ^ (z >> 27) & lanes) * 0x94D049BB133111EB) & lanes
+    return z ^ (z >> 31) & lanes
+
+
+def derive_key(*words: int) -> int:
+    """Hash integers of any size or sign (used modulo 2^64) to one 64-bit key; the order of the words matters."""
+    key = 0
+    for word in words:
+        key = _mix(((key ^ (word & _MASK)) + _GAMMA) & _MASK)
+    return key
+
+
+class Rows(NamedTuple):
+    """The live rows of a batch of n: the window start, start + 1, ..., start + live - 1, modulo n."""
+
+    start: int
+    live: int
+
+
+class Draw(NamedTuple):
+    """What one block is told for one step.
+
+    Attributes:
+        rates: survival rates or thetas in force at this step, in the order of the rule's own `rates`; empty means
+            just those.
+        alive: the coin of a block-level rule; None for other granularities and for the expectation.
+        key: 64-bit key of row-level and unit-level randomness; None for the expectation.
+    """
+
+    rates: tuple[float, ...]
+    alive: bool | None = None
+    key: int | None = None
+
+    @property
+    def expected(self) -> bool:
+        """True if every coin is to be replaced by its mean."""
+        return self.alive is None and self.key is None
+
+    def rows(self, batch_size: int) -> Rows:
+        """Window of live rows in a batch of `batch_size` rows.
+
+        The number of rows is rates[0] * batch_size rounded up or down at random, so that its mean is exact for every
+        batch size; the start is uniform over the batch, so every row survives with probability rates[0].
+        """
+        if self.key is None:
+            raise PlanError("this draw has no key for rows; it was made for a block-level rule or an expectation")
+        if batch_size < 1:
+            return Rows(0, 0)
+        return Rows((derive_key(self.key, 2) * batch_size) >> 64, self.live(batch_size))
+
+    def live(self, batch_size: int) -> int:
+        """Number of live rows in a batch of `batch_size` rows, as in `rows`."""
+        mean = self.rates[0] * batch_size
+        whole = floor(mean)
+        if mean == whole:
+            return whole
+        assert self.key is not None
+        return whole + (derive_key(self.key, 1) < (mean - whole) * _UNIT)
+
+
+class Plan(NamedTuple):
+    """The draw of every block for one step: frozen data that can be made, kept and given by hand.
+
+    Attributes:
+        draws: one Draw per rule of the model, from input to output.
+        step: the step it was made for.
+    """
+
+    draws: tuple[Draw, ...]
+    step: int = 0
+
+    @classmethod
+    def of(cls, alive: Sequence[bool]) -> "Plan":
+        """Write a block-level plan by hand, one coin per block from input to output, at the rules' own rates."""
+        return cls(tuple(Draw((), alive=bool(coin)) for coin in alive))
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the sampler knows of one rule.
+
+    Attributes:
+        rates: survival rates in [0, 1]; empty for a rule without randomness.
+        granularity: what one coin decides; `number` is a key per block in place of a coin (`residrop.rules.gaussian`).
+        scope: `shared` ranks draw the same, `per_rank` ranks draw their own.
+    """
+
+    rates: tuple[float, ...]
+    granularity: Granularity = "block"
+    scope: Scope = "shared"
+
+
+class DepthSampler:
+    """Makes the plan of every step for the rules of one model, and hands each rule its draw.
+
+    Args:
+        sites: one per rule, from input to output.
+        seed: any integer; the same on all ranks.
+        timing: the share of every drop that is in force at a step: a `Timing`, or a string such as "warmup(1000)" that
+            `residrop.schedule.timing.parse` reads. Times are training steps.
+        rank: index of this process, or a function that gives it at the moment of a draw; enters only draws whose scope
+            is `per_rank`.
+
+    The state is two integers, `seed` and `step` (the number of training steps drawn so far).
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        seed: int = 0,
+        timing: Timing | str = "constant",
+        rank: int | Callable[[], int] = 0,
+    ) -> None:
+        self.seed = check_whole("seed", seed)
+        self.step = 0
+        self._rank = rank
+        self._place(sites, parse(timing))
+        self._now = _Force()
+        self._recalled: _Force | None = None  # what a running backward pass recomputes under
+        self.observers: list[Callable[[Plan, int | None], None]] = []  # told every training plan and its batch size
+        self.board: Any = None  # the draw in force as data for a compiled graph (`residrop.rules.tracing`)
+
+    def _place(self, sites: Sequence[Site], timing: Timing) -> None:
+        self.sites = tuple(sites)
+        self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), timing)
+        self._layout = _Layout(self.sites)
+        self._final = _Ready(self._layout, self.schedule, timing.final)
+        self._current = self._final
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, now."""
+        return self._rank() if callable(self._rank) else self._rank
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self._rank = rank
+
+    def change(self, sites: Sequence[Site]) -> None:
+        """Go on with other rates, one site per rule as before; seed, step and timing stay."""
+        self._place(sites, self.schedule.timing)
+
+    def rates_at(self, step: int) -> list[tuple[float, ...]]:
+        """The rates of every site at training step `step`."""
+        return list(self._ready_at(step).rates)
+
+    def _ready_at(self, step: int) -> "_Ready":
+        share, ready = self.schedule.timing.share(step), self._current
+        if share != ready.share:
+            ready = self._final if share == self._final.share else _Ready(self._layout, self.schedule, share)
+            self._current = ready
+        return ready
+
+    def plan(self, step: int | None = None, *, part: int = 0, stream: Literal["train", "sample"] = "train") -> Plan:
+        """The plan of a step: a pure function of its arguments, `seed`, `rank` and the sites.
+
+        Args:
+            step: training step (default: `self.step`), or number of the sampled pass.
+            part: micro-batch of an update. Block coins ignore it; rows and units of each part are drawn afresh.
+            stream: `train`, or `sample` for stochastic inference, which uses the rates that the timing ends with.
+        """
+        step = self.step if step is None else step
+        ready = self._ready_at(step) if stream == "train" else self._final
+        layout, code = self._layout, _STREAMS[stream]
+        words = layout.counters
+        for ones, coin, own in layout.groups:
+            base = derive_key(self.seed, code, _COINS, step) if coin else derive_key(self.seed, code, _KEYS, step, part)
+            words += ones * (derive_key(base, self.rank) if own else base)
+        words = _mix(words & layout.lanes, layout.lanes)
+        # of each lane, byte 8 is what a subtraction has left of the 2^64 in `limits`: 1 if the word is below the limit
+        coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
+        draws = [pair[coin] for pair, coin in zip(ready.pairs, coins, strict=True)]
+        if layout.keyed:
+            keys = unpack(layout.format, words.to_bytes(layout.size, "little"))
+            for index in layout.keyed:
+                draws[index] = Draw(ready.rates[index], None, keys[index])
+        return Plan(tuple(draws), step)
+
+    def expectation(self, step: int | None = None) -> Plan:
+        """The plan in which every coin is its mean, at the rates of training step `step` (default: `self.step`)."""
+        step = self.step if step is None else step
+        return Plan(tuple(Draw(rate) for rate in self.rates_at(step)), step)
+
+    def state_dict(self) -> dict[str, int]:
+        """Two integers to save beside the optimizer: `seed` and `step`."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where the saved sampler stood."""
+        self.seed, self.step = state["seed"], state["step"]
+
+    # The rest is how a plan reaches the rules; `attach`, `using` and `sampling` call it.
+
+    @property
+    def in_force(self) -> "_Force":
+        """What forwards obey now. Assigning it undoes `give` and `start_sampling`."""
+        return self._now
+
+    @in_force.setter
+    def in_force(self, force: "_Force") -> None:
+        self._now = force
+
+    def before_forward(self, training: bool) -> None:
+        """Called before every forward of the root module: make the plan of this pass."""
+        self._recalled = None  # backward passes of earlier forwards name theirs again
+        if self._now.given:
+            return
+        if self._now.sample is not None:
+            plan = self.plan(self._now.sample, stream="sample")
+            self._now = _Force(plan, sample=self._now.sample + 1, always=True)
+        elif training:
+            self._now = _Force(self.plan())
+            self.step += 1
+
+    def recall(self, force: "_Force") -> None:
+        """From here on, recomputation in backward obeys what its own forward obeyed."""
+        self._recalled = force
+
+    def draw(self, index: int, training: bool, recomputing: bool = False) -> Draw | None:
+        """The draw of rule `index`; None means expectation at the rule's own rates.
+
+        Expectation outside a plan is that of the rates that the timing ends with: the rule's own, unless it ends
+        elsewhere (with `early` and `plateau` at full depth).
+
+        Args:
+            index: the rule's place in the plan.
+            training: whether the rule is in training mode.
+            recomputing: whether a backward pass runs this forward again (activation checkpointing).
+        """
+        force = self._recalled if recomputing and self._recalled is not None else self._now
+        if not (training or force.always):
+            return None if self._final.share == 1.0 else Draw(self._final.rates[index])
+        if force.plan is None:
+            raise PlanError(
+                "a block in training mode was run before its root: call the module that residrop.attach was given, "
+                "or give a plan with residrop.using(model, plan)"
+            )
+        return force.plan.draws[index]
+
+    def give(self, plan: Plan) -> None:
+        """Obey `plan` until `in_force` is put back; PlanError if it was made for other rules."""
+        if len(plan.draws) != len(self.sites):
+            raise PlanError(f"the plan has {len(plan.draws)} draws, the model {len(self.sites)} rules; they must agree")
+        for number, (site, draw) in enumerate(zip(self.sites, plan.draws, strict=True), start=1):
+            if not _fits(site, draw):
+                what = f"{site.granularity}-level with {len(site.rates)} rates" if site.rates else "always present"
+                raise PlanError(f"draw {number} of the plan is {draw}, but rule {number} is {what}")
+        self._now = _Force(plan, given=True, always=True)
+
+    def start_sampling(self, first: int) -> None:
+        """Every forward is a sampled pass, numbered from `first` on, until `in_force` is put back."""
+        self._now = _Force(sample=first, always=True)
+
+
+@dataclass(frozen=True)
+class _Force:
+    """What forwards obey: a plan, whether it was given by hand, and the number of the next sampled pass."""
+
+    plan: Plan | None = None
+    given: bool = False  # by hand
+    sample: int | None = None  # None outside `sampling`
+    always: bool = False  # whether coins are obeyed in eval mode, too: those given by hand and those of `sampling`
+
+
+class _Layout:
+    """What a plan owes to the sites alone. One long integer holds all words: that of site i begins at bit 128 i."""
+
+    def __init__(self, sites: tuple[Site, ...]) -> None:
+        ones = [1 << 128 * index for index in range(len(sites))]
+        self.size = 16 * len(sites)  # bytes
+        self.format = "<" + "Q8x" * len(sites)
+        self.lanes = _MASK * sum(ones)
+        self.counters = sum((_GAMMA * index & _MASK) * one for index, one in enumerate(ones, 1))
+        drawn = [index for index, site in enumerate(sites) if site.rates]
+        self.coins = [index for index in drawn if sites[index].granularity == "block"]
+        self.keyed = [index for index in drawn if sites[index].granularity != "block"]
+        numbers = [index for index in self.keyed if sites[index].granularity == "number"]  # one for all micro-batches
+        groups = [
+            (sum(ones[index] for index in places if (sites[index].scope == "per_rank") is own), coin, own)
+            for places, coin in ((self.coins + numbers, True), ([i for i in self.keyed if i not in numbers], False))
+            for own in (False, True)
+        ]
+        self.groups = [group for group in groups if group[0]]
+        ends = [0]
+        for site in sites:
+            ends.append(ends[-1] + len(site.rates))
+        self.spans = list(pairwise(ends))
+
+
+class _Ready:
+    """Draws made ahead for one share of the drops: plans only pick among them as long as the rates stand still."""
+
+    def __init__(self, layout: _Layout, schedule: Schedule, share: float) -> None:
+        self.share = share
+        flat = schedule.under(share)
+        self.rates = [flat[start:end] for start, end in layout.spans]
+        self.pairs = [(_CONSTANT, _CONSTANT)] * len(layout.spans)
+        limits = [bytes(16)] * len(layout.spans)
+        rates = [self.rates[index] for index in layout.coins]
+        for index, rate, dead, alive in zip(
+            layout.coins, rates, _draws(rates, False), _draws(rates, True), strict=True
+        ):
+            self.pairs[index] = dead, alive
+            # for a whole number w, w < x and w < ceil(x) are the same, and a power of two times a float is exact
+            limits[index] = ceil(rate[0] * _UNIT).to_bytes(16, "little")
+        self.limits = int.from_bytes(b"".join(limits), "little") + layout.lanes
+
+
+def _draws(rates: list[tuple[float, ...]], alive: bool) -> list[Draw]:
+    # what Draw(rate, alive) makes, in half the time, which counts where the rates move at every step
+    new: Callable[[type[Draw], tuple[object, ...]], Draw] = tuple.__new__  # pyright: ignore
+    return [new(Draw, (rate, alive, None)) for rate in rates]
+
+
+def _fits(site: Site, draw: Draw) -> bool:
+    if not site.rates:
+        return draw.alive is not False
+    if len(draw.rates) not in (0, len(site.rates)):
+        return False
+    return draw.expected or (draw.alive is not None if site.granularity == "block" else draw.key is not None)
+
+
+_CONSTANT = Draw((), alive=True)

@@ -1,0 +1,1 @@
+"""Which blocks the libraries have, and where their shortcuts and branches are."""
