@@ -52,8 +52,12 @@ def imports(tree: ast.AST, *, top: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif not (top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+        elif not (top and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_types(node))):
             yield from imports(node, top=top)
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
 
 
 def ours(tree: ast.AST, *, top: bool = False) -> list[str]:

@@ -1,6 +1,15 @@
 """Errors that a user can act on. Every message says what was given, what is allowed and what to do."""
 
-__all__ = ["ConfigError", "DataError", "InactiveWarning", "PlanError", "RankError", "RunError", "UsageError"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "InactiveWarning",
+    "MissingExtraError",
+    "PlanError",
+    "RankError",
+    "RunError",
+    "UsageError",
+]
 
 
 class UsageError(ValueError):
@@ -21,6 +30,10 @@ class RankError(UsageError):
 
 class RunError(UsageError):
     """A run directory that is missing, incomplete or does not fit the request."""
+
+
+class MissingExtraError(UsageError, ImportError):
+    """An optional package that is not installed. The message has the command that installs it."""
 
 
 class PlanError(RuntimeError):

@@ -1,13 +1,17 @@
 """Where results of commands go: tables to the terminal, JSON to a file or to standard output."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from residrop.common.errors import ConfigError
 from residrop.common.files import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["check_target", "console_for", "write"]
 
@@ -40,5 +44,7 @@ def check_target(target: str | None) -> None:
 
 def console_for(target: str | None) -> Console:
     """Tables go to standard output, unless that is where the JSON goes; file names are no markup and never cut."""
+    from rich.console import Console
+
     console = Console(stderr=target == "-", highlight=False, markup=False)
     return console if console.is_terminal else Console(stderr=target == "-", highlight=False, markup=False, width=400)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from residrop.common.checks import check_whole
+from residrop.common.extras import extra
 from residrop.inference.sampled.predict import predict
 
 __all__ = ["Evaluation", "Scores", "evaluate", "score"]
@@ -63,8 +64,8 @@ class Evaluation:
 
 def score(probabilities: Tensor, labels: Tensor) -> Scores:
     """Scores of predicted probabilities Tensor[n, classes] against labels Tensor[n] int64, n >= 1."""
-    # torchmetrics takes seconds to import, which no other part of residrop should pay
-    from torchmetrics.functional.classification import multiclass_calibration_error
+    with extra("train"):  # torchmetrics takes seconds to import, which no other part of residrop should pay
+        from torchmetrics.functional.classification import multiclass_calibration_error
 
     n = len(labels)
     wrong = float((probabilities.argmax(dim=1) != labels).double().mean())

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 
 from residrop.common.checks import check_rate
 from residrop.common.errors import ConfigError
+from residrop.common.extras import extra
 
 __all__ = ["Law", "cost_law", "depth_bound", "depth_bound_probability", "depth_law"]
 
@@ -134,6 +134,8 @@ def depth_bound(rates: Sequence[float], beta: float) -> float:
     high = 1.0
     while _rate_function(high) < target:
         high *= 2.0
+    with extra("theory"):
+        from scipy.optimize import brentq
     root = brentq(lambda t: _rate_function(t) - target, 0.0, high, xtol=1e-14)
     return variance * float(root)  # pyright: ignore[reportArgumentType]
 

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +20,7 @@ from residrop.blocks.attach import rules_of
 from residrop.blocks.skippable import Skippable
 from residrop.common.checks import check_rate, check_whole
 from residrop.common.errors import ConfigError
+from residrop.common.extras import extra
 from residrop.rules.base import Rule
 from residrop.schedule.sampler import derive_key
 from residrop.theory.gates import gated, kept_as_is
@@ -249,6 +249,8 @@ def shapiro(samples: Tensor) -> Tensor:
     found = np.full(values.shape[:-1], np.nan)
     testable = np.isfinite(values).all(axis=-1) & (np.ptp(np.nan_to_num(values), axis=-1) > 0)
     if testable.any():
+        with extra("theory"):
+            from scipy import stats
         centred = values[testable] - values[testable].mean(axis=-1, keepdims=True)
         scale = np.abs(centred).max(axis=-1, keepdims=True)  # the test is free of scale, its arithmetic is not
         found[testable] = stats.shapiro(centred / scale, axis=-1).pvalue  # pyright: ignore[reportCallIssue]
@@ -260,6 +262,8 @@ def uniformity(p_values: Tensor) -> Uniformity:
     values = p_values[~p_values.isnan()].double().numpy().ravel()
     if len(values) == 0:
         return Uniformity(float("nan"), float("nan"), 0)
+    with extra("theory"):
+        from scipy import stats
     return Uniformity(float((values < 0.05).mean()), float(stats.kstest(values, "uniform").statistic), len(values))
 
 

@@ -2,15 +2,12 @@
 
 from typing import Any
 
+from residrop.common.extras import extra
 from residrop.engines.integrations.updates import Per, Updates, check_per, started
 from residrop.schedule.sampler import DepthSampler
 
-try:
+with extra("lightning"):
     from lightning.pytorch import Callback
-except ImportError as error:
-    raise ImportError(
-        "residrop.engines.integrations.lightning needs lightning: pip install 'residrop[lightning]'"
-    ) from error
 
 __all__ = ["SamplerCallback"]
 

@@ -2,16 +2,13 @@
 
 from typing import Any
 
+from residrop.common.extras import extra
 from residrop.engines.integrations.updates import Per, Updates, check_per, started
 from residrop.schedule.sampler import DepthSampler
 
-try:
+with extra("transformers"):
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
-except ImportError as error:
-    raise ImportError(
-        "residrop.engines.integrations.transformers needs transformers: pip install 'residrop[transformers]'"
-    ) from error
 
 __all__ = ["SamplerCallback"]
 
