@@ -141,7 +141,7 @@ def test_recorded_blocks_train_as_blocks_that_are_not(changes, compiled):
     changes = {"rule": "stochastic-depth", **changes}
     _, expected = _losses(graphs="none", **changes)
     model, found = _losses(compile=compiled, **changes)
-    recorded = [rule for rule in rules_of(model) if hasattr(rule.compiled, "segment")]
+    recorded = [rule for rule in rules_of(model) if hasattr(rule.executor, "segment")]
     assert len(recorded) == (6 if "network" in changes else 3)
     assert found == pytest.approx(expected, rel=0.02)
 

@@ -14,6 +14,7 @@ from residrop.blocks.attach import before_root
 from residrop.common.errors import ConfigError, RunError
 from residrop.engines.graphs import record_blocks, record_pass
 from residrop.functional.kept import Kept
+from residrop.rules.executor import EAGER
 from residrop.schedule.sampler import Plan
 from residrop.training import loop, measuring, run, setup, update
 
@@ -135,7 +136,7 @@ def test_blocks_that_a_graph_would_freeze_are_left_out():
     blocks[3].branch = nn.Sequential(residrop.Residual(blocks[3].branch))  # the block inside is recorded by itself
     residrop.attach(model)
     assert record_blocks(model, torch.randn(8, 3, 32, 32), capture=Again()) == 5
-    assert [blocks[index].rule.compiled for index in (1, 3)] == [None, None]
+    assert [blocks[index].rule.executor for index in (1, 3)] == [EAGER, EAGER]
     assert record_blocks(_model(rule="swapout"), torch.randn(8, 3, 32, 32), capture=Again()) == 0
     rows = _model(granularity="row", survival=0.5)
     assert record_blocks(rows, torch.randn(8, 3, 32, 32), capture=Again()) == 0

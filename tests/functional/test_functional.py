@@ -10,6 +10,7 @@ from helpers import assert_binomial
 from reference import unit_coin, unit_coins
 from residrop.common.errors import ConfigError
 from residrop.functional import mix, row_mask, skip_forward, swapout, unit_dropout, unit_mask
+from residrop.functional.call import BranchCall
 from residrop.functional.rows import keep_rows
 from residrop.schedule.sampler import Rows, derive_key
 
@@ -438,7 +439,7 @@ def test_autocast_keeps_branch_and_shortcut_apart():
         f = layer(x)
         assert f.dtype == torch.bfloat16
         y = swapout(x, f, 0.5, 0.5, KEY)
-        z = keep_rows(x, lambda t: t, layer, Rows(1, 2))
+        z = keep_rows(x, BranchCall(lambda t: t, layer), Rows(1, 2))
     assert y.dtype == z.dtype == torch.float32
     assert_same(y, swapout(x, f.float(), 0.5, 0.5, KEY))
     assert_same(z, x + f.float() * torch.tensor([[0.0], [1], [1], [0]]))

@@ -11,6 +11,7 @@ from torch import nn
 from reference import live_rows
 from residrop import Plan, Residual, StochasticDepth, attach, create, sampler_of, using
 from residrop.blocks.residual import Chain
+from residrop.functional.call import BranchCall
 from residrop.functional.cut import take_rows
 from residrop.functional.rows import keep_index, keep_rows
 from residrop.functional.touch import touch
@@ -63,7 +64,7 @@ def test_keep_rows_equals_masked_product(window, scale):
     weight = torch.randn(5, 3, dtype=torch.float64)
     inputs = [x, *branch.parameters(), *shortcut.parameters()]
 
-    y = keep_rows(x, shortcut, branch, window, scale)
+    y = keep_rows(x, BranchCall(shortcut, branch), window, scale)
     rows_seen = [len(seen) for seen in branch.seen]
     expected = shortcut(x) + mask * scale * branch.linear(x)
     torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
@@ -81,7 +82,7 @@ def test_keep_rows_equals_masked_product(window, scale):
 def test_keep_rows_branch_sees_exactly_the_live_rows(window):
     branch = Recorder()
     x = torch.arange(15, dtype=torch.float64).view(5, 3)
-    keep_rows(x, lambda t: t, branch, window)
+    keep_rows(x, BranchCall(lambda t: t, branch), window)
     seen = torch.cat(branch.seen) if branch.seen else x[:0]
     live = sorted((window.start + i) % 5 for i in range(window.live))
     assert len(branch.seen) == (1 if window.live else 0)  # one sub-batch
@@ -91,7 +92,7 @@ def test_keep_rows_branch_sees_exactly_the_live_rows(window):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_keep_rows_absent_rows_are_the_shortcut_bit_for_bit(window):
     x = torch.randn(5, 3)
-    y = keep_rows(x, lambda t: t, lambda t: t * float("nan"), window)
+    y = keep_rows(x, BranchCall(lambda t: t, lambda t: t * float("nan")), window)
     dead = [row for row in range(5) if row not in {(window.start + i) % 5 for i in range(window.live)}]
     assert_same(y[dead], x[dead])
     assert torch.isnan(y).sum() == 3 * window.live
@@ -101,7 +102,7 @@ def test_keep_rows_absent_rows_are_the_shortcut_bit_for_bit(window):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keep_rows_keeps_dtype_and_shape(dtype, window):
     x = torch.randn(5, 2, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
-    y = keep_rows(x, lambda t: t, lambda t: t * 2, window, 0.5)
+    y = keep_rows(x, BranchCall(lambda t: t, lambda t: t * 2), window, 0.5)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     mask = torch.zeros(5, 1, 1, 1, dtype=dtype)
@@ -110,14 +111,14 @@ def test_keep_rows_keeps_dtype_and_shape(dtype, window):
 
 
 def test_keep_rows_of_empty_batch():
-    y = keep_rows(torch.empty(0, 3), lambda t: t, lambda t: t * 0 + 1, Rows(0, 0))
+    y = keep_rows(torch.empty(0, 3), BranchCall(lambda t: t, lambda t: t * 0 + 1), Rows(0, 0))
     assert y.shape == (0, 3)
 
 
 @given(KEYS, THETAS, st.integers(1, 12))
 def test_keep_rows_with_drawn_window(key, rate, total):
     x = torch.arange(1.0, total + 1).view(-1, 1)
-    y = keep_rows(x, lambda t: t, lambda t: t * 100, Draw((rate,), key=key).rows(total))
+    y = keep_rows(x, BranchCall(lambda t: t, lambda t: t * 100), Draw((rate,), key=key).rows(total))
     expected = x.clone()
     expected[live_rows(key, rate, total)] *= 101
     assert_same(y, expected)
@@ -155,9 +156,9 @@ def test_keep_rows_equals_slow_formula(window, shortcut, post, includes_input):
     torch.manual_seed(3)
     x = torch.randn(5, 4, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
-    arguments = (x, SHORTCUTS[shortcut], bump)
     options = {"post": POSTS[post], "includes_input": includes_input}
-    got, want = keep_rows(*arguments, window, 0.7, **options), slow(*arguments, window, 0.7, **options)
+    got = keep_rows(x, BranchCall(SHORTCUTS[shortcut], bump, **options), window, 0.7)
+    want = slow(x, SHORTCUTS[shortcut], bump, window, 0.7, **options)
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
     gradients = [
         torch.autograd.grad((y * weight).sum(), x, allow_unused=True)[0] if y.requires_grad else None
@@ -173,8 +174,8 @@ def test_keep_index_equals_keep_rows(post, includes_input):
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     window, options = Rows(4, 4), {"post": POSTS[post], "includes_input": includes_input}
     index = torch.tensor(numbers(window, 6))
-    got = keep_index(x, nn.Softplus(), bump, index, 0.3, **options)
-    want = keep_rows(x, nn.Softplus(), bump, window, 0.3, **options)
+    got = keep_index(x, BranchCall(nn.Softplus(), bump, **options), index, 0.3)
+    want = keep_rows(x, BranchCall(nn.Softplus(), bump, **options), window, 0.3)
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
     weight = torch.randn_like(x)
     pair = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (got, want)]
@@ -190,7 +191,7 @@ def test_gradients_of_both_orders(window, shortcut, post):
     x = (torch.rand(4, 2, dtype=torch.float64) + 0.5).requires_grad_()
 
     def f(x):
-        return keep_rows(x, SHORTCUTS[shortcut], bump, window, 0.5, post=POSTS[post])
+        return keep_rows(x, BranchCall(SHORTCUTS[shortcut], bump, post=POSTS[post]), window, 0.5)
 
     assert torch.autograd.gradcheck(f, (x,))
     assert torch.autograd.gradgradcheck(f, (x,))
@@ -206,7 +207,7 @@ def test_relu_signs_survive_every_memory_format(window, gradient, shape):
     x = x[0].requires_grad_()
     format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     start = x.contiguous(memory_format=format)
-    y = keep_rows(start, nn.Identity(), lambda live: live * f[: len(live)], window, post=nn.ReLU())
+    y = keep_rows(start, BranchCall(nn.Identity(), lambda live: live * f[: len(live)], post=nn.ReLU()), window)
     weight = torch.ones(()).expand(shape) if gradient == "expanded" else torch.randn(shape)
     if gradient == "channels-last":
         weight = weight.contiguous(memory_format=format)
@@ -223,7 +224,7 @@ def test_mixed_dtypes_are_promoted_as_by_addition():
     """Under autocast a branch may give bf16 on an fp32 stream, and a bf16 stream may meet an fp32 branch."""
     for base, out in itertools.product([torch.float32, torch.bfloat16], repeat=2):
         x = torch.ones(4, 2, dtype=base, requires_grad=True)
-        y = keep_rows(x, nn.Identity(), lambda live, out=out: live.to(out), Rows(3, 2), post=nn.ReLU())
+        y = keep_rows(x, BranchCall(nn.Identity(), lambda live, out=out: live.to(out), post=nn.ReLU()), Rows(3, 2))
         y.float().sum().backward()
         assert y.dtype == torch.promote_types(base, out)
         assert_same(x.grad, torch.tensor([[2.0, 2.0], [1.0, 1.0], [1.0, 1.0], [2.0, 2.0]], dtype=base))
@@ -237,7 +238,7 @@ def test_arguments_along_are_cut_like_the_batch():
         seen.append((packed["mask"], note))
         return live + packed["mask"]
 
-    y = keep_rows(x, nn.Identity(), branch, Rows(3, 4), along=({"mask": mask}, "as it is"))
+    y = keep_rows(x, BranchCall(nn.Identity(), branch, along=({"mask": mask}, "as it is")), Rows(3, 4))
     assert_same(y[:, 0], torch.tensor([0.0, 1.0, 0.0, 3.0, 4.0]))
     assert_same(seen[0][0], mask[[3, 4, 0, 1]])
     assert seen[0][1] == "as it is"
@@ -268,7 +269,7 @@ def test_half_of_the_rows_keep_half_of_the_activations(window):
 
     def run(window):
         start = x.abs()
-        return keep_rows(start * 1, nn.Identity(), branch, window, post=nn.ReLU())
+        return keep_rows(start * 1, BranchCall(nn.Identity(), branch, post=nn.ReLU()), window)
 
     rest = saved_bytes(lambda: x.abs() * 1)
     whole = saved_bytes(lambda: run(Rows(0, 16))) - rest
@@ -311,7 +312,7 @@ def test_touch_gives_zero_gradients_and_moves_no_statistics():
     branch = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1))
     before = branch[0].running_mean.clone()
     x = torch.randn(4, 2, 1, 1, requires_grad=True)  # one row of one pixel, which batch norm could not train on
-    y = touch(x, x * 3, branch)
+    y = touch(x, x * 3, BranchCall(nn.Identity(), branch))
     assert_same(y, x * 3)
     y.sum().backward()
     assert_same(x.grad, torch.full_like(x, 3.0))
@@ -324,7 +325,7 @@ def test_touch_gives_zero_gradients_and_moves_no_statistics():
 def test_touch_of_a_branch_that_overflows_is_harmless():
     weight = torch.ones(2, requires_grad=True)
     x = torch.ones(3, 2, requires_grad=True)
-    y = touch(x, x, lambda live: live * weight * float("inf"))
+    y = touch(x, x, BranchCall(nn.Identity(), lambda live: live * weight * float("inf")))
     y.sum().backward()
     assert_same(y, torch.ones(3, 2))
     assert_same(x.grad, torch.ones(3, 2))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from residrop.functional.call import BranchCall
 from residrop.functional.rows import keep_rows
 from residrop.functional.windows import Window, keep_window
 from residrop.schedule.sampler import Rows
@@ -30,8 +31,8 @@ def test_equals_slices(rows, learned, options):
     inner = nn.ReLU() if "post" in options else nn.Identity()  # absent rows must be fixed points of the activation
     results = []
     for run in (
-        lambda x: keep_rows(x, lambda x: inner(shortcut(x)), branch, rows, 0.25, **options),
-        lambda x: keep_window(x, lambda x: inner(shortcut(x)), branch, window(rows, 0.25), **options),
+        lambda x: keep_rows(x, BranchCall(lambda x: inner(shortcut(x)), branch, **options), rows, 0.25),
+        lambda x: keep_window(x, BranchCall(lambda x: inner(shortcut(x)), branch, **options), window(rows, 0.25)),
     ):
         x = torch.linspace(0.0, 1.0, TOTAL * 3, dtype=torch.float64).view(TOTAL, 3).requires_grad_()
         y = run(x)
@@ -46,14 +47,16 @@ def test_identity_shortcut_equals_slices():
     x = torch.randn(TOTAL, 3, dtype=torch.float64)
     for start in range(TOTAL):
         rows = Rows(start, 3)
-        expected = keep_rows(x, nn.Identity(), branch, rows)
-        torch.testing.assert_close(keep_window(x, nn.Identity(), branch, window(rows)), expected, rtol=0, atol=1e-15)
+        expected = keep_rows(x, BranchCall(nn.Identity(), branch), rows)
+        torch.testing.assert_close(
+            keep_window(x, BranchCall(nn.Identity(), branch), window(rows)), expected, rtol=0, atol=1e-15
+        )
 
 
 def test_all_rows_are_not_gathered():
     seen = []
     x = torch.randn(TOTAL, 3)
-    y = keep_window(x, nn.Identity(), lambda x: seen.append(x) or 2 * x, window(Rows(2, TOTAL), every=True))
+    y = keep_window(x, BranchCall(nn.Identity(), lambda x: seen.append(x) or 2 * x), window(Rows(2, TOTAL), every=True))
     assert seen[0] is x
     assert torch.equal(y, 3 * x)
 
@@ -66,7 +69,7 @@ def test_arguments_are_cut_with_the_rows():
         seen.append(packed["mask"])
         return x
 
-    keep_window(x, nn.Identity(), branch, window(Rows(3, 4)), along=[{"mask": mask, "flag": True}])
+    keep_window(x, BranchCall(nn.Identity(), branch, along=[{"mask": mask, "flag": True}]), window(Rows(3, 4)))
     assert seen[0].flatten().tolist() == [3, 4, 0, 1]
 
 
@@ -75,7 +78,7 @@ def test_arguments_are_cut_with_the_rows():
 def test_dtype_and_memory_format_kept(dtype, memory):
     x = torch.randn(4, 3, 2, 2).to(dtype).contiguous(memory_format=memory).requires_grad_()
     seen = []
-    y = keep_window(x, nn.Identity(), lambda x: seen.append(x) or x, window(Rows(3, 2), 1.5))
+    y = keep_window(x, BranchCall(nn.Identity(), lambda x: seen.append(x) or x), window(Rows(3, 2), 1.5))
     y.sum().backward()
     for one in (seen[0], y, x.grad):
         assert one.dtype == dtype
@@ -86,5 +89,5 @@ def test_dtype_and_memory_format_kept(dtype, memory):
 def test_scale_is_not_rounded_to_half_precision(dtype):
     """1/0.3 in bfloat16 would be off by 0.2%, in the same direction at every step."""
     x, branch = torch.zeros(4, 3, dtype=dtype), torch.full((2, 3), 0.7, dtype=dtype)
-    y = keep_window(x, nn.Identity(), lambda x: branch, window(Rows(0, 2), 1 / 0.3))
+    y = keep_window(x, BranchCall(nn.Identity(), lambda x: branch), window(Rows(0, 2), 1 / 0.3))
     assert torch.equal(y[:2], (branch.double() * (1 / 0.3)).to(dtype))

@@ -10,9 +10,8 @@ from residrop.blocks.attach import sampler_of, sampling
 from residrop.blocks.residual import Residual
 from residrop.common.errors import ConfigError
 from residrop.inference import predict
-from residrop.inference.sampled.memory import Peak
 from residrop.inference.sampled.pieces import pieces_of
-from residrop.inference.sampled.shared import batch_wide, passes
+from residrop.inference.sampled.shared import passes
 from residrop.rules import ConstantDepth, StochasticDepth
 from residrop.rules.units import Swapout
 
@@ -234,69 +233,6 @@ def test_some_rows_have_the_samples_they_have_in_the_whole_batch(form, x):
             torch.testing.assert_close(some, every[2:5][:, rows], rtol=0.0, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", [*BLOCK, *ROW])
-def test_a_part_of_a_batch_has_the_samples_it_has_in_the_whole(form, x):
-    model = network(form)
-    assert not batch_wide(model, x)
-    every = loop(model, x)
-    with passes(model, x[2:5], first=FIRST, row=2, total=N) as sampled:
-        found = sampled.draw(range(FIRST, FIRST + SAMPLES))
-    torch.testing.assert_close(found, every[:, 2:5], rtol=0.0, atol=2e-6)
-
-
-@pytest.mark.parametrize("form", [*BLOCK, *ROW])
-def test_memory_is_bounded_and_changes_no_sample(form):
-    model, x = network(form), torch.randn(40, 1, 8, 8)
-    with Peak() as peak:
-        whole = predict(model, x, SAMPLES, first=FIRST)
-    bound = peak.bytes / 2**20 / 3
-    with Peak() as peak:
-        found = predict(model, x, SAMPLES, first=FIRST, memory_mb=bound)
-    assert peak.bytes <= bound * 2**20
-    assert_same_prediction(found, whole.sample_probabilities, exactly=False)
-
-
-def test_memory_bounds_the_stack_of_unit_masks(x):
-    model = network("swapout")
-    with Peak() as peak:
-        predict(model, x, SAMPLES, stack=1)
-    bound = 3 * peak.bytes / 2**20
-    with Peak() as peak:
-        found = predict(model, x, SAMPLES, first=FIRST, stack=1000, memory_mb=bound)
-    assert peak.bytes <= bound * 2**20
-    assert_same_prediction(found, loop(model, x), exactly=False)
-
-
-def test_peak_is_that_of_known_tensors():
-    with Peak() as peak:
-        a = torch.zeros(1000)
-        b = a + 1  # both alive: 8000 bytes
-        del a
-        c = b.view(10, 100) * 2  # 8000 again
-        c.add_(1)
-        del b, c
-        torch.zeros(500)
-    assert peak.bytes == 8000
-
-
-def test_masks_of_units_cannot_be_cut(x):
-    model = network("swapout")
-    assert batch_wide(model, x)
-    with pytest.raises(ConfigError, match=r"inputs fit into, but the draws of this network belong to a batch"):
-        predict(model, x.expand(N, 1, 8, 8).repeat(20, 1, 1, 1), 2, memory_mb=0.5)
-
-
-@pytest.mark.parametrize("memory_mb", [0, -1.0, float("nan"), float("inf"), "1", True])
-def test_bad_bounds_are_refused(memory_mb, x):
-    with pytest.raises(ConfigError, match=r"memory_mb is .*; give a positive number of MiB"):
-        predict(network("swapout"), x, 2, memory_mb=memory_mb)
-
-
-def test_a_bound_below_one_input_is_refused(x):
-    with pytest.raises(ConfigError, match=r"memory_mb is 0.001, but one input takes about .* MiB"):
-        predict(network("swapout"), x, 2, memory_mb=0.001)
-
-
 @pytest.mark.parametrize("stack", [0, -3, 1.5, True])
 def test_bad_stacks_are_refused(stack, x):
     with pytest.raises(ConfigError, match=r"stack is .*; give a whole number of at least 1"):
@@ -486,7 +422,6 @@ def test_sequences_of_many_kinds_of_rules(granularity, x):
     stem.rows.clear()
     assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=True)
     assert stem.rows == [N]
-    assert batch_wide(model, x)
 
 
 @pytest.mark.parametrize("options", [{}, {"repeat": 2}, {"earlier": 0.5}, {"repeat": 2, "earlier": 0.5}])

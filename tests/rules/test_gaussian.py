@@ -63,8 +63,8 @@ def test_mean_and_variance_are_those_of_the_coin(p, rescale):
     sampler = attach(Residual(nn.Identity(), rule=rule), seed=seed(5))
     factors = []
     for step in range(4000):
-        sampler.give(sampler.plan(step))
-        factors.append(rule.factor(1))
+        with sampler.giving(sampler.plan(step)):
+            factors.append(rule.factor(1))
     factors = np.asarray(factors)
     alive = coin.scale(Draw((p,), alive=True))
     assert_mean(factors, p * alive)

@@ -426,7 +426,7 @@ def test_plan_is_frozen():
 def test_give_refuses_other_length(length):
     sampler = DepthSampler(BLOCKS)
     with pytest.raises(PlanError, match=f"the plan has {length} draws, the model 24 rules; they must agree"):
-        sampler.give(Plan.of([True] * length))
+        sampler.giving(Plan.of([True] * length))
     with pytest.raises(PlanError, match="run before its root"):
         sampler.draw(0, True)
 
@@ -435,19 +435,17 @@ def test_give_refuses_plan_of_another_model():
     """PlanError is documented as "a draw made for another model": equal length is not enough to pass."""
     sampler = DepthSampler([Site((0.7, 0.3), "unit"), Site((0.5,), "row")])
     with pytest.raises(PlanError):
-        sampler.give(Plan.of([True, False]))
+        sampler.giving(Plan.of([True, False]))
 
 
 def test_given_plan_is_obeyed_and_steps_stand_still():
     sampler = DepthSampler(BLOCKS[:3])
     plan = Plan.of([True, False, True])
-    before = sampler.in_force
-    sampler.give(plan)
-    for training in (True, False):
-        sampler.before_forward(training)
-        assert [sampler.draw(i, training).alive for i in range(3)] == [True, False, True]
+    with sampler.giving(plan):
+        for training in (True, False):
+            sampler.before_forward(training)
+            assert [sampler.draw(i, training).alive for i in range(3)] == [True, False, True]
     assert sampler.step == 0
-    sampler.in_force = before
     assert sampler.draw(0, False) is None
     sampler.before_forward(True)
     assert sampler.step == 1

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from residrop.blocks.inactive import EvalWatch, warn_if_certain
+from residrop.blocks.modes import evaluating
 from residrop.blocks.skippable import forget_blocks
 from residrop.common.errors import ConfigError, PlanError
 from residrop.functional.kept import Kept
@@ -25,6 +26,7 @@ __all__ = [
     "depth_of",
     "detach",
     "expected_depth_of",
+    "in_expectation",
     "rules_of",
     "sampler_of",
     "sampling",
@@ -290,19 +292,12 @@ def depth_of(model: nn.Module, plan: Plan) -> float:
     return sum(rule.presence(draw) for rule, draw in zip(rules, plan.draws, strict=True))
 
 
-@contextmanager
-def using(model: nn.Module, plan: Plan) -> Iterator[None]:
+def using(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     """Inside, every forward of `model` obeys `plan`, in training and eval mode alike; steps do not advance.
 
     Raises PlanError if the plan was made for other rules. Of nested contexts the innermost counts.
     """
-    sampler = sampler_of(model)
-    before = sampler.in_force
-    sampler.give(plan)
-    try:
-        yield
-    finally:
-        sampler.in_force = before
+    return sampler_of(model).giving(plan)
 
 
 @contextmanager
@@ -319,13 +314,16 @@ def sampling(model: nn.Module, *, first: int = 0) -> Iterator[None]:
     sampler = sampler_of(model)
     if first < 0:
         raise PlanError(f"first is {first}; sampled passes are numbered from 0")
-    flags = {module: module.training for module in model.modules()}
-    before = sampler.in_force
-    sampler.start_sampling(first)
-    model.eval()
-    try:
+    with sampler.sampling(first), evaluating(model):
         yield
-    finally:
-        sampler.in_force = before
-        for module, flag in flags.items():
-            module.training = flag
+
+
+@contextmanager
+def in_expectation(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no draws in force: also inside of `sampling` and `using`, and for models that are not attached."""
+    samplers = {rule.sampler for rule in rules_of(model) if rule.sampler is not None}
+    with ExitStack() as stack:
+        for sampler in samplers:
+            stack.enter_context(sampler.in_expectation())
+        stack.enter_context(evaluating(model))
+        yield

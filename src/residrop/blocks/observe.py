@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from residrop.blocks.attach import rules_of, sampler_of, using
+from residrop.blocks.modes import evaluating
 from residrop.common.errors import ConfigError
 from residrop.functional.units import row_mask
 from residrop.rules.base import Rule
@@ -145,7 +146,7 @@ def _share(rule: Rule, draw: Draw, rows: int | None) -> float:
     """Share of the batch that enters a branch which is no matter of one coin."""
     if rule.site.granularity != "row" or draw.key is None or not rows:
         return rule.presence(draw)
-    if getattr(rule, "rows", "window") == "bernoulli":
+    if rule.rows == "bernoulli":
         rate = (draw.rates or rule.rates)[0]
         return int(row_mask(rows, rate, draw.key).sum()) / rows  # on the CPU, as the rule makes it
     return (draw if draw.rates else draw._replace(rates=rule.rates)).live(rows) / rows
@@ -176,7 +177,6 @@ def branch_flops(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, ...]
         ConfigError: the model was never attached.
     """
     sampler = sampler_of(model)
-    flags = {module: module.training for module in model.modules()}
 
     def spent(only: int | None) -> int:
         draws = [_alone(site, index == only) for index, site in enumerate(sampler.sites)]
@@ -184,13 +184,9 @@ def branch_flops(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, ...]
             model(*args, **kwargs)
         return counter.get_total_flops()
 
-    try:
-        model.eval()
+    with evaluating(model):
         without = spent(None)
         return tuple(spent(index) - without if _droppable(site) else 0 for index, site in enumerate(sampler.sites))
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _droppable(site: Site) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from residrop.blocks.skippable import Skippable
+from residrop.functional.call import BranchCall
 from residrop.functional.layout import relu_by_signs
 from residrop.functional.rows import Lane
 from residrop.rules.base import Rule
@@ -76,7 +77,7 @@ class Residual(Skippable):
         """As calling an `unobserved` block, for a batch that only the blocks of a chain see."""
         assert isinstance(self.rule, StochasticDepth)
         post = None if isinstance(self.post, nn.Identity) else self.post
-        return self.rule.carried(x, self.shortcut, self.branch, post, lane)
+        return self.rule.carried(x, BranchCall(self.shortcut, self.branch, post), lane)
 
 
 class Chain(nn.Sequential):
@@ -106,7 +107,7 @@ class Chain(nn.Sequential):
 
 
 def _earlier(block: nn.Module) -> int:
-    return getattr(getattr(block, "rule", None), "earlier", 0)
+    return block.rule.earlier if isinstance(block, Residual) else 0
 
 
 def _anybody_hooks() -> bool:

@@ -4,6 +4,7 @@
 What is here costs less in every pass, and makes one full graph of a row-level or unit-level model.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,10 +50,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
         )
     options = _with_backend(model, options)
     random = [rule for rule in rules_of(model) if rule.rates]
-    if all(
-        rule.granularity == "unit" or (getattr(rule, "rows", "") == "window" and rule.granularity == "row")
-        for rule in random
-    ):
+    if all(rule.granularity == "unit" or (rule.rows == "window" and rule.granularity == "row") for rule in random):
         hook.boards = True
         if options.get("mode") in ("reduce-overhead", "max-autotune"):
             hook.kept = Kept()  # these record CUDA graphs, anew whenever such a tensor has moved
@@ -131,10 +129,10 @@ def compile_branches(model: nn.Module, **options: Any) -> int:
             kind = tracing.structure(block), number
             if kind not in compiled:
                 own = tracing.bodies(kind)
-                compiled[kind] = own._replace(
-                    whole=torch.compile(own.whole, **options), part=torch.compile(own.part, **options)
+                compiled[kind] = replace(
+                    own, whole=torch.compile(own.whole, **options), alone=torch.compile(own.alone, **options)
                 )
-            rule.compiled = compiled[kind]
+            rule.executor = compiled[kind]
     if not compiled:
         raise ConfigError(f"{type(model).__name__} has no blocks with rules; use torch.compile, or apply rules first")
     return len(compiled)

@@ -8,20 +8,18 @@ Inside a compiled graph the same rows come as data (`residrop.rules.tracing`). A
 memory format.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from residrop.functional.call import BranchCall, combined, scaled
 from residrop.functional.cut import Window, cut, runs, take_rows
 from residrop.functional.layout import empty_as, pack_signs, strides_of, unpack_signs
 from residrop.schedule.sampler import Rows
 
-__all__ = ["Lane", "combined", "keep_index", "keep_rows"]
-
-Map = Callable[..., Tensor]
+__all__ = ["Lane", "keep_index", "keep_rows"]
 
 
 class Lane:
@@ -209,7 +207,7 @@ class _Put(torch.autograd.Function):
         to_live = _where_positive(grad, ctx) if ctx.relu else cut(grad, ctx.window, own=False)
         base, live, out = ctx.dtypes
         # the live rows of the first are not meant: `_Take` does not read them
-        to_out = _scaled(to_live, ctx.scale).to(out)
+        to_out = scaled(to_live, ctx.scale).to(out)
         return grad.to(base), to_live.to(live) if ctx.adds else None, to_out, None, None, None, None, None
 
 
@@ -227,40 +225,25 @@ def _where_positive(grad: Tensor, ctx: Any) -> Tensor:
     return out
 
 
-def keep_rows(
-    x: Tensor,
-    shortcut: Map,
-    branch: Map,
-    rows: Rows,
-    scale: float = 1.0,
-    *,
-    post: Map | None = None,
-    along: Sequence[Any] = (),
-    includes_input: bool = False,
-    lane: Lane | None = None,
-) -> Tensor:
+def keep_rows(x: Tensor, call: BranchCall, rows: Rows, scale: float = 1.0, lane: Lane | None = None) -> Tensor:
     """shortcut(x), with scale * branch(x) added in a window of rows: only live rows enter the branch, as one batch.
 
     Args:
         x: Tensor[N, ...].
-        shortcut: maps Tensor[N, ...] to Tensor[N, ...]; always sees the whole batch.
-        branch: row-wise map (batch norm inside it sees the live rows only); not called if no row lives.
+        call: the block; its branch is row-wise (batch norm inside it sees the live rows only), and is not called if no
+            row lives.
         rows: the window, see `Rows`.
         scale: factor of the branch.
-        post: applied to live rows only: other rows must be fixed points of it.
-        along: further arguments of the branch; tensors in them have the batch dimension first and are cut like x.
-        includes_input: whether `branch` is a block with a shortcut of its own, so that branch(x) - x is meant.
         lane: the chain that x comes along, if only its blocks see x.
     """
-    identity = isinstance(shortcut, nn.Identity)
+    identity = isinstance(call.shortcut, nn.Identity)
     if lane is not None and not (identity and 0 < rows.live < x.shape[0]):
         x = lane.settle(x)
     if rows.live == 0:
-        return shortcut(x)
+        return call.shortcut(x)
     if rows.live == x.shape[0]:
-        y = combined(shortcut(x), branch(x, *along), scale, includes_input)
-        return y if post is None else post(y)
-    along = [_each_tensor(one, lambda t: take_rows(t, rows)) for one in along]
+        return call.whole(x, scale)
+    along = call.cut_along(lambda t: take_rows(t, rows))
     window, owed = Window(rows, x.shape[0]), 0
     before, after = None if lane is None else lane.link, _Link(0)
     if before is not None:
@@ -269,16 +252,16 @@ def keep_rows(
     own = 4 * rows.live <= 3 * x.shape[0]
     link = after if identity else None
     live, live_again, rest = _Take.apply(x, window, not identity, own, link, window.owing(owed))
-    out = branch(live, *along)
+    out = call.branch(live, *along)
     if not identity:
-        _, live_again, rest = _Take.apply(shortcut(rest), window, False, own, after, [])
+        _, live_again, rest = _Take.apply(call.shortcut(rest), window, False, own, after, [])
     # what a shortcut gave may be kept for its backward
     in_place = before is not None and identity and own
-    relu = isinstance(post, nn.ReLU) and not post._forward_hooks
+    relu = isinstance(call.post, nn.ReLU) and not call.post._forward_hooks
     after.owed = owed & ~window.bits
-    if includes_input or not (post is None or relu):
-        value = combined(live_again, out, scale, includes_input)
-        y = _Put.apply(rest, None, value if post is None else post(value), window, 1.0, False, False, in_place)
+    if call.includes_input or not (call.post is None or relu):
+        value = call.finished(combined(live_again, out, scale, call.includes_input))
+        y = _Put.apply(rest, None, value, window, 1.0, False, False, in_place)
     else:
         owes = relu and lane is not None
         if owes:
@@ -289,48 +272,12 @@ def keep_rows(
     return y  # pyright: ignore[reportReturnType]
 
 
-def combined(skip: Tensor, out: Tensor, scale: float | Tensor, includes_input: bool = False) -> Tensor:
-    """skip + scale * F, where `out` is F or, with `includes_input`, skip + F; a `scale` that is data is Tensor[]."""
-    if not includes_input:
-        scaled = _scaled(out, scale)
-        # the product is ours, and a third tensor would cost more than the sum
-        if scaled is not out and _alike(scaled, skip):
-            return scaled.add_(skip)
-        return skip + scaled
-    return out if isinstance(scale, float) and scale == 1.0 else skip + _scaled(out - skip, scale)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-
-
-def keep_index(
-    x: Tensor,
-    shortcut: Map,
-    branch: Map,
-    index: Tensor,
-    scale: float | Tensor = 1.0,
-    *,
-    post: Map | None = None,
-    along: Sequence[Any] = (),
-    includes_input: bool = False,
-) -> Tensor:
+def keep_index(x: Tensor, call: BranchCall, index: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """As `keep_rows`, for any set of rows: `index` is int64 Tensor[k] of different row numbers on the device of x."""
-    along = [_each_tensor(one, lambda t: t.index_select(0, index)) for one in along]
+    along = call.cut_along(lambda t: t.index_select(0, index))
     live = x.index_select(0, index)
-    skip = shortcut(x)
-    value = combined(skip.index_select(0, index), branch(live, *along), scale, includes_input)
-    if post is not None:
-        value = post(value)
+    skip = call.shortcut(x)
+    value = combined(skip.index_select(0, index), call.branch(live, *along), scale, call.includes_input)
+    value = call.finished(value)
     dtype = torch.promote_types(skip.dtype, value.dtype)
     return skip.to(dtype).index_copy(0, index, value.to(dtype))
-
-
-def _each_tensor(value: Any, cut: Callable[[Tensor], Tensor]) -> Any:
-    return tree_map(lambda leaf: cut(leaf) if isinstance(leaf, Tensor) else leaf, value)
-
-
-def _scaled(x: Tensor, factor: float | Tensor) -> Tensor:
-    if isinstance(factor, Tensor):  # in half precision a tensor, unlike a number, would be rounded first
-        return (x.to(torch.promote_types(x.dtype, torch.float32)) * factor).to(x.dtype)
-    return x if factor == 1.0 else x * factor

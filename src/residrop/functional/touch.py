@@ -1,16 +1,15 @@
 """Branches that are absent here and present on another rank."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from residrop.functional.call import BranchCall, Map
 
 __all__ = ["touch"]
-
-Map = Callable[..., Tensor]
 
 
 class _Touch(torch.autograd.Function):
@@ -27,16 +26,16 @@ class _Touch(torch.autograd.Function):
         return grads[0], torch.zeros(shape, dtype=dtype, device=device)
 
 
-def touch(x: Tensor, skip: Tensor, branch: Map, along: Sequence[Any] = ()) -> Tensor:
+def touch(x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
     """skip, with a branch that is absent here run all the same, on one row, in eval mode, for gradients of zero.
 
     For draws that differ between ranks: a branch that lives on another rank takes part in that rank's collectives (of
     gradients, of sharded parameters), so it has to run here, too.
     """
-    along = [tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) else leaf, one) for one in along]
+    along = call.cut_along(lambda tensor: tensor[:1])
     row = x[:1].detach().requires_grad_(x.requires_grad)  # an overflow in the branch must not reach x as 0 * inf
-    with _norms_in_eval(branch):
-        out = branch(row, *along)
+    with _norms_in_eval(call.branch):
+        out = call.branch(row, *along)
     return _Touch.apply(skip, out)  # pyright: ignore[reportReturnType]
 
 

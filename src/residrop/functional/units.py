@@ -19,6 +19,7 @@ from torch import Tensor
 from residrop.common.checks import check_rate
 from residrop.common.errors import ConfigError
 from residrop.functional import kernels
+from residrop.functional.call import scaled
 from residrop.functional.kernels import signed, use_compiler
 from residrop.schedule.sampler import derive_key
 
@@ -238,18 +239,14 @@ def mix(tensors: Sequence[Tensor], thetas: Sequence[float], key: Key) -> Tensor:
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     tensors = [x.to(dtype) for x in tensors]
     if key is None:
-        total = _scaled(tensors[0], thetas[0])
+        total = scaled(tensors[0], thetas[0])
         for x, theta in zip(tensors[1:], thetas[1:], strict=True):
-            total = total + _scaled(x, theta)
+            total = total + scaled(x, theta)
         return total
     if isinstance(key, Tensor):
         return kernels.traced("mix", tensors, key)
     result: Any = _Mix.apply(key, tuple(thetas), *tensors)
     return result
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x * factor
 
 
 def swapout(x: Tensor, branch: Tensor, theta_1: float, theta_2: float, key: Key) -> Tensor:
@@ -314,7 +311,7 @@ def skip_forward(x: Tensor, branch: Tensor, theta: float, key: Key) -> Tensor:
     if x.shape != branch.shape:
         raise ConfigError(f"shortcut has shape {tuple(x.shape)}, branch {tuple(branch.shape)}; shapes must agree")
     if key is None:
-        return _scaled(x, 1.0 - theta) + _scaled(branch, theta)
+        return scaled(x, 1.0 - theta) + scaled(branch, theta)
     dtype = torch.promote_types(x.dtype, branch.dtype)
     x, branch = x.to(dtype), branch.to(dtype)
     if isinstance(key, Tensor):

@@ -1,17 +1,13 @@
 """Live rows as data: windows that a compiled graph takes without being compiled anew for every draw."""
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from residrop.functional.rows import combined
+from residrop.functional.call import BranchCall, combined
 
 __all__ = ["Window", "keep_window"]
-
-Map = Callable[..., Tensor]
 
 
 class Window(NamedTuple):
@@ -30,32 +26,20 @@ class Window(NamedTuple):
     all: bool
 
 
-def keep_window(
-    x: Tensor,
-    shortcut: Map,
-    branch: Map,
-    window: Window,
-    *,
-    post: Map | None = None,
-    along: Sequence[Any] = (),
-    includes_input: bool = False,
-) -> Tensor:
+def keep_window(x: Tensor, call: BranchCall, window: Window) -> Tensor:
     """As `rows.keep_rows`, for a window that is data: all is gathered, which compilers fuse, and nothing scattered."""
     size, start, scale, every = window
     scale = 1.0 if scale is None else scale
     if every:
-        y = combined(shortcut(x), branch(x, *along), scale, includes_input)
-        return y if post is None else post(y)
+        return call.whole(x, scale)
 
     def take(value: Tensor) -> Tensor:
         return _Take.apply(value, size, start)  # pyright: ignore[reportReturnType]
 
-    along = [tree_map(lambda leaf: take(leaf) if isinstance(leaf, Tensor) else leaf, one) for one in along]
-    live, skip = take(x), shortcut(x)
-    here = live if isinstance(shortcut, nn.Identity) else take(skip)
-    value = combined(here, branch(live, *along), scale, includes_input)
-    if post is not None:
-        value = post(value)
+    along = call.cut_along(take)
+    live, skip = take(x), call.shortcut(x)
+    here = live if isinstance(call.shortcut, nn.Identity) else take(skip)
+    value = call.finished(combined(here, call.branch(live, *along), scale, call.includes_input))
     dtype = torch.promote_types(skip.dtype, value.dtype)
     return _Put.apply(skip.to(dtype), value.to(dtype), start)  # pyright: ignore[reportReturnType]
 

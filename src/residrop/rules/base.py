@@ -6,7 +6,7 @@ draw: coins in training (and inside `residrop.sampling`), expectation in `eval()
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,18 +14,14 @@ from torch import Tensor, nn
 
 from residrop.common.checks import check_choice
 from residrop.common.errors import PlanError
-from residrop.functional.rows import combined
+from residrop.functional.call import Map
+from residrop.rules.executor import EAGER, Executor
 from residrop.schedule.sampler import DepthSampler, Draw, Granularity, Scope, Site
 
 __all__ = ["Rescale", "Rule"]
 
 Rescale = Literal["test", "train", "none"]
-Map = Callable[..., Tensor]
 _IDENTITY = nn.Identity()
-
-
-def _after(post: Map | None, y: Tensor) -> Tensor:
-    return y if post is None else post(y)
 
 
 class Rule(nn.Module, ABC):
@@ -36,9 +32,17 @@ class Rule(nn.Module, ABC):
         granularity: what one coin decides: `block`, `row` or `unit`.
         scope: whether ranks of a distributed run share the draw; default `shared` for blocks, `per_rank` otherwise.
         earlier: how many earlier outputs of its stage, besides the block's input, the rule combines (`units.Mix`).
+        repeat: how often the branch is applied (`units.Mix`).
+        rows: how live rows are chosen, for rules that may cut a batch; None for others.
+        rescale: who multiplies the branch by p or 1/p, see `StochasticDepth`.
+        executor: what runs the parts that are present; engines replace it.
     """
 
     earlier: int = 0
+    repeat: int = 1
+    rows: Literal["window", "bernoulli"] | None = None
+    rescale: Rescale = "none"
+    executor: Executor = EAGER
 
     def __init__(
         self, rates: tuple[float, ...], granularity: Granularity = "block", scope: Scope | None = None
@@ -52,7 +56,6 @@ class Rule(nn.Module, ABC):
         check_choice("scope", self.scope, Scope)
         self._sampler: DepthSampler | None = None
         self._index = -1
-        self.compiled: Any = None
 
     @property
     def site(self) -> Site:
@@ -121,24 +124,6 @@ class Rule(nn.Module, ABC):
         """Whether this pass is exactly shortcut(x) + branch(x), the block without a rule."""
         return False
 
-    def _called(self, branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
-        return branch(x, *along) if self.compiled is None else self.compiled.part(branch, x, along)
-
-    def _whole(
-        self,
-        x: Tensor,
-        shortcut: Map,
-        branch: Map,
-        scale: float,
-        includes_input: bool,
-        post: Map | None,
-        along: Sequence[Any],
-    ) -> Tensor:
-        """A block whose branch is present for all rows."""
-        if self.compiled is not None:
-            return self.compiled.present(x, shortcut, branch, scale, includes_input, post, along)
-        return _after(post, combined(shortcut(x), branch(x, *along), scale, includes_input))
-
     def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
         """The same for a block that has a shortcut of its own: its branch is block(x, *along) - x, the shortcut x."""
         return self(x, _IDENTITY, lambda x, *along: block(x, *along) - x, along=along)
@@ -159,7 +144,9 @@ class Rule(nn.Module, ABC):
         """
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "compiled": None}  # as of any module that was compiled in place
+        state = super().__getstate__()
+        state.pop("executor", None)  # copies are not compiled, as those of any module that was compiled in place
+        return state
 
     def extra_repr(self) -> str:
         return ", ".join(map(repr, self.rates))

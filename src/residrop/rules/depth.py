@@ -1,6 +1,6 @@
 """Rules of whole branches and rows: constant depth, stochastic depth, depth dropout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from residrop import functional
 from residrop.common.checks import check_choice, check_rate
 from residrop.common.errors import ConfigError
+from residrop.functional.call import BranchCall, Map
 from residrop.functional.rows import Lane, keep_index, keep_rows
 from residrop.functional.touch import touch
 from residrop.rules.base import Rescale, Rule
+from residrop.rules.executor import EAGER
 from residrop.schedule.sampler import Draw, Scope
 
 __all__ = ["ConstantDepth", "DepthDropout", "StochasticDepth"]
 
-Map = Callable[..., Tensor]
 _IDENTITY = nn.Identity()
 
 
@@ -27,12 +28,12 @@ class ConstantDepth(Rule):
         super().__init__(())
 
     def as_built(self) -> bool:
-        return self.compiled is None
+        return self.executor is EAGER
 
     def forward(
         self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
     ) -> Tensor:
-        return self._whole(x, shortcut, branch, 1.0, False, post, along)
+        return self.executor.present(x, BranchCall(shortcut, branch, post, along), 1.0)
 
 
 class StochasticDepth(Rule):
@@ -70,63 +71,55 @@ class StochasticDepth(Rule):
             )
         super().__init__((check_rate("survival", survival),), granularity, scope)
         self.rescale: Rescale = rescale
-        self.rows: Literal["window", "bernoulli"] = rows
+        self.rows = rows
 
     def forward(
         self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
     ) -> Tensor:
-        return self._present(x, shortcut, branch, False, post, along)
+        return self._present(x, BranchCall(shortcut, branch, post, along))
 
-    def carried(self, x: Tensor, shortcut: Map, branch: Map, post: Map | None, lane: Lane) -> Tensor:
+    def carried(self, x: Tensor, call: BranchCall, lane: Lane) -> Tensor:
         """As `forward`, for a batch that only the blocks of a chain see (`residrop.functional.rows.Lane`)."""
         draw = self.draw()
         if self.rows == "window" and draw.alive is None and not draw.expected:
             rows = draw.rows(x.shape[0])
-            if rows.live == 0 and isinstance(shortcut, nn.Identity) and not self.lives_elsewhere():
+            if rows.live == 0 and isinstance(call.shortcut, nn.Identity) and not self.lives_elsewhere():
                 return x
             if rows.live > 0:
-                return keep_rows(x, shortcut, self._on_rows(branch, x), rows, self.scale(draw), post=post, lane=lane)
-        return self._present(lane.settle(x), shortcut, branch, False, post, ())
+                return keep_rows(x, self._on_rows(call, x), rows, self.scale(draw), lane)
+        return self._present(lane.settle(x), call)
 
     def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
-        return self._present(x, _IDENTITY, block, True, None, along)
+        return self._present(x, BranchCall(_IDENTITY, block, along=along, includes_input=True))
 
-    def _present(
-        self,
-        x: Tensor,
-        shortcut: Map,
-        branch: Map,
-        includes_input: bool,
-        post: Map | None,
-        along: Sequence[Any],
-    ) -> Tensor:
+    def _present(self, x: Tensor, call: BranchCall) -> Tensor:
         if self.deferred():
             from residrop.rules import tracing
 
-            return tracing.present(self, x, shortcut, branch, includes_input, post, along)
+            return tracing.present(self, x, call)
         draw = self.draw()
         scale = self.scale(draw)
         if draw.alive is False:
-            return self._absent(x, shortcut, branch, along)
+            return self._absent(x, call)
         if draw.alive or draw.expected:
-            return shortcut(x) if scale == 0.0 else self._whole(x, shortcut, branch, scale, includes_input, post, along)
-        run = self._on_rows(branch, x)
-        options: dict[str, Any] = {"post": post, "along": along, "includes_input": includes_input}
+            return call.shortcut(x) if scale == 0.0 else self.executor.present(x, call, scale)
         if self.rows == "bernoulli":
             assert draw.key is not None
             live = functional.row_mask(x.shape[0], draw.rates[0], draw.key).nonzero().squeeze(1)
             if live.numel() > 0:
-                return keep_index(x, shortcut, run, live.to(x.device), scale, **options)
+                return keep_index(x, self._on_rows(call, x), live.to(x.device), scale)
         elif (rows := draw.rows(x.shape[0])).live > 0:
-            return keep_rows(x, shortcut, run, rows, scale, **options)
-        return self._absent(x, shortcut, branch, along)
+            return keep_rows(x, self._on_rows(call, x), rows, scale)
+        return self._absent(x, call)
 
-    def _on_rows(self, branch: Map, x: Tensor) -> Map:
-        """The branch for some rows of x."""
-        return branch if self.compiled is None else self.compiled.on_rows(branch, self.fixed(x.shape[0]))
+    def _on_rows(self, call: BranchCall, x: Tensor) -> BranchCall:
+        """The block, with its branch for some rows of x."""
+        if self.executor is EAGER:
+            return call
+        return call._replace(branch=self.executor.on_rows(call.branch, self.fixed(x.shape[0])))
 
     def as_built(self) -> bool:
-        if self.deferred() or self.compiled is not None:
+        if self.deferred() or self.executor is not EAGER:
             return False
         draw = self.draw()
         present = draw.expected or draw.alive or (draw.alive is None and draw.rates[0] == 1.0)
@@ -139,8 +132,9 @@ class StochasticDepth(Rule):
             return survival if self.rescale == "test" else 1.0
         return 1.0 / survival if self.rescale == "train" and survival > 0 else 1.0
 
-    def _absent(self, x: Tensor, shortcut: Map, branch: Map, along: Sequence[Any]) -> Tensor:
-        return touch(x, shortcut(x), branch, along) if self.lives_elsewhere() else shortcut(x)
+    def _absent(self, x: Tensor, call: BranchCall) -> Tensor:
+        y = call.shortcut(x)
+        return touch(x, y, call) if self.lives_elsewhere() else y
 
     def fixed(self, total: int) -> bool:
         """Whether the same number of rows of a batch of `total` lives in every step."""

@@ -1,7 +1,7 @@
 """Gaussian noise in place of coins: what stochastic depth tends to in deep Stable networks (Hayou & Ayed 2021)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from residrop.common.checks import check_choice, check_rate
-from residrop.functional.rows import combined
+from residrop.functional.call import BranchCall, Map, combined
 from residrop.functional.touch import touch
 from residrop.functional.units import row_normal
 from residrop.rules.base import Rescale, Rule
+from residrop.rules.executor import EAGER
 from residrop.schedule.sampler import Scope, Site, derive_key
 
 __all__ = ["GaussianDepth"]
 
-Map = Callable[..., Tensor]
 _NORMAL = NormalDist()
 
 
@@ -62,7 +62,7 @@ class GaussianDepth(Rule):
         return False
 
     def as_built(self) -> bool:
-        if self.deferred() or self.compiled is not None:
+        if self.deferred() or self.executor is not EAGER:
             return False
         factor = self.factor(0)
         return not isinstance(factor, Tensor) and factor == 1.0
@@ -90,6 +90,7 @@ class GaussianDepth(Rule):
     def forward(
         self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
     ) -> Tensor:
+        call = BranchCall(shortcut, branch, post, along)
         if self.deferred():
             from residrop.rules import tracing
 
@@ -97,16 +98,16 @@ class GaussianDepth(Rule):
         else:
             factor = self.factor(x.shape[0])
             if not isinstance(factor, Tensor) and factor != 0.0:
-                return self._whole(x, shortcut, branch, factor, False, post, along)
+                return self.executor.present(x, call, factor)
         if not isinstance(factor, Tensor):  # 0
             y = shortcut(x)
             if self.tosses() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                y = touch(x, y, branch, along)  # engines that do not know of p = 0 wait for its gradients
+                y = touch(x, y, call)  # engines that do not know of p = 0 wait for its gradients
         elif factor.ndim == 0:
             y = combined(shortcut(x), branch(x, *along), factor)
         else:
-            y = _by_rows(shortcut(x), self._called(branch, x, along), factor)
-        return y if post is None else post(y)
+            y = _by_rows(shortcut(x), self.executor.part(branch, x, along), factor)
+        return call.finished(y)
 
     def _as_data(self, x: Tensor) -> Tensor | None:
         """The factor for a graph, which would be compiled anew for every number; None is 0."""

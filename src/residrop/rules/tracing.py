@@ -13,6 +13,7 @@ A coin tossed by traced code is tossed once, when the graph is made, and frozen 
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -24,16 +25,17 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
+from residrop.functional.call import BranchCall, Map
 from residrop.functional.kept import Kept
-from residrop.functional.rows import combined, keep_index
+from residrop.functional.rows import keep_index
 from residrop.functional.touch import touch
 from residrop.functional.units import coins_of, row_mask
 from residrop.functional.windows import Window, keep_window
+from residrop.rules.executor import Executor
 from residrop.schedule.sampler import Draw, Rows
 
 __all__ = ["Board", "Bodies", "board", "bodies", "draw", "outside", "present", "structure", "units"]
 
-Map = Callable[..., Tensor]
 
 _disable: Any = torch.compiler.disable
 _REASON = (
@@ -65,7 +67,8 @@ def scalar(factor: float) -> Tensor | None:
 # Present blocks
 
 
-class Bodies(NamedTuple):
+@dataclass(frozen=True)
+class Bodies(Executor):
     """The compiled parts of blocks of one structure; each function belongs to that structure alone.
 
     The compiler keeps a limited number of graphs per function, and makes sizes symbolic that differ from call to call.
@@ -73,24 +76,24 @@ class Bodies(NamedTuple):
     Attributes:
         whole: (x, shortcut, branch, scale, includes_input, post, along) to the result of a block that is present.
         absent: (x, shortcut) to that of a block that is absent.
-        part: (branch, x, along) to branch(x, *along).
+        alone: (branch, x, along) to branch(x, *along).
     """
 
     whole: Map
     absent: Map
-    part: Map
+    alone: Map
 
-    def present(self, x: Tensor, shortcut: Map, branch: Map, scale: float, *more: Any) -> Tensor:
-        """`whole`, with a number for the factor."""
-        return self.whole(x, shortcut, branch, scalar(scale), *more)
+    def present(self, x: Tensor, call: BranchCall, scale: float) -> Tensor:
+        return self.whole(x, call.shortcut, call.branch, scalar(scale), call.includes_input, call.post, call.along)
+
+    def part(self, branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
+        return self.alone(branch, x, along)
 
     def on_rows(self, branch: Map, fixed: bool) -> Map:
-        """`part` for the live rows of a batch, the number of which varies unless it is `fixed`."""
-
         def call(x: Tensor, *along: Any) -> Tensor:
             if not fixed:
                 maybe_mark_dynamic(x, 0)
-            return self.part(branch, x, along)
+            return self.alone(branch, x, along)
 
         return call
 
@@ -104,15 +107,14 @@ def _whole(
     post: Map | None,
     along: Sequence[Any],
 ) -> Tensor:
-    y = combined(shortcut(x), branch(x, *along), 1.0 if scale is None else scale, includes_input)
-    return y if post is None else post(y)
+    return BranchCall(shortcut, branch, post, along, includes_input).whole(x, 1.0 if scale is None else scale)
 
 
 def _absent(x: Tensor, shortcut: Map) -> Tensor:
     return shortcut(x)
 
 
-def _part(branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
+def _alone(branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
     return branch(x, *along)
 
 
@@ -126,7 +128,7 @@ def bodies(structure: Hashable) -> Bodies:
         code = function.__code__.replace(co_name=name, co_qualname=name)
         return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
-    return Bodies(copy(_whole), copy(_absent), copy(_part))
+    return Bodies(copy(_whole), copy(_absent), copy(_alone))
 
 
 def structure(*parts: object) -> Hashable:
@@ -148,12 +150,12 @@ _OF_RULE: WeakKeyDictionary[Any, Bodies] = WeakKeyDictionary()
 
 
 @_disable(reason=_REASON)
-def _coin(rule: Any, shortcut: Map, branch: Map, post: Map | None) -> tuple[bool, Tensor | None, Bodies]:
+def _coin(rule: Any, call: BranchCall) -> tuple[bool, Tensor | None, Bodies]:
     """Whether a block is present, the factor of its branch, and its compiled parts."""
     draw = rule.draw()
     scale = rule.scale(draw)
     if rule not in _OF_RULE:
-        _OF_RULE[rule] = bodies(structure(branch, shortcut, post))
+        _OF_RULE[rule] = bodies(structure(call.branch, call.shortcut, call.post))
     present = bool(draw.alive) or (draw.expected and scale != 0.0)
     return present, scalar(scale), _OF_RULE[rule]
 
@@ -162,34 +164,32 @@ def _coin(rule: Any, shortcut: Map, branch: Map, post: Map | None) -> tuple[bool
 def _decided(  # but looks for the frame of its caller at every call, which takes a tenth of a millisecond
     rule: Any, x: Tensor, shortcut: Map, branch: Map, includes_input: bool, post: Map | None, along: Sequence[Any]
 ) -> Tensor:
-    present, scale, parts = _coin(rule, shortcut, branch, post)
+    call = BranchCall(shortcut, branch, post, along, includes_input)
+    present, scale, parts = _coin(rule, call)
     if present:
         return parts.whole(x, shortcut, branch, scale, includes_input, post, along)
     y = parts.absent(x, shortcut)
-    return _touch(rule, x, y, branch, along) if rule.scope == "per_rank" else y
+    return _touch(rule, x, y, call) if rule.scope == "per_rank" else y
 
 
 @_disable(reason=_REASON)
-def _touch(rule: Any, x: Tensor, skip: Tensor, branch: Map, along: Sequence[Any]) -> Tensor:
-    return touch(x, skip, branch, along) if rule.lives_elsewhere() else skip
+def _touch(rule: Any, x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
+    return touch(x, skip, call) if rule.lives_elsewhere() else skip
 
 
-def present(
-    rule: Any, x: Tensor, shortcut: Map, branch: Map, includes_input: bool, post: Map | None, along: Sequence[Any]
-) -> Tensor:
+def present(rule: Any, x: Tensor, call: BranchCall) -> Tensor:
     """`StochasticDepth` in a pass with coins, traced."""
     if rule.granularity == "block":
-        return _decided(rule, x, shortcut, branch, includes_input, post, along)
+        return _decided(rule, x, call.shortcut, call.branch, call.includes_input, call.post, call.along)
     window = _on_board(rule, x)
     if window is None:
         window = _ask(rule, x)
-    options: dict[str, Any] = {"post": post, "along": along, "includes_input": includes_input}
     if window is None:
-        return _touch(rule, x, shortcut(x), branch, along) if rule.lives_elsewhere() else shortcut(x)
+        y = call.shortcut(x)
+        return _touch(rule, x, y, call) if rule.lives_elsewhere() else y
     if isinstance(window, Listed):
-        scale = 1.0 if window.scale is None else window.scale
-        return keep_index(x, shortcut, branch, window.rows, scale, **options)
-    return keep_window(x, shortcut, branch, window, **options)
+        return keep_index(x, call, window.rows, 1.0 if window.scale is None else window.scale)
+    return keep_window(x, call, window)
 
 
 def units(rule: Any, *tensors: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def board(rules: Sequence[Any], args: Any, kept: Kept | None = None) -> Board | 
         kept: where the draws of unit-level rules are put, if their place matters.
     """
     batch = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
-    windows = [getattr(rule, "rows", None) == "window" and rule.granularity == "row" for rule in rules]
+    windows = [rule.rows == "window" and rule.granularity == "row" for rule in rules]
     units = [rule.granularity == "unit" and rule.tosses() for rule in rules]
     if batch is None or (not any(windows) and not any(units)):
         return None

@@ -1,7 +1,7 @@
 """Unit-level rules: every unit of the shortcut's and the branch's output is present or absent by itself."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -9,16 +9,11 @@ from torch import Tensor
 from residrop import functional
 from residrop.common.checks import check_choice, check_rate, check_whole
 from residrop.common.errors import ConfigError
+from residrop.functional.call import Map
 from residrop.rules.base import Rule
 from residrop.schedule.sampler import Draw, Scope
 
 __all__ = ["Mix", "SkipForward", "Swapout", "UnitDropout"]
-
-Map = Callable[..., Tensor]
-
-
-def _after(post: Map | None, y: Tensor) -> Tensor:
-    return y if post is None else post(y)
 
 
 class _UnitRule(Rule):
@@ -28,14 +23,16 @@ class _UnitRule(Rule):
     def forward(
         self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
     ) -> Tensor:
-        return _after(post, self._combined(shortcut(x), self._called(branch, x, along)))
+        return self._combined(post, shortcut(x), self.executor.part(branch, x, along))
 
-    def _combined(self, *tensors: Tensor) -> Tensor:
+    def _combined(self, post: Map | None, *tensors: Tensor) -> Tensor:
         if self.deferred():
             from residrop.rules import tracing
 
-            return tracing.units(self, *tensors)
-        return self.combine(self.draw(), *tensors)
+            y = tracing.units(self, *tensors)
+        else:
+            y = self.combine(self.draw(), *tensors)
+        return y if post is None else post(y)
 
     @abstractmethod
     def combine(self, draw: Draw, *tensors: Tensor) -> Tensor:
@@ -162,10 +159,10 @@ class Mix(_UnitRule):
         post: Map | None = None,
         along: Sequence[Any] = (),
     ) -> Tensor:
-        uses = [self._called(branch, x, along)]
+        uses = [self.executor.part(branch, x, along)]
         while len(uses) < self.repeat:
-            uses.append(self._called(branch, uses[-1], along))
-        return _after(post, self._combined(shortcut(x), *uses, *earlier))
+            uses.append(self.executor.part(branch, uses[-1], along))
+        return self._combined(post, shortcut(x), *uses, *earlier)
 
     def combine(self, draw: Draw, *tensors: Tensor) -> Tensor:
         return functional.mix(tensors, draw.rates, draw.key)

@@ -5,7 +5,8 @@ under activation checkpointing, and after a resume. Nothing is read from or left
 nothing asks the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, floor
@@ -231,12 +232,16 @@ class DepthSampler:
 
     @property
     def in_force(self) -> "_Force":
-        """What forwards obey now. Assigning it undoes `give` and `start_sampling`."""
+        """What forwards obey now."""
         return self._now
 
-    @in_force.setter
-    def in_force(self, force: "_Force") -> None:
-        self._now = force
+    @contextmanager
+    def _obeying(self, force: "_Force") -> Iterator[None]:
+        before, self._now = self._now, force
+        try:
+            yield
+        finally:
+            self._now = before
 
     def before_forward(self, training: bool) -> None:
         """Called before every forward of the root module: make the plan of this pass."""
@@ -275,19 +280,23 @@ class DepthSampler:
             )
         return force.plan.draws[index]
 
-    def give(self, plan: Plan) -> None:
-        """Obey `plan` until `in_force` is put back; PlanError if it was made for other rules."""
+    def giving(self, plan: Plan) -> AbstractContextManager[None]:
+        """A context in which all forwards obey `plan`; PlanError, at once, if it was made for other rules."""
         if len(plan.draws) != len(self.sites):
             raise PlanError(f"the plan has {len(plan.draws)} draws, the model {len(self.sites)} rules; they must agree")
         for number, (site, draw) in enumerate(zip(self.sites, plan.draws, strict=True), start=1):
             if not _fits(site, draw):
                 what = f"{site.granularity}-level with {len(site.rates)} rates" if site.rates else "always present"
                 raise PlanError(f"draw {number} of the plan is {draw}, but rule {number} is {what}")
-        self._now = _Force(plan, given=True, always=True)
+        return self._obeying(_Force(plan, given=True, always=True))
 
-    def start_sampling(self, first: int) -> None:
-        """Every forward is a sampled pass, numbered from `first` on, until `in_force` is put back."""
-        self._now = _Force(sample=first, always=True)
+    def sampling(self, first: int) -> AbstractContextManager[None]:
+        """A context in which every forward is a sampled pass, numbered from `first` on."""
+        return self._obeying(_Force(sample=first, always=True))
+
+    def in_expectation(self) -> AbstractContextManager[None]:
+        """A context without a plan, also inside of the other two: in eval mode coins are their means."""
+        return self._obeying(_Force())
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ __all__ = [
     "Undo",
     "check_unchanged",
     "give_back",
-    "no_grad_eval",
     "take_over",
     "undo_later",
 ]
@@ -217,15 +216,3 @@ def give_back(block: nn.Module) -> None:
         change.undo()
     for name in [name for name in block.__dict__ if name.startswith(("residrop_", "_residrop_"))]:
         del block.__dict__[name]
-
-
-def no_grad_eval(block: nn.Module, forward: Callable[[], Any]) -> Any:
-    """Run `forward` in eval mode without gradients, then put every training flag back."""
-    flags = {module: module.training for module in block.modules()}
-    try:
-        block.eval()
-        with torch.no_grad():
-            return forward()
-    finally:
-        for module, flag in flags.items():
-            module.training = flag

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from residrop.blocks.modes import evaluating
 from residrop.blocks.skippable import Part
 from residrop.common.errors import ConfigError, PlanError
 from residrop.rules.base import Rule
-from residrop.surgery.blocks import AppliedBlock, Branch, no_grad_eval
+from residrop.surgery.blocks import AppliedBlock, Branch
 from residrop.surgery.containers import RULES
 
 __all__ = ["GenericBlock"]
@@ -41,7 +42,8 @@ class GenericBlock(AppliedBlock):
         along = self.residrop_along(rule, x, args, kwargs)
         y = rule.around(x, Branch(self, call), along)
         if "residrop_form" not in self.__dict__:  # absent at its first call
-            no_grad_eval(self, lambda: call(x, *args, **kwargs))
+            with torch.no_grad(), evaluating(self):
+                call(x, *args, **kwargs)
             call.others = None
         return call.result(y)
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from residrop.blocks.attach import rules_of, sampler_of, using
+from residrop.blocks.modes import keeping_modes
 from residrop.common.errors import ConfigError
 from residrop.engines.distributed.gradients import alone
 from residrop.rules.base import Rule
+from residrop.rules.executor import EAGER
 
 __all__ = ["gated", "kept_as_is"]
 
@@ -62,7 +64,7 @@ def gated(model: nn.Module, gates: Tensor) -> Iterator[None]:
             f"gates have shape {tuple(gates.shape)}, and {type(model).__name__} has {len(rules)} rules; "
             "give Tensor[L] or Tensor[n, L]"
         )
-    if any(rule.compiled is not None for rule in rules) or getattr(model, "_compiled_call_impl", None) is not None:
+    if any(rule.executor is not EAGER for rule in rules) or getattr(model, "_compiled_call_impl", None) is not None:
         raise ConfigError(f"{type(model).__name__} is compiled; measure a copy of it, which is not (copy.deepcopy)")
     classes = [type(rule) for rule in rules]
     with using(model, sampler_of(model).expectation()):
@@ -83,11 +85,11 @@ def kept_as_is(model: nn.Module, *, training: bool) -> Iterator[None]:
 
     Flags, buffers and gradients of parameters are put back. Other ranks of `data_parallel` are not asked for anything.
     """
-    flags = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     with ExitStack() as stack:
-        stack.callback(_put_back, flags, buffers, grads)
+        stack.callback(_put_back, buffers, grads)
+        stack.enter_context(keeping_modes(model))
         stack.enter_context(alone(model))
         model.train(training)
         for module in model.modules():
@@ -96,11 +98,7 @@ def kept_as_is(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
 
 
-def _put_back(
-    flags: dict[nn.Module, bool], buffers: list[tuple[Tensor, Tensor]], grads: list[tuple[nn.Parameter, Tensor | None]]
-) -> None:
-    for module, flag in flags.items():
-        module.training = flag
+def _put_back(buffers: list[tuple[Tensor, Tensor]], grads: list[tuple[nn.Parameter, Tensor | None]]) -> None:
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)

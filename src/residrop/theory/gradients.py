@@ -189,7 +189,7 @@ def _presence(rules: list[Rule], rates: str | float | Sequence[float] | None) ->
     else:
         found = parse(rates, len(rules))
     p = torch.tensor(found, dtype=torch.float64)
-    rescaled = torch.tensor([getattr(rule, "rescale", None) == "train" for rule in rules])
+    rescaled = torch.tensor([rule.rescale == "train" for rule in rules])
     return p, torch.where(rescaled & (p > 0.0), 1.0 / p.clamp_min(1e-300), 1.0)
 
 

@@ -175,7 +175,7 @@ def _rates_of(model: nn.Module, rates: Sequence[float] | None) -> tuple[float, .
 
 def _gains(model: nn.Module, p: Tensor) -> Tensor:
     """What a present branch counts in training: float64 Tensor[L]."""
-    rescaled = torch.tensor([getattr(rule, "rescale", "") == "train" for rule in rules_of(model)])
+    rescaled = torch.tensor([rule.rescale == "train" for rule in rules_of(model)])
     return torch.where(rescaled & (p > 0), 1.0 / p, 1.0)
 
 

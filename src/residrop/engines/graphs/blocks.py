@@ -9,82 +9,54 @@ All graphs share one pool of memory. Memory that one of them returns is taken by
 1 ... L, backward L ... 1), and a pass under any draw is a part of that order, so nothing is overwritten that is needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from residrop.blocks.attach import rules_of, sampler_of, using
 from residrop.engines.graphs.segment import Capture, Segment, check, record, recording, replayed
-from residrop.functional.rows import combined
+from residrop.functional.call import BranchCall, Map
 from residrop.rules.base import Rule
+from residrop.rules.executor import Executor
 from residrop.schedule.sampler import Plan
 
 __all__ = ["record_blocks"]
 
-Map = Callable[..., Tensor]
 
+class _Noted(Executor):
+    """Notes how it is called, and has `behind` do it."""
 
-class _Call(NamedTuple):
-    """What a rule asks for where its branch is present for the whole batch."""
-
-    shortcut: Map
-    branch: Map
-    scale: float
-    includes_input: bool
-    post: Map | None
-    along: Sequence[Any]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = combined(self.shortcut(x), self.branch(x, *self.along), self.scale, self.includes_input)
-        return y if self.post is None else self.post(y)
-
-
-class _Blocks:
-    """What stands in `Rule.compiled`: the parts of a block, with those that were compiled before behind it."""
-
-    def __init__(self, behind: Any) -> None:
+    def __init__(self, behind: Executor) -> None:
         self.behind = behind
+        self.calls: list[tuple[BranchCall, float, Tensor]] = []
 
-    def present(self, x: Tensor, *call: Any) -> Tensor:
-        """The block for all rows of x; `call` are the fields of a `_Call`."""
-        return _Call(*call)(x) if self.behind is None else self.behind.present(x, *call)
+    def present(self, x: Tensor, call: BranchCall, scale: float) -> Tensor:
+        self.calls.append((call, scale, x))
+        return self.behind.present(x, call, scale)
 
     def part(self, branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
-        return branch(x, *along) if self.behind is None else self.behind.part(branch, x, along)
+        return self.behind.part(branch, x, along)
 
     def on_rows(self, branch: Map, fixed: bool) -> Map:
-        return branch if self.behind is None else self.behind.on_rows(branch, fixed)
+        return self.behind.on_rows(branch, fixed)
 
 
-class _Noted(_Blocks):
-    """Notes how it is called."""
-
-    def __init__(self, behind: Any) -> None:
-        super().__init__(behind)
-        self.calls: list[tuple[_Call, Tensor]] = []
-
-    def present(self, x: Tensor, *call: Any) -> Tensor:
-        self.calls.append((_Call(*call), x))
-        return super().present(x, *call)
-
-
-class _Replayed(_Blocks):
+class _Replayed(_Noted):
     """Replays a recorded block where the call is the one that was recorded, with other numbers."""
 
-    def __init__(self, behind: Any, segment: Segment) -> None:
+    def __init__(self, behind: Executor, segment: Segment) -> None:
         super().__init__(behind)
         self.segment = segment
 
-    def present(self, x: Tensor, *call: Any) -> Tensor:
-        _, _, scale, _, _, along = call
-        if scale == self.segment.scale and not along and self.segment.fits(x):
+    def present(self, x: Tensor, call: BranchCall, scale: float) -> Tensor:
+        if scale == self.segment.scale and not call.along and self.segment.fits(x):
             return replayed(self.segment, x)
-        return super().present(x, *call)
+        return self.behind.present(x, call, scale)
 
 
-def _modules_of(call: _Call) -> list[nn.Module] | None:
+def _modules_of(call: BranchCall) -> list[nn.Module] | None:
     """Whose parameters a block's parts use; None if that cannot be known, or if a graph would freeze what they do."""
     found: list[nn.Module] = []
     for part in (call.branch, call.shortcut, call.post):
@@ -133,7 +105,7 @@ def record_blocks(model: nn.Module, x: Tensor, *, capture: Capture | None = None
         segments = _segments_of(model, x)
         record(list(segments.values()), capture)
     for rule, segment in segments.items():
-        rule.compiled = _Replayed(rule.compiled, segment)
+        rule.executor = _Replayed(rule.executor, segment)
     return len(segments)
 
 
@@ -141,24 +113,24 @@ def _segments_of(model: nn.Module, x: Tensor) -> dict[Rule, Segment]:
     """The blocks that can be recorded, from input to output."""
     sampler = sampler_of(model)
     rules = [rule for rule in rules_of(model) if rule.granularity == "block"]
-    noted = {rule: _Noted(rule.compiled) for rule in rules}
+    noted = {rule: _Noted(rule.executor) for rule in rules}
     draws = tuple(one if one.alive is None else one._replace(alive=True) for one in sampler.plan().draws)
     for rule, note in noted.items():
-        rule.compiled = note
+        rule.executor = note
     try:
         with using(model, Plan(draws)):
             model(x)
     finally:
         for rule, note in noted.items():
-            rule.compiled = note.behind
+            rule.executor = note.behind
     found: dict[Rule, Segment] = {}
     for rule in [rule for rule in rules if len(noted[rule].calls) == 1]:
-        call, given = noted[rule].calls[0]
+        call, scale, given = noted[rule].calls[0]
         modules = None if call.along else _modules_of(call)
         if given.requires_grad and modules and any(p.requires_grad for m in modules for p in m.parameters()):
-            found[rule] = Segment(partial(_run, rule.compiled, call), given, modules, call.scale)
+            found[rule] = Segment(partial(_run, rule.executor, call, scale), given, modules, scale)
     return found
 
 
-def _run(parts: Any, call: _Call, x: Tensor) -> Tensor:
-    return _Blocks(parts).present(x, *call)
+def _run(executor: Executor, call: BranchCall, scale: float, x: Tensor) -> Tensor:
+    return executor.present(x, call, scale)

@@ -1,5 +1,6 @@
 """What the glue for all loops shares: the start of a training, and one plan for all micro-batches of an update."""
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -39,17 +40,18 @@ class Updates:
     def __init__(self, sampler: DepthSampler) -> None:
         self.sampler = sampler
         self._part = 0
-        self._before: Any = None
+        self._given: AbstractContextManager[None] | None = None
 
     def begin(self) -> None:
         """Before the forward of a micro-batch."""
-        self._before = self.sampler.in_force
-        self.sampler.give(self.sampler.plan(part=self._part))
+        self._given = self.sampler.giving(self.sampler.plan(part=self._part))
+        self._given.__enter__()
 
     def end(self, updated: bool) -> None:
         """After its backward; `updated` says whether the optimizer has made its update, too."""
-        if self._before is None:
+        if self._given is None:
             return
-        self.sampler.in_force, self._before = self._before, None
+        self._given.__exit__(None, None, None)
+        self._given = None
         self._part = 0 if updated else self._part + 1
         self.sampler.step += updated

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from residrop.blocks.attach import detach, rules_of
+from residrop.blocks.attach import detach, in_expectation, rules_of
+from residrop.blocks.modes import evaluating
 from residrop.blocks.residual import Chain, Residual
 from residrop.blocks.skippable import forget_blocks
 from residrop.common.errors import ConfigError
@@ -55,10 +56,8 @@ def fold(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         ConfigError: the model cannot be traced, has a rule whose expectation is no weighted sum, or (with `example`)
             its folded form computes something else.
     """
-    plain = copy.deepcopy(model).eval()
-    for rule in rules_of(plain):
-        if rule.sampler is not None:
-            rule.sampler.in_force = type(rule.sampler.in_force)()  # also inside of `residrop.sampling` and `using`
+    with in_expectation(model):  # a copy knows the draws in force
+        plain = copy.deepcopy(model)
     factors = {rule: coefficients(rule) for rule in rules_of(plain)}
     generic = _plain_again(plain, factors)
     detach(plain)
@@ -86,13 +85,8 @@ def _first_line(error: Exception) -> str:
 def _checked(folded: nn.Module, model: nn.Module, example: Tensor | None) -> nn.Module:
     if example is None:
         return folded
-    flags = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            wanted, found = model.eval()(example), folded(example)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    with torch.no_grad(), evaluating(model):
+        wanted, found = model(example), folded(example)
     if not isinstance(wanted, Tensor):
         raise ConfigError(
             f"{type(model).__name__} returns a {type(wanted).__name__}; compared are models that return one tensor: "
@@ -115,7 +109,7 @@ def coefficients(rule: Rule) -> tuple[float, ...]:
     Raises:
         ConfigError: the expectation is no such sum.
     """
-    repeat = getattr(rule, "repeat", 1)
+    repeat = rule.repeat
     count = 1 + repeat + rule.earlier
 
     def at(*values: float) -> float:
@@ -258,7 +252,7 @@ class Tracer(fx.Tracer):
         along: Sequence[Any] = (),
     ) -> Any:
         factors = self.factors[rule]
-        end = 1 + getattr(rule, "repeat", 1)
+        end = 1 + rule.repeat
         needed = max((i for i in range(1, end) if factors[i]), default=0)
         uses = repeated(branch, x, along, needed)
         terms = list(zip(factors[1 : 1 + needed], uses, strict=True)) + list(zip(factors[end:], earlier, strict=True))

@@ -6,8 +6,7 @@ the wrong numbers (Singh et al. 2016, Sec. 4.1, find sampled inference better fo
 the right ones.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from residrop.blocks.attach import rules_of
+from residrop.blocks.attach import in_expectation
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError, RankError
 from residrop.inference.deploy.batch_statistics import Batches, at_once, by_layers
@@ -104,7 +103,7 @@ def recalibrate(
     before = _Saved(norms)
     tell = on_progress or (lambda share: None)
     try:
-        with _in_expectation(model):
+        with in_expectation(model):
             source = Batches(data, batches, _device(model))
             seen = (by_layers if mode == "layers" else at_once)(model, source, norms, tell)
         if not seen:
@@ -166,24 +165,6 @@ class _Saved:
             shift = (norm.running_mean.double() - mean.double()).abs() / old
             found.append((float(torch.maximum(shift, (new / old - 1.0).abs()).max()), name))
         return max(found)
-
-
-@contextlib.contextmanager
-def _in_expectation(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no draws in force: also inside of `residrop.sampling` and `using`."""
-    flags = {module: module.training for module in model.modules()}
-    samplers = list({id(rule.sampler): rule.sampler for rule in rules_of(model) if rule.sampler is not None}.values())
-    forces = [sampler.in_force for sampler in samplers]
-    for sampler, force in zip(samplers, forces, strict=True):
-        sampler.in_force = type(force)()
-    model.eval()
-    try:
-        yield
-    finally:
-        for sampler, force in zip(samplers, forces, strict=True):
-            sampler.in_force = force
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -134,7 +134,7 @@ def _row_mask(rule: Rule, draw: Draw, rates: tuple[float, ...], rows: int) -> Te
     if draw.alive is not None:
         return torch.full((rows,), draw.alive)
     assert draw.key is not None
-    if getattr(rule, "rows", "window") == "bernoulli":
+    if rule.rows == "bernoulli":
         return row_mask(rows, rates[0], draw.key)
     window = draw.rows(rows)
     return (torch.arange(rows) - window.start) % rows < window.live
@@ -222,7 +222,7 @@ class _Sampling(Tracer):
         post: Callable[..., Any] | None = None,
         along: Sequence[Any] = (),
     ) -> Any:
-        uses = repeated(branch, x, along, getattr(rule, "repeat", 1))
+        uses = repeated(branch, x, along, rule.repeat)
         y = self._tossed(rule, shortcut(x), *uses, *earlier) if rule in self.parts else shortcut(x) + uses[0]
         return y if post is None else post(y)
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import before_root, rules_of
 from residrop.blocks.residual import Chain, Residual
-from residrop.functional.rows import combined
+from residrop.functional.call import combined
 from residrop.models import CifarResNet, ImageNetResNet, Vanilla
 from residrop.rules.base import Rule
 from residrop.rules.depth import DepthDropout, StochasticDepth
@@ -91,8 +91,7 @@ def is_plain(piece: nn.Module, rules: tuple[type[Rule], ...]) -> bool:
 
 def branch_of(block: Residual, h: Tensor) -> Tensor:
     """The branch of a block, compiled if it was."""
-    bodies = block.rule.compiled
-    return block.branch(h) if bodies is None else bodies.part(block.branch, h, ())
+    return block.rule.executor.part(block.branch, h, ())
 
 
 def with_branch(block: Residual, h: Tensor, scale: float) -> Tensor:

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from residrop.blocks.attach import sampler_of
+from residrop.blocks.modes import evaluating
 from residrop.common.checks import check_rate, check_whole
 from residrop.common.errors import ConfigError
-from residrop.inference.sampled.memory import rows_within
-from residrop.inference.sampled.shared import batch_wide, filling, passes
+from residrop.inference.sampled.shared import passes
 
 __all__ = ["Prediction", "Sampled", "predict"]
 
@@ -87,7 +87,6 @@ def predict(
     first: int = 0,
     keep: bool = True,
     stack: int | None = None,
-    memory_mb: float | None = None,
 ) -> Prediction:
     """Predict class probabilities for a batch.
 
@@ -111,44 +110,21 @@ def predict(
         first: number of the first sampled pass; the same number and seed give the same samples.
         keep: keep the probabilities of the single passes, of which `Prediction.quantiles` are made.
         stack: rows (inputs times samples) that go through the network together; None chooses for the device.
-        memory_mb: bound for the memory of activations, in MiB, weights excluded; fewer rows go through together, and if
-            need be the batch is taken in parts, with the same draws. A rule whose draws belong to a whole batch (unit
-            masks; rows, in models that residrop did not build) cannot be cut so.
 
     Raises:
-        ConfigError: a bad number, a model that is not attached, or a bound that one pass would break.
+        ConfigError: a bad number, or a model that is not attached.
     """
     if check_whole("samples", samples, least=0) == 0:
         return _expected(model, x)
     stack = None if stack is None else check_whole("stack", stack, least=1)
     sampler_of(model)
-    part = max(1, len(x))
-    if memory_mb is not None and len(x):
-        fit = rows_within(model, x, memory_mb)
-        part = min(part, fit)
-        stack = min(filling(x) if stack is None else stack, fit)
-        if part < len(x) and batch_wide(model, x):
-            raise ConfigError(
-                f"memory_mb is {memory_mb}, which {part} of {len(x)} inputs fit into, but the draws of this network "
-                f"belong to a batch as a whole; give more, or predict batches of {part}"
-            )
-    found: list[Tensor] = []
-    for start in range(0, max(1, len(x)), part):
-        own = x[start : start + part]
-        place: Any = {"row": start, "total": len(x), "remember": memory_mb is None}
-        with passes(model, own, first=first, stack=stack, **place) as sampled:
-            found.append(sampled.draw(range(first, first + samples)))
-    return _summary(found[0] if len(found) == 1 else torch.cat(found, dim=1), keep)
+    with passes(model, x, first=first, stack=stack) as sampled:
+        return _summary(sampled.draw(range(first, first + samples)), keep)
 
 
 def _expected(model: nn.Module, x: Tensor) -> Prediction:
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         p = model(x).float().softmax(dim=1)
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
     none = torch.empty(0, len(p), dtype=torch.long, device=p.device)
     return Prediction(p, torch.zeros_like(p), _entropy(p), 0, none)
 
@@ -184,7 +160,6 @@ class Sampled(nn.Module):
         samples: number of sampled passes, 0 for deterministic.
         first: number of the first pass.
         details: give the whole `Prediction` instead of its probabilities.
-        memory_mb: as in `predict`.
 
     Raises:
         ConfigError: a bad number, or a model that is not attached.
@@ -197,7 +172,6 @@ class Sampled(nn.Module):
         *,
         first: int = 0,
         details: bool = False,
-        memory_mb: float | None = None,
     ) -> None:
         super().__init__()
         self.samples = check_whole("samples", samples, least=0)
@@ -205,10 +179,9 @@ class Sampled(nn.Module):
         sampler_of(model)
         self.model = model
         self.details = details
-        self.memory_mb = memory_mb
 
     def forward(self, x: Tensor) -> Tensor | Prediction:
-        found = predict(self.model, x, self.samples, first=self.first, keep=self.details, memory_mb=self.memory_mb)
+        found = predict(self.model, x, self.samples, first=self.first, keep=self.details)
         return found if self.details else found.probabilities
 
     def extra_repr(self) -> str:

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residrop.blocks.attach import before_root, rules_of, sampler_of, sampling
+from residrop.blocks.attach import before_root, sampler_of, sampling
 from residrop.blocks.residual import Residual
 from residrop.inference.sampled.memo import remembering
 from residrop.inference.sampled.pieces import TREE, UNITS, branch_of, is_plain, is_random, pieces_of, softmax
 from residrop.inference.sampled.tree import Tree
 from residrop.schedule.sampler import DepthSampler, Draw, Plan
 
-__all__ = ["Passes", "batch_wide", "filling", "passes"]
+__all__ = ["Passes", "passes"]
 
 
 class Passes(ABC):
@@ -50,9 +50,6 @@ def passes(
     *,
     first: int = 0,
     stack: int | None = None,
-    row: int = 0,
-    total: int | None = None,
-    remember: bool = True,
 ) -> Iterator[Passes]:
     """Inside, `draw` makes sampled passes of a batch, the first of them number `first`; see `residrop.sampling`.
 
@@ -62,34 +59,20 @@ def passes(
         first: number of the first pass.
         stack: rows (inputs times samples) that go through the network together; None chooses. With at most n, no two
             samples are stacked.
-        row: if x is a part of a batch, the number of its first row there.
-        total: rows of that batch; None is n.
-        remember: whether blocks of a model that is called as a whole may keep an output each for the next sample.
     """
     with sampling(model, first=first), torch.no_grad():
         sampler, pieces = sampler_of(model), pieces_of(model, x)
         if pieces is None or not len(x):
-            yield _Whole(model, x, sampler, remember)
+            yield _Whole(model, x, sampler)
         else:
-            sampler.give(sampler.plan(first, stream="sample"))  # what is certain is so under any plan
-            stack = filling(x) if stack is None else stack
-            yield _Sequence(pieces, x, sampler, stack, range(row, row + len(x)), len(x) if total is None else total)
+            with sampler.giving(sampler.plan(first, stream="sample")):  # what is certain is so under any plan
+                yield _Sequence(pieces, x, sampler, _filling(x) if stack is None else stack)
 
 
-def filling(x: Tensor) -> int:
+def _filling(x: Tensor) -> int:
     """Rows that keep a machine busy: inputs of 1 MiB in all on the CPU, of 32 MiB elsewhere, within bounds."""
     budget, most = (1 << 20, 64) if x.device.type == "cpu" else (1 << 25, 1024)
     return max(len(x), min(most, budget // max(1, x[0].nbytes)))
-
-
-def batch_wide(model: nn.Module, x: Tensor) -> bool:
-    """Whether the draw of a row depends on the batch around it, so that parts of a batch are sampled otherwise."""
-    keyed = [rule for rule in rules_of(model) if rule.rates and rule.granularity != "block"]
-    if not keyed:
-        return False
-    pieces = pieces_of(model, x)
-    plan = sampler_of(model).plan(0, stream="sample")
-    return pieces is None or not all(is_plain(piece, TREE) for piece in pieces if is_random(piece, plan))
 
 
 class _Whole(Passes):
@@ -99,11 +82,10 @@ class _Whole(Passes):
         model: attached, or a wrapper around an attached model.
         x: Tensor[n, ...].
         sampler: of the model.
-        remember: whether blocks may keep an output each for the next sample.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, sampler: DepthSampler, remember: bool) -> None:
-        self.model, self.x, self.sampler, self.remember = model, x, sampler, remember
+    def __init__(self, model: nn.Module, x: Tensor, sampler: DepthSampler) -> None:
+        self.model, self.x, self.sampler = model, x, sampler
         self.is_root = before_root(model) is not None
 
     def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> Tensor:
@@ -113,14 +95,14 @@ class _Whole(Passes):
         plans = {number: self.sampler.plan(number, stream="sample") for number in numbers}
         alike = sorted(plans, key=lambda number: [draw.alive is False for draw in plans[number].draws])
         made: dict[tuple[Draw, ...], Tensor] = {}
-        with remembering(self.model) if self.remember and len(plans) > 1 else nullcontext() as memo:
+        with remembering(self.model) if len(plans) > 1 else nullcontext() as memo:
             for number in alike:
                 plan = plans[number]
                 if plan.draws not in made:
                     if memo is not None:
                         memo.begin(plan)
-                    self.sampler.start_sampling(number)
-                    made[plan.draws] = softmax(self.model(x))
+                    with self.sampler.sampling(number):
+                        made[plan.draws] = softmax(self.model(x))
         return torch.stack([made[plans[number].draws] for number in numbers])
 
 
@@ -132,15 +114,10 @@ class _Sequence(Passes):
         x: Tensor[n, ...].
         sampler: of the network.
         stack: rows that go through a piece together, at most (but all of x may).
-        own: numbers of the rows of x in the batch that they belong to.
-        total: rows of that batch.
     """
 
-    def __init__(
-        self, pieces: list[nn.Module], x: Tensor, sampler: DepthSampler, stack: int, own: range, total: int
-    ) -> None:
-        self.sampler, self.stack, self.total = sampler, max(stack, len(x)), total
-        self.own = torch.arange(own.start, own.stop)
+    def __init__(self, pieces: list[nn.Module], x: Tensor, sampler: DepthSampler, stack: int) -> None:
+        self.sampler, self.stack, self.total = sampler, max(stack, len(x)), len(x)
         plan = sampler.plan(0, stream="sample")
         self.random = [is_random(piece, plan) for piece in pieces]
         start = self.random.index(True) if any(self.random) else len(pieces)
@@ -159,17 +136,17 @@ class _Sequence(Passes):
         if not self.pieces:
             return softmax(h).expand(len(plans), -1, -1)
         if self.is_tree:
-            own = self.own if rows is None else self.own[rows.cpu()]
+            own = torch.arange(self.total) if rows is None else rows.cpu()
             left = list(zip(self.pieces, self.random, strict=True))
             return Tree(left, plans, own, self.total, self.stack).walk(h)
         if self.is_units:
             return self._units(plans, rows)
         found: list[Tensor] = []
         for plan in plans:
-            self.sampler.give(plan)
             y = h
-            for piece in self.pieces:
-                y = piece(y)
+            with self.sampler.giving(plan):
+                for piece in self.pieces:
+                    y = piece(y)
             found.append(softmax(y))
         return torch.stack(found)
 

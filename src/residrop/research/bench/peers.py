@@ -39,7 +39,7 @@ class IndexGather(Rule):
         start, live = draw.rows(x.shape[0])
         if live > 0:
             index = (torch.arange(live, device=x.device) + start) % x.shape[0]
-            out = self._called(branch, x[index], along)
+            out = self.executor.part(branch, x[index], along)
             scale = 1.0 / draw.rates[0] if self.scaled else 1.0
             skip = torch.index_add(skip, 0, index, out.to(skip.dtype), alpha=scale)
         return skip if post is None else post(skip)
