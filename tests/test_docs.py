@@ -22,7 +22,7 @@ import tyro
 import residrop
 from residrop import cli
 from residrop.research.papers import find
-from residrop.research.papers.swapout_tables import SCHEDULES
+from residrop.training import preset
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -137,6 +137,7 @@ def words_of(line: str) -> list[str]:
 @pytest.fixture
 def parsing(monkeypatch):
     """Commands end when their arguments are read; returns the exit code."""
+    monkeypatch.chdir(ROOT)  # the pages give paths from there
     read = tyro.cli
 
     def only_read(*args, **kwargs):
@@ -177,6 +178,16 @@ def test_command_lines_of_the_pages_are_understood(line, parsing, capsys):
 )
 def test_command_check_catches(line, code, parsing, capsys):
     assert parsing(words_of(line)) == code, capsys.readouterr().err
+
+
+def test_recipe_file_of_the_page_is_the_example_and_holds():
+    text = (ROOT / "examples" / "recipe.toml").read_text()
+    assert f"```toml\n{text}```\n" in (DOCS / "cli.md").read_text()
+    found = preset(str(ROOT / "examples" / "recipe.toml"))
+    assert found.recipe == preset("swapout/v2-20-w2-cifar100").recipe.replace(
+        survival="linear(1, 0.8)", epochs=64, lr_schedule="cosine"
+    )
+    assert found.title == "CIFAR-100, Linear(1, 0.8), 64 epochs"
 
 
 # Numbers
@@ -333,7 +344,9 @@ def test_short_trainings_of_readme_are_those_measured():
         return {key: statistics.mean(measured) for key, measured in seeds.items()}
 
     once, sampled = (errors("swapout_table-2_w1_cpu_scale0.01", metric) for metric in ("error", "sampled_error"))
-    gains = [once[f"{key}-deterministic"] - sampled[f"{key}-stochastic"] for key in SCHEDULES]
+    schedules = {row.key.rpartition("-")[0] for row in find("swapout/table-2").rows}
+    assert len(schedules) == 5
+    gains = [once[f"{key}-deterministic"] - sampled[f"{key}-stochastic"] for key in schedules]
     figure = json.loads(
         (ROOT / "results" / "stochastic-depth_figure-8-left_resnet-20_cpu_scale0.01_2.json").read_text()
     )

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+from residrop.common.lazy import Lazy
 from residrop.research import papers
 from residrop.research.papers import Claim, Curve, Figure, Paper, Point, Row, Table, Variant
 from residrop.training import Recipe, train
@@ -179,19 +180,12 @@ def paper() -> Paper:
 def installed():
     """Inside, the toy is the only paper."""
     toy = paper()
-    places = {"PAPERS": {"toy": toy}, "_FOUND": {one.id: one for one in (*toy.tables, *toy.figures)}}
-    before = {name: dict(getattr(papers, name)) for name in places}
-
-    def put(values):
-        for name, found in values.items():
-            getattr(papers, name).clear()
-            getattr(papers, name).update(found)
-
-    put(places)
+    before = dict(vars(papers.PAPERS))
+    vars(papers.PAPERS).update(vars(Lazy(lambda: ("toy",), {"toy": toy}.__getitem__)))
     try:
         yield toy
     finally:
-        put(before)
+        vars(papers.PAPERS).update(before)
 
 
 def train_here(recipes, out, *, workers=2, console=None, on_finished=lambda name, found: None, quiet=False):

@@ -162,6 +162,21 @@ def test_train_takes_the_recipe_and_overrides_its_fields(cli, place):
     )
 
 
+def test_recipe_may_be_a_file_and_names_the_run(cli, place):
+    (place / "own").mkdir()
+    (place / "own" / "wide.toml").write_text('base = "digits/swapout"\nlr = 0.07\nnetwork = "resnet-ours-8"\n')
+    assert cli("train", "--recipe", "own/wide.toml", *SMALL[2:], "--lr-factor", "0.5", "--quiet")[0] == 0
+    recipe = Recipe.from_dict(json.loads((place / "runs/wide-001/recipe.json").read_text()))
+    assert (recipe.lr, recipe.lr_factor, recipe.network, recipe.rule) == (0.07, 0.5, "resnet-ours-8", "swapout")
+    code, out, _ = cli("recipes", "own/wide.toml")
+    assert code == 0
+    assert out.startswith("own/wide.toml: based on digits/swapout\n")
+    assert "  lr: 0.07\n" in out
+    compared = cli("compare", "--recipe", "own/wide.toml", *SMALL[2:], "--rules", "swapout", "--quiet")
+    assert compared[0] == 0, compared[2]
+    assert (place / "runs" / "compare-wide-001" / "swapout-seed0" / "recipe.json").exists()
+
+
 def test_quiet_train_writes_nothing_to_standard_error(cli):
     code, _, err = cli("train", *SMALL, "--quiet")
     assert (code, err) == (0, "")
@@ -379,6 +394,7 @@ BAD = {
     "unsorted drops": (["train", "--lr-drops", "0.7", "0.5"], "rising order"),
     "micro-batches": (["train", "--micro-batches", "3"], "3 equal micro_batches"),
     "unknown recipe": (["train", "--recipe", "swapout/v3"], "did you mean swapout/v"),
+    "no recipe file": (["train", "--recipe", "own.toml"], "'own.toml' cannot be read: No such file"),
     "unknown rule": (["train", "--rule", "nonsense"], "'nonsense' is unknown; choose one of constant"),
     "unknown network": (["train", "--network", "resmet-20"], "'resmet-20' is unknown"),
     "impossible depth": (["train", "--network", "resnet-21"], "21"),

@@ -1,13 +1,18 @@
 """The protocols of the papers, written out again."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
 
 from residrop.blocks.attach import rules_of
 from residrop.common.errors import ConfigError
 from residrop.models import create
-from residrop.training import PRESETS, preset
+from residrop.training import PRESETS, Recipe, preset, presets
 from residrop.training.checkpoint import build_network
+from residrop.training.presets import Preset, short_name
 
 SHAPES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "svhn": (10, 3), "imagenet": (1000, 3)}
 
@@ -232,3 +237,136 @@ def test_options_of_a_recipe_reach_the_network():
     wanted = create("resnet-8", width=2, block="v2", bn_gamma_init="uniform", classes=10, channels=1, seed=3)
     assert built.keys() == wanted.state_dict().keys()
     assert all(torch.equal(built[key], value) for key, value in wanted.state_dict().items())
+
+
+# The package's own files
+
+
+def test_every_file_is_read():
+    folder = Path(presets.__file__).parent / "recipes"
+    tables = {name for path in folder.glob("*.toml") for name in tomllib.loads(path.read_text())}
+    assert set(PRESETS) == tables
+    assert [*dict.fromkeys(name.partition("/")[0] for name in PRESETS)] == [
+        "digits", "stochastic-depth", "swapout", "depth-dropout", "sd-regularization",
+    ]  # fmt: skip
+    assert len(list(folder.glob("*.toml"))) == 5
+
+
+def test_every_preset_has_a_title_of_its_own():
+    assert len({one.title for one in PRESETS.values()}) == len(PRESETS) == 29
+    assert not any(one.title.startswith(("based on", "a recipe of")) for one in PRESETS.values())  # what is put in
+
+
+# Files of one's own
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a recipe below the working directory; returns the path to give."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, text):
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return name
+
+    return write
+
+
+def test_file_of_ones_own(write):
+    name = write(
+        "mine.toml",
+        'title = "Mine"\npublished = 6\nnote = "a guess"\nnetwork = "resnet-32"\nlr = 1\nlr_drops = [0.5, 1]\n'
+        'rescale = "none"\nsurvival = "0.5"\nnesterov = false\nwatch = ["discrepancy"]\n',
+    )
+    wanted = Recipe(
+        network="resnet-32", lr=1.0, lr_drops=(0.5, 1.0), rescale="none", survival="0.5", nesterov=False,
+        watch=("discrepancy",),
+    )  # fmt: skip
+    assert preset(name) == Preset(wanted, "Mine", 6.0, "a guess")
+    assert preset(name).recipe.fingerprint() == wanted.fingerprint()  # 1 and 1.0 have different hashes
+
+
+def test_empty_file_is_the_default_recipe(write):
+    assert preset(write("empty.toml", "")) == Preset(Recipe(), "a recipe of your own")
+
+
+def test_base_is_a_preset(write):
+    name = write("mine.toml", 'base = "swapout/v2-20-w2"\nrule = "constant"\nsurvival = "None"\nepochs = 10\n')
+    wanted = preset("swapout/v2-20-w2").recipe.replace(rule="constant", survival=None, epochs=10)
+    assert preset(name) == Preset(wanted, "based on swapout/v2-20-w2")
+
+
+def test_base_is_a_file_beside_the_one_that_names_it(write):
+    write("a/common.toml", 'base = "digits"\nlr = 0.07\n')
+    write("a/b/mine.toml", 'base = "../common.toml"\nepochs = 3\n')
+    wanted = preset("digits").recipe.replace(lr=0.07, epochs=3)
+    assert preset("a/b/mine.toml").recipe == wanted
+    assert preset(str(Path("a/b/mine.toml").absolute())).recipe == wanted
+
+
+def test_file_is_read_anew(write):
+    assert preset(write("mine.toml", "epochs = 3")).recipe.epochs == 3
+    assert preset(write("mine.toml", "epochs = 4")).recipe.epochs == 4
+
+
+BAD = {
+    "missing": (None, r"^recipe 'mine\.toml' cannot be read: No such file or directory; give the path of a TOML file"),
+    "no TOML": ("lr: 0.1", r"^recipe 'mine\.toml' is not TOML: .*line 1.*; write lines such as epochs = 30"),
+    "unknown field": ("epoch = 3", r"^recipe mine\.toml has no field 'epoch'; did you mean epochs\? `residrop train"),
+    "unknown base key": ("bases = 3", r"^recipe mine\.toml has no field 'bases'; did you mean base\? "),
+    "far from any field": ("zzzzz = 3", r"^recipe mine\.toml has no field 'zzzzz'; `residrop train --help` lists all"),
+    "a table": ("[recipe]\nepochs = 3", r"^recipe mine\.toml has no field 'recipe'; "),
+    "text for a number": ('lr = "0.1"', r"^recipe mine\.toml: lr is '0\.1'; give float or int"),
+    "number for text": ("survival = 0.5", r"^recipe mine\.toml: survival is 0\.5; give str or None"),
+    "truth for a number": ("lr = true", r"^recipe mine\.toml: lr is True; give float or int"),
+    "text for numbers": ('lr_drops = "0.5"', r"^recipe mine\.toml: lr_drops is '0\.5'; give numbers"),
+    "out of range": ("epochs = 0", r"^recipe mine\.toml: epochs is 0; give a whole number of at least 1"),
+    "none of the choices": ('select = "first"', r"^recipe mine\.toml: select is 'first'; choose one of 'last', 'best'"),
+    "None where it cannot be": ('data = "digits"\nlr = "None"', r"^recipe mine\.toml: lr is 'None'; give float or int"),
+    "title is a number": ("title = 3", r"^recipe mine\.toml: title is 3; give text in quotes"),
+    "published is text": ('published = "6%"', r"^recipe mine\.toml: published is '6%'; give a number"),
+    "base is a number": ("base = 3", r"^recipe mine\.toml: base is 3; give the name or the \.toml file"),
+    "unknown base": ('base = "swapout/v3"', r"^recipe 'swapout/v3', the base of mine\.toml, is unknown; .*swapout/v2-"),
+    "missing base": ('base = "b.toml"', r"^recipe 'b\.toml', the base of mine\.toml, cannot be read: No such file"),
+    "its own base": ('base = "./mine.toml"', r"^recipe mine\.toml is based on mine\.toml; take out"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD.values(), ids=BAD)
+def test_bad_file_is_refused_in_one_line(text, message, write):
+    if text is not None:
+        write("mine.toml", text)
+    with pytest.raises(ConfigError, match=message) as refused:
+        preset("mine.toml")
+    assert "\n" not in str(refused.value)
+
+
+def test_circle_of_bases_is_named(write):
+    write("a.toml", 'base = "folder/b.toml"')
+    write("folder/b.toml", 'base = "../c.toml"')
+    write("c.toml", 'base = "a.toml"')
+    circle = (
+        "recipe a.toml is based on folder/b.toml is based on c.toml is based on a.toml; take out one of these bases"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(circle)}$"):
+        preset("./a.toml")
+
+
+def test_fault_of_a_base_is_said_of_the_base(write):
+    write("a.toml", 'base = "b.toml"')
+    write("b.toml", "epochs = 0")
+    with pytest.raises(ConfigError, match=r"^recipe b\.toml: epochs is 0"):
+        preset("a.toml")
+
+
+def test_file_that_is_no_text_is_refused(write):
+    Path("mine.toml").write_bytes(b"title = '\xff'")
+    with pytest.raises(ConfigError, match=r"^recipe 'mine\.toml' is not TOML: .*utf-8"):
+        preset("mine.toml")
+
+
+def test_runs_of_a_file_are_called_by_its_stem():
+    assert short_name("/some/where/wide-0.5.toml") == "wide-0.5"
+    assert short_name("swapout/v2-20-w2") == "swapout/v2-20-w2"

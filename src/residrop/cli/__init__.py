@@ -26,6 +26,7 @@ from residrop.cli.reproduce import Reproduce, reproduce_command
 from residrop.common.errors import ConfigError, RunError, UsageError
 from residrop.training import Interrupted, Recipe, preset
 from residrop.training.distributed import SaidElsewhere, launched_ranks
+from residrop.training.presets import short_name
 
 __all__ = ["main"]
 
@@ -68,7 +69,7 @@ class Train:
 
     settings: Flat[Recipe] = field(default_factory=Recipe)
     recipe: str = "digits"
-    """Name of the preset the other options start from; residrop recipes lists them."""
+    """What the other options start from: a preset, residrop recipes lists them, or the path of your own .toml file."""
     out: Path | None = None
     """Run directory (default: runs/RECIPE-001, -002, ...)."""
     resume: bool = False
@@ -89,7 +90,7 @@ class Compare:
 
     settings: Flat[Recipe] = field(default_factory=Recipe)
     recipe: str = "digits"
-    """Name of the preset the other options start from; residrop recipes lists them."""
+    """What the other options start from: a preset, residrop recipes lists them, or the path of your own .toml file."""
     rules: tuple[str, ...] = ("constant", "stochastic-depth", "swapout", "skipforward", "dropout", "depth-dropout")
     """Rules to compare. Each takes its paper's survival rates unless --survival is given."""
     seeds: int = 1
@@ -214,7 +215,8 @@ def _settings(arguments: Sequence[str], saved: str) -> tuple[str, dict[str, Any]
 def _train(arguments: Sequence[str], prog: str) -> int:
     name, start = _settings(arguments, "recipe.json")
     args = _parse(Train, arguments, prog, Train(recipe=name, **start))
-    return commands.train_command(args.settings, args.out, args.recipe, args.resume, target=args.json, quiet=args.quiet)
+    run = short_name(args.recipe)
+    return commands.train_command(args.settings, args.out, run, args.resume, target=args.json, quiet=args.quiet)
 
 
 def _compare(arguments: Sequence[str], prog: str) -> int:
@@ -222,7 +224,7 @@ def _compare(arguments: Sequence[str], prog: str) -> int:
     if "settings" in start and not _peek(arguments, "--survival") and "rules" not in start:
         start["settings"] = start["settings"].replace(survival=None)  # each rule's own, not the preset's
     args = _parse(Compare, arguments, prog, Compare(recipe=name, **start))
-    out = args.out or commands.free_directory(f"compare-{args.recipe}")
+    out = args.out or commands.free_directory(f"compare-{short_name(args.recipe)}")
     return commands.compare_command(
         args.settings, args.rules, args.seeds, out, args.resume, target=args.json, quiet=args.quiet
     )

@@ -47,7 +47,7 @@ class Recipes:
     """List recipes (the papers' protocols), or show one in full."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """Recipe to show with all its fields."""
+    """Recipe to show with all its fields; a name or the path of a .toml file."""
     networks: bool = False
     """List the networks instead."""
     rules: bool = False

@@ -1,8 +1,7 @@
 """A training run as data: every choice is a field of `Recipe`, and the command line is generated from it.
 
 Points in time (learning-rate drops, warm-ups, the timing of survival rates) are shares of the training, so that
-changing `epochs` keeps the shape of a schedule. Sources of the presets: the protocols of the four papers, see
-`presets.py`.
+changing `epochs` keeps the shape of a schedule. The protocols of the four papers are recipes, see `presets.py`.
 """
 
 import dataclasses
@@ -211,7 +210,8 @@ class Recipe:
         if float in allowed:
             allowed = (*allowed, int)
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ConfigError(f"{name} is {value!r}; give {' or '.join(one.__name__ for one in allowed)}")
+            names = ("None" if one is NoneType else one.__name__ for one in allowed)
+            raise ConfigError(f"{name} is {value!r}; give {' or '.join(names)}")
 
     def lr_at(self, progress: float) -> float:
         """Learning rate at `progress` in [0, 1), the share of the training that is done."""

@@ -1,4 +1,4 @@
-"""The four papers as data: every table and figure, with the recipe or instrument that fills each row and curve.
+"""The four papers as data, a TOML file each: tables and figures with the recipe or instrument of each row and curve.
 
 `find("swapout/table-2")` is a table or figure, `find_row("swapout/table-2/0.5-0.5-stochastic")` one number.
 """
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from residrop.common.errors import ConfigError
-from residrop.research.papers.depth_dropout import DEPTH_DROPOUT
+from residrop.common.lazy import Lazy
+from residrop.research.papers.reader import NAMES, read
 from residrop.research.papers.rows import INSTRUMENTS as INSTRUMENTS
 from residrop.research.papers.rows import METRICS as METRICS
 from residrop.research.papers.rows import PLOTTED as PLOTTED
@@ -20,25 +21,17 @@ from residrop.research.papers.rows import Point as Point
 from residrop.research.papers.rows import Row as Row
 from residrop.research.papers.rows import Table as Table
 from residrop.research.papers.rows import Variant as Variant
-from residrop.research.papers.sd_regularization import SD_REGULARIZATION
-from residrop.research.papers.stochastic_depth import STOCHASTIC_DEPTH
-from residrop.research.papers.swapout import SWAPOUT
 
-PAPERS: dict[str, Paper] = {
-    paper.name: paper for paper in (STOCHASTIC_DEPTH, SWAPOUT, DEPTH_DROPOUT, SD_REGULARIZATION)
-}
-"""By name, in order of publication."""
-
-_FOUND: dict[str, Table | Figure] = {
-    one.id: one for paper in PAPERS.values() for one in (*paper.tables, *paper.figures)
-}
+PAPERS = Lazy(lambda: NAMES, read)
+"""By name, in order of publication; each is read from its file when it is first asked for."""
 
 
 def find(name: str) -> Table | Figure:
     """The table or figure of that id, such as "swapout/table-2"; ConfigError with the closest ids if there is none."""
-    if name in _FOUND:
-        return _FOUND[name]
-    close = get_close_matches(name, _FOUND, n=3, cutoff=0.4) or list(_FOUND)[:3]
+    found = {one.id: one for paper in PAPERS.values() for one in (*paper.tables, *paper.figures)}
+    if name in found:
+        return found[name]
+    close = get_close_matches(name, found, n=3, cutoff=0.4) or list(found)[:3]
     raise ConfigError(
         f"{name!r} is no table or figure; did you mean {', '.join(close)}? `residrop reproduce` lists all"
     )
