@@ -1,6 +1,7 @@
 """The pages: their code runs, their command lines parse, their numbers are measured, and the site builds offline."""
 
 import ast
+import importlib
 import json
 import math
 import os
@@ -243,6 +244,38 @@ def test_quoted_numbers_are_those_measured(page, words, file, rows, name):
     assert words.format(*values) in text
 
 
+def test_gpu_numbers_are_those_measured():
+    def entries(file):
+        return json.loads((ROOT / "results" / f"{file}.json").read_text())["entries"]
+
+    names = ("relative_to_constant", "relative_to_ideal", "saved_relative_to_constant")
+    found = {(row["model"], row["variant"], row["granularity"]): row for row in entries("skip_h200_202611")}
+    vision = "torchvision StochasticDepth"
+    order = [("residrop", "block"), ("residrop", "row"), ("index gather", "row"), ("timm DropPath", "row")]
+    order += [(vision, "block"), (vision, "row")]
+    models = ("timm/vit_base_patch16_224", "torchvision/resnet50")
+    wanted = [[f"{found[(model, *one)][name]:.2f}" for name in names] for model in models for one in order]
+    text = (DOCS / "skipping.md").read_text()
+    lines = text[text.index("On one H200, uniform 0.5") :].split("\n\n")[1].splitlines()[2:]
+    assert [[cell.strip() for cell in line.strip("|").split("|")][2:] for line in lines] == wanted
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    (vit, vit_row, _, timm, *_), (block, row, *_, torchvision, _) = wanted[:6], wanted[6:]
+    assert f"ViT-B takes {vit[0]} of constant depth by block and {vit_row[0]} by row" in readme
+    assert f"by row (timm `DropPath` {timm[0]})" in readme
+    assert f"{block[0]} by block (torchvision {torchvision[0]}), but {row[0]} by row" in readme
+    rows = [
+        ("swapout/table-2/linear-1-0.5-deterministic", "in expectation"),
+        ("swapout/table-2/linear-1-0.5-stochastic", "30 sampled passes"),
+        ("swapout/table-3/20-w2-resnet", "constant depth"),
+    ]
+    measured = {one["id"]: one for table in (2, 3) for one in entries(f"swapout_table-{table}_cuda_scale1")}
+    for key, words in rows:
+        (here,), (error,) = measured[key]["measured"], measured[key]["standard_errors"]
+        lines = (ROOT / "README.md").read_text().splitlines()
+        line = next(line for line in lines if f"{words} | {measured[key]['published']}% |" in line)
+        assert f"| {here:.2f}% ({error:.2f}) |" in line
+
+
 def test_first_screen_of_readme_is_what_was_measured():
     def entries(file):
         return json.loads((ROOT / "results" / f"{file}.json").read_text())["entries"]
@@ -453,15 +486,17 @@ def broken_links(site: Path) -> list[str]:
 
 def public_names() -> dict[str, str]:
     """Every name that the package and its public folders export, and where it is defined."""
-    found = {}
-    for folder in ("", "distributed", "inference", "theory"):
-        module = ".".join(filter(None, ["residrop", folder]))
+    names = [("residrop", name) for names in residrop._NAMES.values() for name in names]
+    for folder in ("engines/distributed", "inference", "theory"):
+        module = f"residrop.{folder.replace('/', '.')}"
         tree = ast.parse((ROOT / "src" / "residrop" / folder / "__init__.py").read_text())
-        for node in tree.body:
-            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-                value = getattr(sys.modules[module], alias.name)
-                path = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else None
-                found[f"{module}.{alias.name}"] = path or f"{module}.{alias.name}"
+        imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+        names += [(module, alias.name) for node in imports for alias in node.names]
+    found = {}
+    for module, name in names:
+        value = getattr(importlib.import_module(module), name)
+        path = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else None
+        found[f"{module}.{name}"] = path or f"{module}.{name}"
     return found
 
 

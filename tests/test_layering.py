@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+import residrop
+
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "residrop"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -166,6 +168,16 @@ def test_at_most_thirteen_layers():
         if mine in graph:
             graph[mine] |= {other.split(".")[0] for other in links(module, top=False)} - {mine}
     assert depth_of(graph) <= 13
+
+
+def test_names_of_the_root_are_those_that_type_checkers_see():
+    (block,) = [node for node in parsed(SOURCE / "__init__.py").body if is_for_types(node)]
+    seen = set(imports(block))
+    assert seen == {f"{module}.{name}" for module, names in residrop._NAMES.items() for name in names}
+    assert all(getattr(residrop, name) is not None for names in residrop._NAMES.values() for name in names)
+    assert set(residrop._PACKAGES) == set(PACKAGES) - {"cli"}
+    with pytest.raises(AttributeError, match="module 'residrop' has no attribute 'atach'"):
+        residrop.atach  # noqa: B018
 
 
 # What importing costs
