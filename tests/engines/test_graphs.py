@@ -13,7 +13,7 @@ import residrop
 from residrop.blocks.attach import before_root
 from residrop.common.errors import ConfigError, RunError
 from residrop.engines.graphs import record_blocks, record_pass
-from residrop.functional.kept import Kept
+from residrop.functional.static_draws import StaticDraws
 from residrop.rules.executor import EAGER
 from residrop.schedule.sampler import Plan
 from residrop.training import loop, measuring, run, setup, update
@@ -263,12 +263,12 @@ def test_draws_of_units_stay_at_one_place():
     places = []
     for step in range(3):
         found = []
-        for kept in (None, Kept() if step == 0 else hook.kept):
-            hook.kept = kept
+        for kept in (None, StaticDraws() if step == 0 else hook.static_draws):
+            hook.static_draws = kept
             with residrop.using(model, sampler.plan(step)):
                 hook.begin(model, ((x,), {}), True)
-            found.append([coins.tolist() for coins in sampler.board.coins])
-        places.append([coins.data_ptr() for coins in sampler.board.coins])
+            found.append([coins.tolist() for coins in sampler.graph_draws.coins])
+        places.append([coins.data_ptr() for coins in sampler.graph_draws.coins])
         assert found[0] == found[1]
         assert len({tuple(coins) for coins in found[0]}) == 6
     assert places[0] == places[1] == places[2]

@@ -14,7 +14,7 @@ from residrop.blocks.residual import Chain
 from residrop.functional.call import BranchCall
 from residrop.functional.cut import take_rows
 from residrop.functional.rows import keep_index, keep_rows
-from residrop.functional.touch import touch
+from residrop.functional.zero_gradients import with_zero_gradients
 from residrop.schedule.sampler import Draw, Rows
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -312,7 +312,7 @@ def test_touch_gives_zero_gradients_and_moves_no_statistics():
     branch = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1))
     before = branch[0].running_mean.clone()
     x = torch.randn(4, 2, 1, 1, requires_grad=True)  # one row of one pixel, which batch norm could not train on
-    y = touch(x, x * 3, BranchCall(nn.Identity(), branch))
+    y = with_zero_gradients(x, x * 3, BranchCall(nn.Identity(), branch))
     assert_same(y, x * 3)
     y.sum().backward()
     assert_same(x.grad, torch.full_like(x, 3.0))
@@ -325,7 +325,7 @@ def test_touch_gives_zero_gradients_and_moves_no_statistics():
 def test_touch_of_a_branch_that_overflows_is_harmless():
     weight = torch.ones(2, requires_grad=True)
     x = torch.ones(3, 2, requires_grad=True)
-    y = touch(x, x, BranchCall(nn.Identity(), lambda live: live * weight * float("inf")))
+    y = with_zero_gradients(x, x, BranchCall(nn.Identity(), lambda live: live * weight * float("inf")))
     y.sum().backward()
     assert_same(y, torch.ones(3, 2))
     assert_same(x.grad, torch.ones(3, 2))

@@ -154,8 +154,8 @@ def test_plain_passes_are_known_as_such():
             rule = GaussianDepth(p, granularity, rescale)
             block = Residual(nn.Identity(), rule=rule)
             with using(block, attach(block).plan(0)):
-                assert rule.as_built() == trained
-            assert block.eval().rule.as_built() == predicted
+                assert rule.is_plain_sum() == trained
+            assert block.eval().rule.is_plain_sum() == predicted
 
 
 def test_coins_are_refused():

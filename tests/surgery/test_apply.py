@@ -14,7 +14,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.ops import StochasticDepth
 
 import residrop
-from residrop.blocks.skippable import passed_by
+from residrop.blocks.skippable import is_skipped
 from residrop.common.errors import ConfigError, InactiveWarning, PlanError
 from residrop.rules import Rule
 from residrop.schedule.sampler import Plan
@@ -422,15 +422,15 @@ def test_dead_parameters_get_no_gradient():
 
 
 def test_what_a_wrapper_remembers_of_its_block_goes_with_the_rule():
-    """A wrapper that is sharded by itself asks `passed_by` at every call, also after `remove` and a second `apply`."""
+    """A wrapper that is sharded by itself asks `is_skipped` at every call, also after `remove` and a second `apply`."""
     model = nn.Sequential(nn.Sequential(BasicBlock(4, 4)))
     absent = Plan.of([False])
     for _ in range(2):
         residrop.apply(model, survival=0.5)
         with residrop.using(model, absent):
-            assert passed_by(model[0])
+            assert is_skipped(model[0])
         residrop.remove(model)
-        assert not passed_by(model[0])
+        assert not is_skipped(model[0])
 
 
 def test_timing_moves_the_rates():

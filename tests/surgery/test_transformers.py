@@ -41,7 +41,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES
 @pytest.fixture
 def _written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks go through their mixins, even where their own forward would do."""
-    monkeypatch.setattr(StochasticDepth, "as_built", lambda self: False)
+    monkeypatch.setattr(StochasticDepth, "is_plain_sum", lambda self: False)
 
 
 def applied(model: nn.Module, **options) -> tuple[nn.Module, Report]:

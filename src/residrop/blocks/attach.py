@@ -15,7 +15,7 @@ from residrop.blocks.inactive import EvalWatch, warn_if_certain
 from residrop.blocks.modes import evaluating
 from residrop.blocks.skippable import forget_blocks
 from residrop.common.errors import ConfigError, PlanError
-from residrop.functional.kept import Kept
+from residrop.functional.static_draws import StaticDraws
 from residrop.rules.base import Rule
 from residrop.schedule.sampler import DepthSampler, Plan
 from residrop.schedule.survival import explicit
@@ -124,19 +124,19 @@ class _AtRoot:
 
 
 class _BeforeRoot(_AtRoot):
-    boards = False  # whether a graph comes next
-    kept: Kept | None = None  # where its draws are to lie, if it is a CUDA graph
+    feeds_graph = False  # whether a graph comes next
+    static_draws: StaticDraws | None = None  # where its draws are to lie, if it is a CUDA graph
 
     def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
         deferred = self.deferred(module)
         if deferred:
             from residrop.rules import tracing
 
-            tracing.outside(self.begin, module, (args, kwargs), True)
+            tracing.in_python(self.begin, module, (args, kwargs), True)
         elif deferred is not None:
-            self.begin(module, (args, kwargs), self.boards)
+            self.begin(module, (args, kwargs), self.feeds_graph)
 
-    def begin(self, module: nn.Module, args: object, boards: bool) -> None:
+    def begin(self, module: nn.Module, args: object, feeds_graph: bool) -> None:
         backward = _in_backward()  # a checkpointed root is run again there, and is no new step
         if not backward:
             self.sampler.before_forward(module.training)
@@ -147,11 +147,11 @@ class _BeforeRoot(_AtRoot):
                     tell(plan, rows)
         if backward or not torch.is_grad_enabled():
             self.remember()
-        self.sampler.board = None
-        if boards:
+        self.sampler.graph_draws = None
+        if feeds_graph:
             from residrop.rules import tracing
 
-            self.sampler.board = tracing.board(self.rules, args, self.kept)
+            self.sampler.graph_draws = tracing.graph_draws(self.rules, args, self.static_draws)
 
     def remember(self) -> None:
         """Tie the plan to the reentrant checkpoints around this call, and in their backward passes find it again.
@@ -211,12 +211,12 @@ class _AfterRoot(_AtRoot):
         if deferred:
             from residrop.rules import tracing
 
-            tracing.outside(self.end, module, output)
+            tracing.in_python(self.end, module, output)
         elif deferred is not None:
             self.end(module, output)
 
     def end(self, module: nn.Module, output: object) -> None:
-        self.sampler.board = None
+        self.sampler.graph_draws = None
         force = self.sampler.in_force
         if not torch.is_grad_enabled() or _in_backward():
             return

@@ -9,7 +9,7 @@ from torch.nn.modules import module as module_hooks
 from residrop.blocks.skippable import Skippable
 from residrop.functional.call import BranchCall
 from residrop.functional.layout import relu_by_signs
-from residrop.functional.rows import Lane
+from residrop.functional.rows import InPlaceChain
 from residrop.rules.base import Rule
 from residrop.rules.depth import ConstantDepth, StochasticDepth
 
@@ -73,11 +73,11 @@ class Residual(Skippable):
             and not (rule._forward_hooks or rule._forward_pre_hooks)
         )
 
-    def carried(self, x: Tensor, lane: Lane) -> Tensor:
+    def forward_in_chain(self, x: Tensor, chain: InPlaceChain) -> Tensor:
         """As calling an `unobserved` block, for a batch that only the blocks of a chain see."""
         assert isinstance(self.rule, StochasticDepth)
         post = None if isinstance(self.post, nn.Identity) else self.post
-        return self.rule.carried(x, BranchCall(self.shortcut, self.branch, post), lane)
+        return self.rule.forward_in_chain(x, BranchCall(self.shortcut, self.branch, post), chain)
 
 
 class Chain(nn.Sequential):
@@ -93,10 +93,14 @@ class Chain(nn.Sequential):
             return self._dense(input)
         if torch.compiler.is_compiling() or _anybody_hooks():
             return super().forward(input)
-        x, lane = input, Lane()
+        x, chain = input, InPlaceChain()
         for block in self:
-            x = block.carried(x, lane) if type(block) is Residual and block.unobserved() else block(lane.settle(x))
-        return lane.settle(x)
+            x = (
+                block.forward_in_chain(x, chain)
+                if type(block) is Residual and block.unobserved()
+                else block(chain.release(x))
+            )
+        return chain.release(x)
 
     def _dense(self, x: Tensor) -> Tensor:
         """Blocks that also take outputs from before their input: memory for one output a block, as backward keeps."""

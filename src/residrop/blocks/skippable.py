@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 from residrop.rules.base import Rule
 
-__all__ = ["Skippable", "forget_blocks", "parameters_of", "pass_by_when_absent", "passed_by"]
+__all__ = ["Skippable", "forget_blocks", "is_skipped", "parameters_of", "skip_when_absent"]
 
 Part = nn.Module | nn.Parameter
 
@@ -45,10 +45,10 @@ class Skippable(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if hasattr(cls, "_get_fsdp_state"):  # fully_shard makes this class, under the block's own one
-            pass_by_when_absent(cls)
+            skip_when_absent(cls)
 
 
-def passed_by(module: nn.Module) -> bool:
+def is_skipped(module: nn.Module) -> bool:
     """Whether the coming forward of a block, or of a wrapper around blocks, uses none of its parameters."""
     found: list[Skippable] | None = module.__dict__.get("_only_branches")
     if found is None:
@@ -61,18 +61,18 @@ def passed_by(module: nn.Module) -> bool:
 
 
 def forget_blocks(model: nn.Module) -> None:
-    """Drop what `passed_by` remembers of a model, whose blocks are no longer what they were."""
+    """Drop what `is_skipped` remembers of a model, whose blocks are no longer what they were."""
     for module in model.modules():
         module.__dict__.pop("_only_branches", None)
 
 
-def pass_by_when_absent(cls: type[nn.Module]) -> None:
-    """Make calls of sharded modules of a class go straight to `forward`, past all hooks, when `passed_by` says so."""
+def skip_when_absent(cls: type[nn.Module]) -> None:
+    """Make calls of sharded modules of a class go straight to `forward`, past all hooks, when `is_skipped` says so."""
     cls.__call__ = _call_sharded
 
 
 def _call_sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if not passed_by(self):
+    if not is_skipped(self):
         return nn.Module.__call__(self, *args, **kwargs)
     # what the hooks would do to the dtypes of a block that is present
     policy = self._get_fsdp_state()._mp_policy

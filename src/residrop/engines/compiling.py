@@ -15,7 +15,7 @@ from residrop.blocks.attach import before_root, rules_of
 from residrop.blocks.skippable import Skippable
 from residrop.common.errors import ConfigError
 from residrop.engines.decompositions import inductor
-from residrop.functional.kept import Kept
+from residrop.functional.static_draws import StaticDraws
 
 __all__ = ["compile", "compile_branches", "replays", "with_forward"]
 
@@ -51,9 +51,9 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     options = _with_backend(model, options)
     random = [rule for rule in rules_of(model) if rule.rates]
     if all(rule.granularity == "unit" or (rule.rows == "window" and rule.granularity == "row") for rule in random):
-        hook.boards = True
+        hook.feeds_graph = True
         if options.get("mode") in ("reduce-overhead", "max-autotune"):
-            hook.kept = Kept()  # these record CUDA graphs, anew whenever such a tensor has moved
+            hook.static_draws = StaticDraws()  # these record CUDA graphs, anew whenever such a tensor has moved
         model._compiled_call_impl = partial(with_forward, model, torch.compile(model.forward, **options))
     elif options.get("fullgraph"):
         raise ConfigError(
@@ -123,12 +123,12 @@ def compile_branches(model: nn.Module, **options: Any) -> int:
     from residrop.rules import tracing
 
     options = _with_backend(model, options)
-    compiled: dict[Any, tracing.Bodies] = {}
+    compiled: dict[Any, tracing.CompiledParts] = {}
     for block in model.modules():
         for number, (rule, _) in enumerate(block.residrop_branches() if isinstance(block, Skippable) else ()):
             kind = tracing.structure(block), number
             if kind not in compiled:
-                own = tracing.bodies(kind)
+                own = tracing.compiled_parts(kind)
                 compiled[kind] = replace(
                     own, whole=torch.compile(own.whole, **options), alone=torch.compile(own.alone, **options)
                 )

@@ -40,9 +40,11 @@ class Window:
         """The live rows, row n as bit n."""
         return sum((1 << there.stop) - (1 << there.start) for there in self.there)
 
-    def owing(self, owed: int) -> list[tuple[slice, slice]]:
-        """The live rows among `owed`, as slices of the batch and of the batch of the live rows."""
-        return [run for there, here in zip(self.there, self.here, strict=True) for run in runs(there, here.start, owed)]
+    def pending_in(self, pending: int) -> list[tuple[slice, slice]]:
+        """The live rows among `pending`, as slices of the batch and of the batch of the live rows."""
+        return [
+            run for there, here in zip(self.there, self.here, strict=True) for run in runs(there, here.start, pending)
+        ]
 
 
 def runs(rows: slice, offset: int, chosen: int) -> list[tuple[slice, slice]]:

@@ -19,42 +19,42 @@ from residrop.functional.cut import Window, cut, runs, take_rows
 from residrop.functional.layout import empty_as, pack_signs, strides_of, unpack_signs
 from residrop.schedule.sampler import Rows
 
-__all__ = ["Lane", "keep_index", "keep_rows"]
+__all__ = ["InPlaceChain", "keep_index", "keep_rows"]
 
 
-class Lane:
+class InPlaceChain:
     """A batch on its way through a chain of blocks that nobody else sees: its memory is written in place.
 
     Only what is made in the chain is overwritten: a batch that `_Put` made, of which nothing is saved for backward, and
     a gradient that a later `_Take` of the chain made. Then not even the absent rows are copied.
 
-    Nor is anything kept of the ReLU behind a sum. Its derivative is owed, row by row, to whoever takes a row on: the
+    Nor is anything kept of the ReLU behind a sum. Its derivative is pending, row by row, to whoever takes a row on: the
     block that does so keeps a copy of it anyway, whose signs tell where the ReLU was zero.
     """
 
     def __init__(self) -> None:
         self.link: _Link | None = None  # what made the batch that comes next; None if anybody may hold it
 
-    def settle(self, x: Tensor) -> Tensor:
+    def release(self, x: Tensor) -> Tensor:
         """x for anybody to see, with all derivatives paid; its memory is not written any more."""
         link, self.link = self.link, None
-        if link is None or not link.owed:
+        if link is None or not link.pending:
             return x
-        return _Settle.apply(x, runs(slice(0, x.shape[0]), 0, link.owed), link)  # pyright: ignore[reportReturnType]
+        return _Release.apply(x, runs(slice(0, x.shape[0]), 0, link.pending), link)  # pyright: ignore[reportReturnType]
 
 
 class _Link:
     """Joins the `_Put` that made a batch to the `_Take` that takes it on.
 
     Attributes:
-        owed: rows whose ReLU has not been differentiated, row n as bit n.
-        taken: whether a `_Take` or `_Settle` has taken the batch on, and so is the only one to know of its gradient.
+        pending: rows whose ReLU has not been differentiated, row n as bit n.
+        taken: whether a `_Take` or `_Release` has taken the batch on, and so is the only one to know of its gradient.
     """
 
-    __slots__ = ("owed", "taken")
+    __slots__ = ("pending", "taken")
 
-    def __init__(self, owed: int) -> None:
-        self.owed = owed
+    def __init__(self, pending: int) -> None:
+        self.pending = pending
         self.taken = False
 
 
@@ -62,8 +62,8 @@ class _Take(torch.autograd.Function):
     """x to (live rows for the branch, the same for the sum, x itself for the other rows).
 
     With `whole`, x goes on as a tensor in its own right (into a shortcut); without, `_Put` follows, which reads only
-    the other rows of it, so that the gradient of its live rows is not read either. `owed` are live rows that came out
-    of a ReLU whose derivative is still to be applied.
+    the other rows of it, so that the gradient of its live rows is not read either. `pending` are live rows that came
+    out of a ReLU whose derivative is still to be applied.
     """
 
     @staticmethod
@@ -74,13 +74,13 @@ class _Take(torch.autograd.Function):
         whole: bool,
         own: bool,
         link: _Link | None,
-        owed: list[tuple[slice, slice]],
+        pending: list[tuple[slice, slice]],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.link, ctx.owed = link, owed
+        ctx.link, ctx.pending = link, pending
         ctx.window, ctx.whole, ctx.shape, ctx.strides = window, whole, x.shape, strides_of(x)
         ctx.set_materialize_grads(False)
         live = cut(x, window, own=own)
-        if owed:
+        if pending:
             ctx.save_for_backward(live)
         return live, live.view_as(live), x.view_as(x)
 
@@ -106,8 +106,8 @@ class _Take(torch.autograd.Function):
                 torch.add(first, more[0], out=target)
             for grad in more[1:]:
                 target.add_(grad)
-        if ctx.owed:
-            _differentiate(out, ctx.saved_tensors[0], ctx.owed)
+        if ctx.pending:
+            _differentiate(out, ctx.saved_tensors[0], ctx.pending)
         return out, None, None, None, None, None
 
 
@@ -128,25 +128,25 @@ def _merged(ctx: Any, pair: Sequence[Tensor], rest: Tensor | None) -> Tensor | N
     for there, here in zip(ctx.window.there, ctx.window.here, strict=True):
         start = rest[there] if ctx.whole else torch.zeros_like(rest[there])
         out[there] = sum((grad[here] for grad in pair), start)
-    for there, here in ctx.owed:
+    for there, here in ctx.pending:
         out[there] = torch.ops.aten.threshold_backward(out[there], ctx.saved_tensors[0][here], 0)
     return out
 
 
-class _Settle(torch.autograd.Function):
+class _Release(torch.autograd.Function):
     """x, in backward with the derivative of the ReLU that some of its rows came out of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owed: list[tuple[slice, slice]], link: _Link) -> Tensor:
+    def forward(ctx: Any, x: Tensor, pending: list[tuple[slice, slice]], link: _Link) -> Tensor:
         link.taken = True
-        ctx.owed = owed
+        ctx.pending = pending
         ctx.save_for_backward(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,), (x,) = grads, ctx.saved_tensors
-        masked, every = torch.ops.aten.threshold_backward, ctx.owed[0][0] == slice(0, x.shape[0])
+        masked, every = torch.ops.aten.threshold_backward, ctx.pending[0][0] == slice(0, x.shape[0])
         if torch.is_grad_enabled() and every:
             return masked(grad, x, 0), None, None
         out = empty_as(grad, x.shape[0], strides_of(x))
@@ -154,17 +154,17 @@ class _Settle(torch.autograd.Function):
             return masked.grad_input(grad, x, 0, grad_input=out), None, None
         out.copy_(grad)
         if torch.is_grad_enabled():
-            for there, _ in ctx.owed:
+            for there, _ in ctx.pending:
                 out[there] = masked(out[there], x[there], 0)
         else:
-            _differentiate(out, x, ctx.owed)
+            _differentiate(out, x, ctx.pending)
         return out, None, None
 
 
 class _Put(torch.autograd.Function):
     """base with its live rows replaced: by `live + scale * out`, by relu of that, or (live None) by `out`.
 
-    With `owes`, the derivative of the ReLU is left to whoever takes the rows on (`Lane`).
+    With `defers_relu`, the derivative of the ReLU is left to whoever takes the rows on (`InPlaceChain`).
     """
 
     @staticmethod
@@ -176,10 +176,10 @@ class _Put(torch.autograd.Function):
         window: Window,
         scale: float,
         relu: bool,
-        owes: bool,
+        defers_relu: bool,
         in_place: bool,
     ) -> Tensor:
-        ctx.window, ctx.adds, ctx.scale, ctx.relu = window, live is not None, scale, relu and not owes
+        ctx.window, ctx.adds, ctx.scale, ctx.relu = window, live is not None, scale, relu and not defers_relu
         ctx.dtypes = (base.dtype, None if live is None else live.dtype, out.dtype)
         dtype = torch.promote_types(base.dtype, out.dtype)
         if in_place and base.dtype == dtype:
@@ -225,7 +225,7 @@ def _where_positive(grad: Tensor, ctx: Any) -> Tensor:
     return out
 
 
-def keep_rows(x: Tensor, call: BranchCall, rows: Rows, scale: float = 1.0, lane: Lane | None = None) -> Tensor:
+def keep_rows(x: Tensor, call: BranchCall, rows: Rows, scale: float = 1.0, chain: InPlaceChain | None = None) -> Tensor:
     """shortcut(x), with scale * branch(x) added in a window of rows: only live rows enter the branch, as one batch.
 
     Args:
@@ -234,41 +234,41 @@ def keep_rows(x: Tensor, call: BranchCall, rows: Rows, scale: float = 1.0, lane:
             row lives.
         rows: the window, see `Rows`.
         scale: factor of the branch.
-        lane: the chain that x comes along, if only its blocks see x.
+        chain: the chain that x comes along, if only its blocks see x.
     """
     identity = isinstance(call.shortcut, nn.Identity)
-    if lane is not None and not (identity and 0 < rows.live < x.shape[0]):
-        x = lane.settle(x)
+    if chain is not None and not (identity and 0 < rows.live < x.shape[0]):
+        x = chain.release(x)
     if rows.live == 0:
         return call.shortcut(x)
     if rows.live == x.shape[0]:
         return call.whole(x, scale)
     along = call.cut_along(lambda t: take_rows(t, rows))
-    window, owed = Window(rows, x.shape[0]), 0
-    before, after = None if lane is None else lane.link, _Link(0)
+    window, pending = Window(rows, x.shape[0]), 0
+    before, after = None if chain is None else chain.link, _Link(0)
     if before is not None:
-        before.taken, owed = True, before.owed
+        before.taken, pending = True, before.pending
     # a window of almost all rows is not worth a copy of its own, but then x is kept for backward
     own = 4 * rows.live <= 3 * x.shape[0]
     link = after if identity else None
-    live, live_again, rest = _Take.apply(x, window, not identity, own, link, window.owing(owed))
+    live, live_again, rest = _Take.apply(x, window, not identity, own, link, window.pending_in(pending))
     out = call.branch(live, *along)
     if not identity:
         _, live_again, rest = _Take.apply(call.shortcut(rest), window, False, own, after, [])
     # what a shortcut gave may be kept for its backward
     in_place = before is not None and identity and own
     relu = isinstance(call.post, nn.ReLU) and not call.post._forward_hooks
-    after.owed = owed & ~window.bits
+    after.pending = pending & ~window.bits
     if call.includes_input or not (call.post is None or relu):
         value = call.finished(combined(live_again, out, scale, call.includes_input))
         y = _Put.apply(rest, None, value, window, 1.0, False, False, in_place)
     else:
-        owes = relu and lane is not None
-        if owes:
-            after.owed |= window.bits
-        y = _Put.apply(rest, live_again, out, window, scale, relu, owes, in_place)
-    if lane is not None:
-        lane.link = after
+        defers_relu = relu and chain is not None
+        if defers_relu:
+            after.pending |= window.bits
+        y = _Put.apply(rest, live_again, out, window, scale, relu, defers_relu, in_place)
+    if chain is not None:
+        chain.link = after
     return y  # pyright: ignore[reportReturnType]
 
 

@@ -86,17 +86,17 @@ class Rule(nn.Module, ABC):
             return False
         return self.training or (self._sampler is not None and self._sampler.in_force.always)
 
-    def deferred(self) -> bool:
+    def is_traced(self) -> bool:
         """Whether `torch.compile` traces a pass with coins, which its graphs must not know (see `tracing`)."""
         return torch.compiler.is_compiling() and self.tosses()
 
     def cuts_rows(self) -> bool:
         """Whether only some rows of the batch, as tensors of their own, may enter the branch in this pass."""
-        return self.granularity == "row" and (self.deferred() or self.draw().key is not None)
+        return self.granularity == "row" and (self.is_traced() or self.draw().key is not None)
 
     def draw(self) -> Draw:
         """The draw in force for this pass."""
-        if self.deferred():
+        if self.is_traced():
             from residrop.rules import tracing
 
             return tracing.draw(self)
@@ -120,11 +120,11 @@ class Rule(nn.Module, ABC):
         """Share of the branch that is present under a draw: 0 or 1 for block-level coins, else the rate."""
         return float(draw.alive) if draw.alive is not None else self.branch_rate(draw.rates or self.rates)
 
-    def as_built(self) -> bool:
+    def is_plain_sum(self) -> bool:
         """Whether this pass is exactly shortcut(x) + branch(x), the block without a rule."""
         return False
 
-    def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
+    def forward_block(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
         """The same for a block that has a shortcut of its own: its branch is block(x, *along) - x, the shortcut x."""
         return self(x, _IDENTITY, lambda x, *along: block(x, *along) - x, along=along)
 

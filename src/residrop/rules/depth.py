@@ -10,8 +10,8 @@ from residrop import functional
 from residrop.common.checks import check_choice, check_rate
 from residrop.common.errors import ConfigError
 from residrop.functional.call import BranchCall, Map
-from residrop.functional.rows import Lane, keep_index, keep_rows
-from residrop.functional.touch import touch
+from residrop.functional.rows import InPlaceChain, keep_index, keep_rows
+from residrop.functional.zero_gradients import with_zero_gradients
 from residrop.rules.base import Rescale, Rule
 from residrop.rules.executor import EAGER
 from residrop.schedule.sampler import Draw, Scope
@@ -27,7 +27,7 @@ class ConstantDepth(Rule):
     def __init__(self) -> None:
         super().__init__(())
 
-    def as_built(self) -> bool:
+    def is_plain_sum(self) -> bool:
         return self.executor is EAGER
 
     def forward(
@@ -78,22 +78,22 @@ class StochasticDepth(Rule):
     ) -> Tensor:
         return self._present(x, BranchCall(shortcut, branch, post, along))
 
-    def carried(self, x: Tensor, call: BranchCall, lane: Lane) -> Tensor:
-        """As `forward`, for a batch that only the blocks of a chain see (`residrop.functional.rows.Lane`)."""
+    def forward_in_chain(self, x: Tensor, call: BranchCall, chain: InPlaceChain) -> Tensor:
+        """As `forward`, for a batch that only the blocks of a chain see (`residrop.functional.rows.InPlaceChain`)."""
         draw = self.draw()
         if self.rows == "window" and draw.alive is None and not draw.expected:
             rows = draw.rows(x.shape[0])
-            if rows.live == 0 and isinstance(call.shortcut, nn.Identity) and not self.lives_elsewhere():
+            if rows.live == 0 and isinstance(call.shortcut, nn.Identity) and not self.may_live_on_other_ranks():
                 return x
             if rows.live > 0:
-                return keep_rows(x, self._on_rows(call, x), rows, self.scale(draw), lane)
-        return self._present(lane.settle(x), call)
+                return keep_rows(x, self._on_rows(call, x), rows, self.scale(draw), chain)
+        return self._present(chain.release(x), call)
 
-    def around(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
+    def forward_block(self, x: Tensor, block: Map, along: Sequence[Any] = ()) -> Tensor:
         return self._present(x, BranchCall(_IDENTITY, block, along=along, includes_input=True))
 
     def _present(self, x: Tensor, call: BranchCall) -> Tensor:
-        if self.deferred():
+        if self.is_traced():
             from residrop.rules import tracing
 
             return tracing.present(self, x, call)
@@ -118,8 +118,8 @@ class StochasticDepth(Rule):
             return call
         return call._replace(branch=self.executor.on_rows(call.branch, self.fixed(x.shape[0])))
 
-    def as_built(self) -> bool:
-        if self.deferred() or self.executor is not EAGER:
+    def is_plain_sum(self) -> bool:
+        if self.is_traced() or self.executor is not EAGER:
             return False
         draw = self.draw()
         present = draw.expected or draw.alive or (draw.alive is None and draw.rates[0] == 1.0)
@@ -134,14 +134,14 @@ class StochasticDepth(Rule):
 
     def _absent(self, x: Tensor, call: BranchCall) -> Tensor:
         y = call.shortcut(x)
-        return touch(x, y, call) if self.lives_elsewhere() else y
+        return with_zero_gradients(x, y, call) if self.may_live_on_other_ranks() else y
 
     def fixed(self, total: int) -> bool:
         """Whether the same number of rows of a batch of `total` lives in every step."""
         steady = self._sampler is not None and self._sampler.schedule.timing.steady
         return steady and (self.rates[0] * total) % 1.0 == 0.0
 
-    def lives_elsewhere(self) -> bool:
+    def may_live_on_other_ranks(self) -> bool:
         """Whether a branch that is absent here may be present on another rank of this step."""
         return self.scope == "per_rank" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from residrop.common.checks import check_choice, check_rate
 from residrop.functional.call import BranchCall, Map, combined
-from residrop.functional.touch import touch
 from residrop.functional.units import row_normal
+from residrop.functional.zero_gradients import with_zero_gradients
 from residrop.rules.base import Rescale, Rule
 from residrop.rules.executor import EAGER
 from residrop.schedule.sampler import Scope, Site, derive_key
@@ -61,8 +61,8 @@ class GaussianDepth(Rule):
     def cuts_rows(self) -> bool:
         return False
 
-    def as_built(self) -> bool:
-        if self.deferred() or self.executor is not EAGER:
+    def is_plain_sum(self) -> bool:
+        if self.is_traced() or self.executor is not EAGER:
             return False
         factor = self.factor(0)
         return not isinstance(factor, Tensor) and factor == 1.0
@@ -91,10 +91,10 @@ class GaussianDepth(Rule):
         self, x: Tensor, shortcut: Map, branch: Map, *, post: Map | None = None, along: Sequence[Any] = ()
     ) -> Tensor:
         call = BranchCall(shortcut, branch, post, along)
-        if self.deferred():
+        if self.is_traced():
             from residrop.rules import tracing
 
-            factor: float | Tensor | None = tracing.outside(self._as_data, x)
+            factor: float | Tensor | None = tracing.in_python(self._as_data, x)
         else:
             factor = self.factor(x.shape[0])
             if not isinstance(factor, Tensor) and factor != 0.0:
@@ -102,7 +102,7 @@ class GaussianDepth(Rule):
         if not isinstance(factor, Tensor):  # 0
             y = shortcut(x)
             if self.tosses() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                y = touch(x, y, call)  # engines that do not know of p = 0 wait for its gradients
+                y = with_zero_gradients(x, y, call)  # engines that do not know of p = 0 wait for its gradients
         elif factor.ndim == 0:
             y = combined(shortcut(x), branch(x, *along), factor)
         else:

@@ -3,12 +3,12 @@
 A coin tossed by traced code is tossed once, when the graph is made, and frozen into it (pytorch/pytorch#95425 and
 #107587). So draws are made outside of graphs, at every pass, and reach them in one of two ways:
 
-- block: Python tosses the coin between two graphs. Present blocks run one graph, `Bodies.whole`, which blocks of one
-  structure share.
+- block: Python tosses the coin between two graphs. Present blocks run one graph, `CompiledParts.whole`, which blocks of
+  one structure share.
 - row: the window enters the graph as data. Where it starts is a number in a tensor, and how many rows live is the
   length of a tensor, so that the compiler takes it as symbolic: integers would be compiled in, for every draw anew.
-  The root's hook makes all windows of a pass before the graph (`board`); a block that is compiled without its root
-  asks for its own (`_ask`), between two graphs.
+  The root's hook makes all windows of a pass before the graph (`graph_draws`); a block that is compiled without its
+  root asks for its own (`_ask`), between two graphs.
 - unit: key and thetas enter the graph as data, and masks are arithmetic in it.
 """
 
@@ -26,15 +26,25 @@ from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
 from residrop.functional.call import BranchCall, Map
-from residrop.functional.kept import Kept
 from residrop.functional.rows import keep_index
-from residrop.functional.touch import touch
+from residrop.functional.static_draws import StaticDraws
 from residrop.functional.units import coins_of, row_mask
 from residrop.functional.windows import Window, keep_window
+from residrop.functional.zero_gradients import with_zero_gradients
 from residrop.rules.executor import Executor
 from residrop.schedule.sampler import Draw, Rows
 
-__all__ = ["Board", "Bodies", "board", "bodies", "draw", "outside", "present", "structure", "units"]
+__all__ = [
+    "CompiledParts",
+    "GraphDraws",
+    "compiled_parts",
+    "draw",
+    "graph_draws",
+    "in_python",
+    "present",
+    "structure",
+    "units",
+]
 
 
 _disable: Any = torch.compiler.disable
@@ -45,14 +55,14 @@ _REASON = (
 
 
 @_disable(reason=_REASON)
-def outside(function: Callable[..., Any], *args: Any) -> Any:
+def in_python(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), run by Python between two graphs."""
     return function(*args)
 
 
 def draw(rule: Any) -> Draw:
     """The draw in force, for rules that do not know of compilers: every new value of it is compiled anew."""
-    return outside(_drawn, rule)
+    return in_python(_drawn, rule)
 
 
 def _drawn(rule: Any) -> Draw:
@@ -68,7 +78,7 @@ def scalar(factor: float) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Bodies(Executor):
+class CompiledParts(Executor):
     """The compiled parts of blocks of one structure; each function belongs to that structure alone.
 
     The compiler keeps a limited number of graphs per function, and makes sizes symbolic that differ from call to call.
@@ -119,16 +129,16 @@ def _alone(branch: Map, x: Tensor, along: Sequence[Any]) -> Tensor:
 
 
 @cache
-def bodies(structure: Hashable) -> Bodies:
+def compiled_parts(structure: Hashable) -> CompiledParts:
     """Functions of their own for blocks of one structure."""
-    number = bodies.cache_info().currsize
+    number = compiled_parts.cache_info().currsize
 
     def copy(function: Any) -> Any:
         name = f"{function.__name__}_{number}"
         code = function.__code__.replace(co_name=name, co_qualname=name)
         return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
-    return Bodies(copy(_whole), copy(_absent), copy(_alone))
+    return CompiledParts(copy(_whole), copy(_absent), copy(_alone))
 
 
 def structure(*parts: object) -> Hashable:
@@ -146,16 +156,16 @@ def _kind(part: object) -> Hashable:
     return classes, tuple((name, _kind(parameter)) for name, parameter in owner.named_parameters())
 
 
-_OF_RULE: WeakKeyDictionary[Any, Bodies] = WeakKeyDictionary()
+_OF_RULE: WeakKeyDictionary[Any, CompiledParts] = WeakKeyDictionary()
 
 
 @_disable(reason=_REASON)
-def _coin(rule: Any, call: BranchCall) -> tuple[bool, Tensor | None, Bodies]:
+def _coin(rule: Any, call: BranchCall) -> tuple[bool, Tensor | None, CompiledParts]:
     """Whether a block is present, the factor of its branch, and its compiled parts."""
     draw = rule.draw()
     scale = rule.scale(draw)
     if rule not in _OF_RULE:
-        _OF_RULE[rule] = bodies(structure(call.branch, call.shortcut, call.post))
+        _OF_RULE[rule] = compiled_parts(structure(call.branch, call.shortcut, call.post))
     present = bool(draw.alive) or (draw.expected and scale != 0.0)
     return present, scalar(scale), _OF_RULE[rule]
 
@@ -169,24 +179,24 @@ def _decided(  # but looks for the frame of its caller at every call, which take
     if present:
         return parts.whole(x, shortcut, branch, scale, includes_input, post, along)
     y = parts.absent(x, shortcut)
-    return _touch(rule, x, y, call) if rule.scope == "per_rank" else y
+    return _with_zero_gradients(rule, x, y, call) if rule.scope == "per_rank" else y
 
 
 @_disable(reason=_REASON)
-def _touch(rule: Any, x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
-    return touch(x, skip, call) if rule.lives_elsewhere() else skip
+def _with_zero_gradients(rule: Any, x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
+    return with_zero_gradients(x, skip, call) if rule.may_live_on_other_ranks() else skip
 
 
 def present(rule: Any, x: Tensor, call: BranchCall) -> Tensor:
     """`StochasticDepth` in a pass with coins, traced."""
     if rule.granularity == "block":
         return _decided(rule, x, call.shortcut, call.branch, call.includes_input, call.post, call.along)
-    window = _on_board(rule, x)
+    window = _from_graph_draws(rule, x)
     if window is None:
         window = _ask(rule, x)
     if window is None:
         y = call.shortcut(x)
-        return _touch(rule, x, y, call) if rule.lives_elsewhere() else y
+        return _with_zero_gradients(rule, x, y, call) if rule.may_live_on_other_ranks() else y
     if isinstance(window, Listed):
         return keep_index(x, call, window.rows, 1.0 if window.scale is None else window.scale)
     return keep_window(x, call, window)
@@ -194,12 +204,12 @@ def present(rule: Any, x: Tensor, call: BranchCall) -> Tensor:
 
 def units(rule: Any, *tensors: Tensor) -> Tensor:
     """`rule.combine` of a unit-level rule in a pass with coins, traced."""
-    found: Board | None = None if rule.sampler is None else rule.sampler.board
+    found: GraphDraws | None = None if rule.sampler is None else rule.sampler.graph_draws
     coins = None if found is None else found.coins[rule.index]
     if coins is None:
         coins = _ask_coins(rule, tensors[0])
     if coins is None:
-        return outside(_combined, rule, *tensors)
+        return in_python(_combined, rule, *tensors)
     return rule.combine(Draw(rule.rates, key=coins), *tensors)
 
 
@@ -227,7 +237,7 @@ class Listed(NamedTuple):
     scale: Tensor | None
 
 
-class Board(NamedTuple):
+class GraphDraws(NamedTuple):
     """The draws of all row-level and unit-level rules in one pass of the root.
 
     Attributes:
@@ -258,13 +268,13 @@ def _rows(rule: Any, total: int) -> tuple[Rows, float]:
     return (Rows(0, total) if rows.live == total else rows), rule.scale(draw)
 
 
-def board(rules: Sequence[Any], args: Any, kept: Kept | None = None) -> Board | None:
+def graph_draws(rules: Sequence[Any], args: Any, static: StaticDraws | None = None) -> GraphDraws | None:
     """The windows and unit masks of a pass for the graph that comes next.
 
     Args:
         rules: all rules of the model.
         args: arguments of the root, the first tensor of which is the batch.
-        kept: where the draws of unit-level rules are put, if their place matters.
+        static: where the draws of unit-level rules are put, if their place matters.
     """
     batch = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
     windows = [rule.rows == "window" and rule.granularity == "row" for rule in rules]
@@ -272,10 +282,10 @@ def board(rules: Sequence[Any], args: Any, kept: Kept | None = None) -> Board | 
     if batch is None or (not any(windows) and not any(units)):
         return None
     device = batch.device
-    where = device if kept is None else torch.device("cpu")
+    where = device if static is None else torch.device("cpu")
     coins = [_coins(r, r.draw(), where) if unit else None for r, unit in zip(rules, units, strict=True)]
-    if kept is not None and any(units):
-        coins = kept.take(rules, coins, device)
+    if static is not None and any(units):
+        coins = static.take(rules, coins, device)
     total, starts, scales = batch.shape[0], [0] * len(rules), [1.0] * len(rules)
     sizes: list[tuple[Tensor, bool] | None] = [None] * len(rules)
     for index, rule in enumerate(rules):
@@ -288,7 +298,7 @@ def board(rules: Sequence[Any], args: Any, kept: Kept | None = None) -> Board | 
             starts[index] = rows.start
             sizes[index] = _length(rows.live, fixed), fixed and rows.live == total
     factors = None if all(scale == 1.0 for scale in scales) else _to(torch.tensor(scales, dtype=torch.float64), batch)
-    return Board(_length(total, True), _to(torch.tensor(starts), batch), factors, tuple(sizes), tuple(coins))
+    return GraphDraws(_length(total, True), _to(torch.tensor(starts), batch), factors, tuple(sizes), tuple(coins))
 
 
 def _to(values: Tensor, batch: Tensor) -> Tensor:
@@ -299,8 +309,8 @@ def _to(values: Tensor, batch: Tensor) -> Tensor:
     return values.to(batch.device, non_blocking=True)
 
 
-def _on_board(rule: Any, x: Tensor) -> Window | None:
-    found: Board | None = None if rule.sampler is None else rule.sampler.board
+def _from_graph_draws(rule: Any, x: Tensor) -> Window | None:
+    found: GraphDraws | None = None if rule.sampler is None else rule.sampler.graph_draws
     if found is None or found.total.shape[0] != x.shape[0]:
         return None
     size = found.sizes[rule.index]

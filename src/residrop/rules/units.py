@@ -26,7 +26,7 @@ class _UnitRule(Rule):
         return self._combined(post, shortcut(x), self.executor.part(branch, x, along))
 
     def _combined(self, post: Map | None, *tensors: Tensor) -> Tensor:
-        if self.deferred():
+        if self.is_traced():
             from residrop.rules import tracing
 
             y = tracing.units(self, *tensors)

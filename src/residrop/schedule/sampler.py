@@ -157,7 +157,7 @@ class DepthSampler:
         self._now = _Force()
         self._recalled: _Force | None = None  # what a running backward pass recomputes under
         self.observers: list[Callable[[Plan, int | None], None]] = []  # told every training plan and its batch size
-        self.board: Any = None  # the draw in force as data for a compiled graph (`residrop.rules.tracing`)
+        self.graph_draws: Any = None  # the draw in force as data for a compiled graph (`residrop.rules.tracing`)
 
     def _place(self, sites: Sequence[Site], timing: Timing) -> None:
         self.sites = tuple(sites)

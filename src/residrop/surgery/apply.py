@@ -12,7 +12,7 @@ from residrop.rules.base import Rule
 from residrop.rules.catalogue import make_rule
 from residrop.schedule.survival import parse
 from residrop.schedule.timing import Timing
-from residrop.surgery.blocks import AppliedBlock, check_unchanged, give_back, take_over, undo_later
+from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules, record_changes, uninstall_rules
 from residrop.surgery.drops import Own, own_survival, silenced
 from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
 from residrop.surgery.report import Entry, Report
@@ -153,7 +153,7 @@ def remove(model: nn.Module) -> None:
 def _take_away(model: nn.Module) -> None:
     # drop modules that several blocks share were switched off by the first of them
     for block in reversed([module for module in model.modules() if isinstance(module, AppliedBlock)]):
-        give_back(block)
+        uninstall_rules(block)
     detach(model)
 
 
@@ -209,6 +209,6 @@ def _stray(model: nn.Module, found: list[Found], left: list[LeftAlone]) -> list[
 
 def _put(todo: list[tuple[Found, list[Rule]]], cutting: tuple[frozenset[str], frozenset[str]]) -> None:
     for one, made in todo:
-        take_over(one.block, one.mixin, made)
-        undo_later(one.block, silenced(drops_of(one)))
+        install_rules(one.block, one.mixin, made)
+        record_changes(one.block, silenced(drops_of(one)))
         one.block.__dict__["residrop_cutting"] = cutting

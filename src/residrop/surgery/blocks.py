@@ -23,9 +23,9 @@ __all__ = [
     "ForeignBlock",
     "Undo",
     "check_unchanged",
-    "give_back",
-    "take_over",
-    "undo_later",
+    "install_rules",
+    "record_changes",
+    "uninstall_rules",
 ]
 
 _IDENTITY = nn.Identity()
@@ -52,7 +52,7 @@ class AppliedBlock(Skippable):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
         for rule in self.residrop_rules:
-            if not rule.as_built():  # pyright: ignore[reportCallIssue]
+            if not rule.is_plain_sum():  # pyright: ignore[reportCallIssue]
                 return self.residrop_forward(*args, **self.residrop_named(kwargs))
         return super().forward(*args, **kwargs)  # to the last bit, and with whatever else the class does in eval
 
@@ -169,7 +169,7 @@ class Branch:
 _CLASSES: dict[tuple[type, type], type] = {}
 
 
-def take_over(block: nn.Module, mixin: type[AppliedBlock], rules: Sequence[Rule]) -> None:
+def install_rules(block: nn.Module, mixin: type[AppliedBlock], rules: Sequence[Rule]) -> None:
     """Put `mixin` in front of the class of `block`, with these rules for its branches.
 
     Raises:
@@ -194,21 +194,21 @@ def take_over(block: nn.Module, mixin: type[AppliedBlock], rules: Sequence[Rule]
     block.__class__ = _CLASSES[key]
 
 
-def undo_later(block: nn.Module, changes: Sequence[Undo]) -> None:
-    """Changes that `give_back` is to undo."""
+def record_changes(block: nn.Module, changes: Sequence[Undo]) -> None:
+    """Changes that `uninstall_rules` is to undo."""
     block.__dict__["_residrop_undo"].extend(changes)
 
 
 def check_unchanged(block: nn.Module) -> None:
-    """ConfigError if an engine has changed a block since `take_over`."""
+    """ConfigError if an engine has changed a block since `install_rules`."""
     if type(block) not in _CLASSES.values() or "forward" in block.__dict__:
         raise ConfigError(
             f"{type(block).__name__} was changed since residrop.apply (by fully_shard?); remove the rules before that"
         )
 
 
-def give_back(block: nn.Module) -> None:
-    """Undo `take_over`."""
+def uninstall_rules(block: nn.Module) -> None:
+    """Undo `install_rules`."""
     check_unchanged(block)
     block.__class__ = block.__dict__["_residrop_class"]
     del block._modules[RULES]

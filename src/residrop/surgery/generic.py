@@ -40,7 +40,7 @@ class GenericBlock(AppliedBlock):
         rowwise = rule.cuts_rows()
         call = _Call(self, super(AppliedBlock, self).forward, name, rowwise)
         along = self.residrop_along(rule, x, args, kwargs)
-        y = rule.around(x, Branch(self, call), along)
+        y = rule.forward_block(x, Branch(self, call), along)
         if "residrop_form" not in self.__dict__:  # absent at its first call
             with torch.no_grad(), evaluating(self):
                 call(x, *args, **kwargs)

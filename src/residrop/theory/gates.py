@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from residrop.blocks.attach import rules_of, sampler_of, using
 from residrop.blocks.modes import keeping_modes
 from residrop.common.errors import ConfigError
-from residrop.engines.distributed.gradients import alone
+from residrop.engines.distributed.gradients import without_other_ranks
 from residrop.rules.base import Rule
 from residrop.rules.executor import EAGER
 
@@ -90,7 +90,7 @@ def kept_as_is(model: nn.Module, *, training: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_put_back, buffers, grads)
         stack.enter_context(keeping_modes(model))
-        stack.enter_context(alone(model))
+        stack.enter_context(without_other_ranks(model))
         model.train(training)
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -35,7 +35,7 @@ class Watch(TrainerCallback):
     """What every optimizer update was made with: the sampler's step, and which branches have gradients."""
 
     def __init__(self) -> None:
-        self.steps, self.live, self.kept = [], [], []
+        self.steps, self.live, self.static_draws = [], [], []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps.append(residrop.sampler_of(model).step)

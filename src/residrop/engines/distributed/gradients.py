@@ -78,7 +78,7 @@ def data_parallel(
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
+def without_other_ranks(model: nn.Module) -> Iterator[None]:
     """Inside, passes through `model` are of no concern to other ranks: one of them can measure something."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     syncs = [hook.sync for hook in hooks if isinstance(hook, _AfterForward) and hook.sync is not None]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from residrop.blocks.skippable import Skippable, pass_by_when_absent, passed_by
+from residrop.blocks.skippable import Skippable, is_skipped, skip_when_absent
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
 
@@ -47,12 +47,12 @@ def prefetch(model: nn.Module, blocks: Sequence[nn.Module], *, forward: int = 1,
                 f"block {number} is {type(block).__name__}; give blocks with rules, each of them sharded by fully_shard"
             )
         if not isinstance(block, Skippable):
-            pass_by_when_absent(type(block))
+            skip_when_absent(type(block))
 
     def plan_ahead(module: nn.Module, args: object) -> None:
         if torch._C._current_graph_task_id() != -1:
             return  # a recomputation within backward: the lists stand
-        live = [block for block in chain if not passed_by(block)]
+        live = [block for block in chain if not is_skipped(block)]
         for place, block in enumerate(live):
             block.set_modules_to_forward_prefetch(live[place + 1 : place + 1 + forward])
             block.set_modules_to_backward_prefetch(live[max(0, place - backward) : place][::-1])

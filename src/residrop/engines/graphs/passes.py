@@ -11,7 +11,7 @@ from residrop.blocks.attach import before_root, rules_of, sampler_of, using
 from residrop.common.errors import ConfigError
 from residrop.engines.compiling import replays, with_forward
 from residrop.engines.graphs.segment import Capture, Segment, check, record, recording, replayed
-from residrop.functional.kept import Kept
+from residrop.functional.static_draws import StaticDraws
 
 __all__ = ["WholePass", "record_pass"]
 
@@ -36,7 +36,7 @@ class WholePass:
                 "depth, or compiled=True and unit-level rules alone; use record_blocks for block-level rules"
             )
         if self._random:
-            hook.boards, hook.kept = True, Kept()
+            hook.feeds_graph, hook.static_draws = True, StaticDraws()
         self._model, self._hook, self._sampler = model, hook, sampler_of(model)
         self.plain = model.forward
         self.forward = torch.compile(model.forward) if compiled else model.forward
@@ -59,8 +59,8 @@ class WholePass:
         return self._coins() == self._drawn
 
     def _coins(self) -> list[bool]:
-        board = self._sampler.board
-        return [] if board is None else [coins is not None for coins in board.coins]
+        draws = self._sampler.graph_draws
+        return [] if draws is None else [coins is not None for coins in draws.coins]
 
 
 def record_pass(model: nn.Module, x: Tensor, *, compiled: bool = False, capture: Capture | None = None) -> None:

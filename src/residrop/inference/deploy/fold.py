@@ -23,7 +23,7 @@ from residrop.models.blocks import Scale
 from residrop.models.checks import check_images
 from residrop.models.vanilla import Vanilla
 from residrop.rules.base import Rule
-from residrop.surgery.blocks import AppliedBlock, give_back
+from residrop.surgery.blocks import AppliedBlock, uninstall_rules
 from residrop.surgery.generic import GenericBlock
 
 __all__ = ["Tracer", "coefficients", "fold", "repeated"]
@@ -143,7 +143,7 @@ def _plain_again(model: nn.Module, factors: dict[Rule, tuple[float, ...]]) -> di
         own = [factors[rule] for rule in block.residrop_rules if isinstance(rule, Rule)]
         certain = all(each == (1.0, 1.0) for each in own)
         if certain or isinstance(block, GenericBlock):
-            give_back(block)
+            uninstall_rules(block)
             if not certain:
                 generic[block] = own[0]
     forget_blocks(model)

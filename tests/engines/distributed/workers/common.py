@@ -104,7 +104,7 @@ def distance(one, other):
 def untouched(model):
     """Draws per rank without the row that keeps a branch in step which is absent here and present elsewhere."""
     for rule in rules_of(model):
-        rule.lives_elsewhere = lambda: False
+        rule.may_live_on_other_ranks = lambda: False
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from residrop.surgery.blocks import Undo, undo_later
+from residrop.surgery.blocks import Undo, record_changes
 from residrop.surgery.generic import GenericBlock
 
 __all__ = ["LayerDrop", "end_layer_drop", "layer_drops"]
@@ -114,7 +114,7 @@ def end_layer_drop(
     owners = {drops[block].owner for block in taken if block in drops}
     for owner, attribute in dict.fromkeys((drop.owner, drop.attribute) for drop in drops.values()):
         if owner in owners:
-            undo_later(taken[0], [_without(owner, attribute)])
+            record_changes(taken[0], [_without(owner, attribute)])
     names = {module: name for name, module in model.named_modules()}
     why = {
         True: "the layer drop of its neighbours is left to rules, so it is always present",

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from residrop.functional.call import BranchCall, Map
 
-__all__ = ["touch"]
+__all__ = ["with_zero_gradients"]
 
 
-class _Touch(torch.autograd.Function):
+class _ZeroGradients(torch.autograd.Function):
     """x, and zero gradients for what `out` was computed from."""
 
     @staticmethod
@@ -26,7 +26,7 @@ class _Touch(torch.autograd.Function):
         return grads[0], torch.zeros(shape, dtype=dtype, device=device)
 
 
-def touch(x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
+def with_zero_gradients(x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
     """skip, with a branch that is absent here run all the same, on one row, in eval mode, for gradients of zero.
 
     For draws that differ between ranks: a branch that lives on another rank takes part in that rank's collectives (of
@@ -36,7 +36,7 @@ def touch(x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
     row = x[:1].detach().requires_grad_(x.requires_grad)  # an overflow in the branch must not reach x as 0 * inf
     with _norms_in_eval(call.branch):
         out = call.branch(row, *along)
-    return _Touch.apply(skip, out)  # pyright: ignore[reportReturnType]
+    return _ZeroGradients.apply(skip, out)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from residrop.functional.units import coins_of
 
-__all__ = ["Kept"]
+__all__ = ["StaticDraws"]
 
 
-class Kept:
+class StaticDraws:
     """One place for what unit-level rules draw in every pass, for CUDA graphs, which read it where it was recorded."""
 
     def __init__(self) -> None:
