@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from residrop.cli import commands, main
+from residrop.common.errors import SaidElsewhere
 from residrop.training import Recipe, train
-from residrop.training.distributed import SaidElsewhere
 
 RECIPE = {
     "network": "vanilla-6",
