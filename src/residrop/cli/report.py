@@ -1,6 +1,7 @@
 """`residrop report`: the ledger, or runs, as a summary on the terminal, Markdown and one HTML page."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table as Grid
 
+from residrop.cli.shared import parse
 from residrop.common.errors import ConfigError
 from residrop.common.files import replacing
 from residrop.common.output import console_for
@@ -16,7 +18,7 @@ from residrop.research import ledger
 from residrop.research.papers.status import overview
 from residrop.research.report import as_markdown, as_page, collect
 
-__all__ = ["Report", "report_command"]
+__all__ = ["run"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Report:
     """Write it as one HTML page to this file (default: report.html, unless only --markdown is given)."""
 
 
-def report_command(args: Report) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """Write the files, then print a summary."""
+    args = parse(Report, arguments, prog)
     folder = args.ledger if args.ledger or args.runs else Path("results")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give --ledger the folder of the ledger, or run directories")

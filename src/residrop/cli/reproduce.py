@@ -1,7 +1,7 @@
 """`residrop reproduce`: the papers' tables and figures, measured here beside what was published."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table as Grid
 
+from residrop.cli.shared import parse
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
 from residrop.research import ledger
@@ -24,7 +25,7 @@ from residrop.research.papers.status import Status, missing, overview
 from residrop.research.papers.work import Settings, variant_of
 from residrop.training.checkpoint import versions
 
-__all__ = ["Reproduce", "read_duration", "reproduce_command"]
+__all__ = ["read_duration", "run"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Reproduce:
     """Print the final table only."""
 
 
-def reproduce_command(args: Reproduce) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """List, or fill and show a table or figure."""
+    args = parse(Reproduce, arguments, prog)
     check_target(args.json)
     settings = Settings(
         scale=args.scale,
