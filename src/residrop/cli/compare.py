@@ -9,9 +9,8 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from residrop.cli.shared import Fields, free_directory, parse, peek, resumed
+from residrop.cli.shared import Fields, free_directory, parse, peek, resumed, table_of
 from residrop.common.errors import ConfigError, RunError
 from residrop.common.files import write_json
 from residrop.common.output import check_target, console_for, write
@@ -89,7 +88,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     for row in rows:
         row["relative_time"] = row["train_seconds"] / constant if constant else None
     console = console_for(args.json)
-    console.print(_table(f"{base.network}, {base.data}, {base.epochs} epochs, {args.seeds} seed(s)", rows))
+    title = f"{base.network}, {base.data}, {base.epochs} epochs, {args.seeds} seed(s)"
+    headings = ("rule", "parameters", "deterministic", "sampled", "time", "expected depth")
+    console.print(table_of(title, headings, map(_cells, rows), left=("rule",)))
     console.print("errors on the test images; time is training time relative to constant depth")
     draw_curves(out / "curves.png", curves, f"{base.network}, {base.data}")
     console.print(f"curves: {out / 'curves.png'}")
@@ -136,19 +137,14 @@ def _row(rule: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return row
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("rule", "parameters", "deterministic", "sampled", "time", "expected depth"):
-        table.add_column(name, justify="left" if name == "rule" else "right")
-    for row in rows:
-        table.add_row(
-            row["rule"],
-            f"{row['parameters']:,}",
-            *(_percent(row[key], row[f"{key}_std"]) for key in ("deterministic_error", "sampled_error")),
-            f"{row['relative_time']:.2f}x" if row["relative_time"] else f"{row['train_seconds']:.0f} s",
-            f"{row['expected_depth']:.2f}",
-        )
-    return table
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["rule"],
+        f"{row['parameters']:,}",
+        *(_percent(row[key], row[f"{key}_std"]) for key in ("deterministic_error", "sampled_error")),
+        f"{row['relative_time']:.2f}x" if row["relative_time"] else f"{row['train_seconds']:.0f} s",
+        f"{row['expected_depth']:.2f}",
+    )
 
 
 def _percent(value: float | None, deviation: float | None) -> str:

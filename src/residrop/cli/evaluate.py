@@ -12,7 +12,7 @@ from rich.table import Table
 
 from residrop.blocks.attach import expected_depth_of
 from residrop.cli.pictures import panels
-from residrop.cli.shared import RunPath, Weights, open_run, parse, show
+from residrop.cli.shared import RunPath, Weights, open_run, parse, show, table_of
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError, RunError
 from residrop.common.output import check_target, console_for, write
@@ -121,16 +121,15 @@ def _facts(found: AdaptiveEvaluation) -> dict[str, str]:
 
 
 def _table(curve: ErrorCurve) -> Table:
-    times = f"{curve.repetitions} repetition{'s' if curve.repetitions > 1 else ''}"
-    table = Table(title=f"error of averaged passes, {times}", title_justify="left")
-    for name in ("samples", "error", "± se"):
-        table.add_column(name, justify="right")
     spread = curve.error_se or (None,) * len(curve.error)
-    for count, error, se in zip(curve.samples, curve.error, spread, strict=True):
-        if count in (1, 2, 3, 5, 10, 15, 20, 30) or count == curve.samples[-1] or count % 50 == 0:
-            table.add_row(str(count), f"{error:.2f}%", "-" if se is None else f"{se:.2f}")
-    table.add_row("expectation", f"{curve.deterministic:.2f}%", "")
-    return table
+    rows = [
+        (str(count), f"{error:.2f}%", "-" if se is None else f"{se:.2f}")
+        for count, error, se in zip(curve.samples, curve.error, spread, strict=True)
+        if count in (1, 2, 3, 5, 10, 15, 20, 30) or count == curve.samples[-1] or count % 50 == 0
+    ]
+    times = f"{curve.repetitions} repetition{'s' if curve.repetitions > 1 else ''}"
+    expectation = ("expectation", f"{curve.deterministic:.2f}%", "")
+    return table_of(f"error of averaged passes, {times}", ("samples", "error", "± se"), [*rows, expectation])
 
 
 def _draw(path: Path, curve: ErrorCurve, title: str) -> None:

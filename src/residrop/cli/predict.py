@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
 
-from residrop.cli.shared import RunPath, Weights, open_run, parse
+from residrop.cli.shared import RunPath, Weights, open_run, parse, table_of
 from residrop.common.errors import DataError
 from residrop.common.output import check_target, console_for, write
 from residrop.data.read import read_images
@@ -70,13 +69,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
             for file, *values in zip(files, *columns.values(), strict=True):
                 rows.append({"file": file, **dict(zip(columns, values, strict=True)), "samples": args.samples})
     passes = f"{args.samples} sampled passes" if args.samples else "expectation"
-    table = Table(title=f"{args.run}, {passes}", title_justify="left")
-    for name in ("file", "class", "probability", "± se", "uncertainty (nats)", "of it randomness"):
-        table.add_column(name, justify="left" if name in ("file", "class") else "right")
-    for row in rows:
-        keys = ("probability", "standard_error", "entropy", "mutual_information")
-        numbers = ("-" if row[key] is None else f"{row[key]:.3f}" for key in keys)
-        table.add_row(row["file"], row["class"], *numbers)
-    console_for(args.json).print(table)
+    keys = ("probability", "standard_error", "entropy", "mutual_information")
+    cells = [
+        (row["file"], row["class"], *("-" if row[key] is None else f"{row[key]:.3f}" for key in keys)) for row in rows
+    ]
+    headings = ("file", "class", "probability", "± se", "uncertainty (nats)", "of it randomness")
+    console_for(args.json).print(table_of(f"{args.run}, {passes}", headings, cells, left=("file", "class")))
     write(args.json, rows)
     return 0

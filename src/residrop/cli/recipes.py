@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
-from rich.table import Table
 
-from residrop.cli.shared import parse
+from residrop.cli.shared import parse, table_of
 from residrop.common.output import check_target, console_for, write
 from residrop.data import sources
 from residrop.models import list_models
@@ -50,12 +49,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         headings = ("recipe", "what it is", "published error")
         errors = {name: "" if one.published is None else f"{one.published}%" for name, one in PRESETS.items()}
         rows = [(name, one.title, errors[name]) for name, one in PRESETS.items()]
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console_for(args.json).print(table)
+    console_for(args.json).print(table_of("", headings, rows, left=headings))
     write(args.json, [dict(zip(headings, row, strict=True)) for row in rows])
     return 0
 

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table as Grid
 
-from residrop.cli.shared import parse
+from residrop.cli.shared import parse, table_of
 from residrop.common.errors import ConfigError
 from residrop.common.files import replacing
 from residrop.common.output import console_for
@@ -70,16 +69,15 @@ def _link(path: Path | None, start: Path) -> str | None:
 
 def _summary(folder: Path, console: Console) -> None:
     """How many rows and curves of each paper are measured."""
-    grid = Grid(title=f"rows of tables and curves of figures in {folder}", title_justify="left")
-    for name in ("paper", "in full", "scaled", "not yet", "quoted"):
-        grid.add_column(name, justify="left" if name == "paper" else "right", overflow="fold")
+    rows: list[tuple[str, ...]] = []
     found = [one for one in overview(ledger.read(folder)) if not one.drawing]
     for paper in dict.fromkeys(one.id.partition("/")[0] for one in found):
         mine = [one for one in found if one.id.startswith(f"{paper}/")]
         scaled = sum(max(one.scaled.values(), default=0) for one in mine)
         counts = (sum(one.full for one in mine), scaled, sum(one.open for one in mine), sum(one.quoted for one in mine))
-        grid.add_row(paper, *map(str, counts))
-    console.print(grid)
+        rows.append((paper, *map(str, counts)))
+    headings = ("paper", "in full", "scaled", "not yet", "quoted")
+    console.print(table_of(f"rows of tables and curves of figures in {folder}", headings, rows, left=("paper",)))
 
 
 def _write(path: Path, text: str, option: str) -> None:

@@ -1,7 +1,7 @@
 """What several commands share: reading options, opening runs, showing evaluations."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -27,6 +27,7 @@ __all__ = [
     "peek",
     "resumed",
     "show",
+    "table_of",
 ]
 
 RECALIBRATED = "recalibrated"  # the weights file that `residrop recalibrate` writes, beside model.safetensors
@@ -114,17 +115,28 @@ def open_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
     return load_run(path, weights)
 
 
+# Results
+
+
+def table_of(title: str, headings: Iterable[str], rows: Iterable[Sequence[str]], left: Collection[str] = ()) -> Table:
+    """A table for the terminal; the columns in `left` are words, the others numbers. Long cells are folded, not cut."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def show(console: Console, title: str, found: Evaluation, facts: dict[str, str]) -> None:
     """Both kinds of inference as a table, then facts line by line."""
-    table = Table(title=title, title_justify="left")
-    for name in ("inference", "error", "± se", "NLL", "ECE"):
-        table.add_column(name, justify="left" if name == "inference" else "right")
-    rows = [("deterministic (expectation)", found.deterministic)]
-    if found.sampled:
-        rows.append((f"sampled ({found.samples} passes)", found.sampled))
-    for name, scores in rows:
-        table.add_row(name, f"{scores.error:.2f}%", f"{scores.error_se:.2f}", f"{scores.nll:.4f}", f"{scores.ece:.2f}%")
-    console.print(table)
+    kinds = {"deterministic (expectation)": found.deterministic, f"sampled ({found.samples} passes)": found.sampled}
+    rows = [
+        (name, f"{one.error:.2f}%", f"{one.error_se:.2f}", f"{one.nll:.4f}", f"{one.ece:.2f}%")
+        for name, one in kinds.items()
+        if one is not None
+    ]
+    console.print(table_of(title, ("inference", "error", "± se", "NLL", "ECE"), rows, left=("inference",)))
     if found.single_pass_error_se is not None:
         facts = {
             "single sampled pass": f"{found.single_pass_error:.2f} ± {found.single_pass_error_se:.2f}% error "

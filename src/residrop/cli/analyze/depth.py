@@ -12,7 +12,7 @@ from rich.table import Table
 from residrop.cli.analyze.instrument import Found, Unit, analyze, costs_with_bar
 from residrop.cli.analyze.targets import Analysis, Target
 from residrop.cli.pictures import panels
-from residrop.cli.shared import parse
+from residrop.cli.shared import parse, table_of
 from residrop.common.errors import ConfigError
 from residrop.schedule.budgets import linear_at, uniform_at
 from residrop.theory import cost_law, depth_bound, depth_bound_probability, depth_law
@@ -85,19 +85,10 @@ def _measure(options: AnalyzeDepth, target: Target) -> Found:
 def _tables(found: Found) -> list[Table]:
     """One row per mode."""
     share = f"{100 * (1 - found['beta']):g}%"
-    table = Table(title=f"{found['target']}: live blocks of {found['blocks']} in a step", title_justify="left")
-    for name in (
-        "rates",
-        "mean",
-        "std",
-        f"{share} of steps",
-        f"Lemma 1 at {share}",
-        f"work ({found['unit']})",
-        "± std",
-    ):
-        table.add_column(name, justify="left" if name == "rates" else "right")
-    for row in found["rows"]:
-        table.add_row(
+    work = f"work ({found['unit']})"
+    headings = ("rates", "mean", "std", f"{share} of steps", f"Lemma 1 at {share}", work, "± std")
+    rows = [
+        (
             row["mode"],
             f"{row['mean']:.2f}",
             f"{row['std']:.2f}",
@@ -106,7 +97,10 @@ def _tables(found: Found) -> list[Table]:
             f"{row['work_mean']:.3f}",
             f"{row['work_std']:.3f}",
         )
-    return [table]
+        for row in found["rows"]
+    ]
+    title = f"{found['target']}: live blocks of {found['blocks']} in a step"
+    return [table_of(title, headings, rows, left=("rates",))]
 
 
 def _draw(found: Found, path: Path) -> None:

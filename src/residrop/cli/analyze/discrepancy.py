@@ -13,7 +13,7 @@ from residrop.blocks.attach import rules_of
 from residrop.cli.analyze.instrument import Found, analyze, progress
 from residrop.cli.analyze.targets import Analysis, Target
 from residrop.cli.pictures import panels
-from residrop.cli.shared import parse
+from residrop.cli.shared import parse, table_of
 from residrop.common.checks import check_whole
 from residrop.models import create
 from residrop.schedule.sampler import derive_key
@@ -92,15 +92,14 @@ def _drawn(blocks: int, width: int, stable: bool, seed: int, tell: Callable[[], 
 
 def _tables(found: Found) -> list[Table]:
     """One row per block."""
-    table = Table(title=f"{found['target']}: discrepancy, {found['inputs']}", title_justify="left")
-    for name in ("block", "h", "± se", "of the mean", "survival rate", "its part of the regulariser"):
-        table.add_column(name, justify="right")
     mean = sum(found["curvature"]) / len(found["curvature"])
-    for number, (h, error, p) in enumerate(
-        zip(found["curvature"], found["standard_error"], found["rates"], strict=True), start=1
-    ):
+    rows: list[tuple[str, ...]] = []
+    columns = zip(found["curvature"], found["standard_error"], found["rates"], strict=True)
+    for number, (h, error, p) in enumerate(columns, start=1):
         part = 0.5 * p * (1 - p) * h / found["regularizer"] if found["regularizer"] else 0.0
-        table.add_row(str(number), f"{h:.4g}", f"{error:.2g}", f"{h / mean:.3f}", f"{p:.3f}", f"{100 * part:.1f}%")
+        rows.append((str(number), f"{h:.4g}", f"{error:.2g}", f"{h / mean:.3f}", f"{p:.3f}", f"{100 * part:.1f}%"))
+    headings = ("block", "h", "± se", "of the mean", "survival rate", "its part of the regulariser")
+    table = table_of(f"{found['target']}: discrepancy, {found['inputs']}", headings, rows)
     if found["predicted"] is not None:
         table.caption = f"Theorem 1: h = {found['predicted']:.4g} for every block (mean measured: {mean:.4g})"
     return [table]

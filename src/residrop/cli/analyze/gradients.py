@@ -13,7 +13,7 @@ from rich.table import Table
 from residrop.cli.analyze.instrument import Found, analyze
 from residrop.cli.analyze.targets import Analysis, Target
 from residrop.cli.pictures import panels
-from residrop.cli.shared import parse
+from residrop.cli.shared import parse, table_of
 from residrop.common.checks import check_rate, check_whole
 from residrop.common.errors import RunError
 from residrop.schedule.budgets import linear_at, uniform_at
@@ -112,19 +112,15 @@ def _course(path: Path) -> list[dict[str, float]]:
 def _tables(found: Found) -> list[Table]:
     """One row per level, one column per mode: measured rate (predicted), as Table 1 of Hayou & Ayed."""
     title = f"{found['target']}: growth of the squared gradient per block, from block L down to l"
-    table = Table(title=title, title_justify="left")
-    table.add_column("l", justify="right")
-    for row in found["rows"]:
-        table.add_column(f"{row['mode']} {row['budget']:.2g}", justify="right")
-    for place, level in enumerate(found["rows"][0]["levels"]):
-        cells = []
-        for row in found["rows"]:
-            text = f"{row['rates'][place]:.4f} ± {row['rates_error'][place]:.4f}"
-            if "predicted_rates" in row:
-                text += f" ({row['predicted_rates'][place]:.4f})"
-            cells.append(text)
-        table.add_row(str(level), *cells)
-    return [table]
+    headings = ("l", *(f"{row['mode']} {row['budget']:.2g}" for row in found["rows"]))
+    levels = enumerate(found["rows"][0]["levels"])
+    rows = [(str(level), *(_cell(row, place) for row in found["rows"])) for place, level in levels]
+    return [table_of(title, headings, rows)]
+
+
+def _cell(row: dict[str, Any], place: int) -> str:
+    predicted = f" ({row['predicted_rates'][place]:.4f})" if "predicted_rates" in row else ""
+    return f"{row['rates'][place]:.4f} ± {row['rates_error'][place]:.4f}{predicted}"
 
 
 def _draw(found: Found, path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from residrop.cli.analyze.instrument import Found, Unit, analyze, costs_with_bar
 from residrop.cli.analyze.targets import Analysis, Target
 from residrop.cli.pictures import panels
-from residrop.cli.shared import parse
+from residrop.cli.shared import parse, table_of
 from residrop.common.checks import check_rate
 from residrop.common.errors import ConfigError
 from residrop.schedule import budgets as spend
@@ -108,24 +108,28 @@ def _course(target: Target) -> list[dict[str, Any]]:
 
 def _tables(found: Found) -> list[Table]:
     """What is known of every block, and one row per budget and mode."""
-    blocks = Table(title=f"{found['target']}: its blocks, on {found['inputs']}", title_justify="left")
-    for name in ("block", "S (SenseMode)", "loss change without it", "discrepancy h", f"cost ({found['unit']})"):
-        blocks.add_column(name, justify="right")
     whole = found["fixed"] + sum(found["costs"])
     columns = (found["scores"], found["removal_losses"], found["curvature"], found["costs"])
-    for number, (score, removal, curvature, cost) in enumerate(zip(*columns, strict=True), start=1):
-        blocks.add_row(str(number), f"{score:+.4g}", f"{-removal:+.4g}", f"{curvature:.4g}", f"{cost / whole:.4f}")
-    table = Table(title=f"survival rates at shares of {found['unit']}", title_justify="left")
-    for name in ("budget", "mode", "expected blocks", "never", "always", "regulariser", "rates"):
-        table.add_column(name, justify="left" if name in ("mode", "rates") else "right", overflow="fold")
-    for row in found["rows"]:
-        if "refused" in row:
-            table.add_row(f"{row['budget']:g}", row["mode"], "", "", "", "", row["refused"])
-            continue
-        rates = " ".join(f"{rate:.2f}" for rate in row["rates"])
-        numbers = (f"{row['depth']:.2f}", str(row["never"]), str(row["always"]), f"{row['regularizer']:.4g}")
-        table.add_row(f"{row['budget']:g}", row["mode"], *numbers, rates)
-    return [blocks, table]
+    blocks = [
+        (str(number), f"{score:+.4g}", f"{-removal:+.4g}", f"{curvature:.4g}", f"{cost / whole:.4f}")
+        for number, (score, removal, curvature, cost) in enumerate(zip(*columns, strict=True), start=1)
+    ]
+    of_blocks = ("block", "S (SenseMode)", "loss change without it", "discrepancy h", f"cost ({found['unit']})")
+    headings = ("budget", "mode", "expected blocks", "never", "always", "regulariser", "rates")
+    return [
+        table_of(f"{found['target']}: its blocks, on {found['inputs']}", of_blocks, blocks),
+        table_of(
+            f"survival rates at shares of {found['unit']}", headings, map(_cells, found["rows"]), ("mode", "rates")
+        ),
+    ]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    start = f"{row['budget']:g}", row["mode"]
+    if "refused" in row:
+        return *start, "", "", "", "", row["refused"]
+    numbers = f"{row['depth']:.2f}", str(row["never"]), str(row["always"]), f"{row['regularizer']:.4g}"
+    return *start, *numbers, " ".join(f"{rate:.2f}" for rate in row["rates"])
 
 
 def _draw(found: Found, path: Path) -> None:
