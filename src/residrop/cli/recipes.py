@@ -49,7 +49,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         headings = ("recipe", "what it is", "published error")
         errors = {name: "" if one.published is None else f"{one.published}%" for name, one in PRESETS.items()}
         rows = [(name, one.title, errors[name]) for name, one in PRESETS.items()]
-    console_for(args.json).print(table_of("", headings, rows, left=headings))
+    console_for(args.json).print(table_of(None, headings, rows, left=headings))
     write(args.json, [dict(zip(headings, row, strict=True)) for row in rows])
     return 0
 

@@ -118,7 +118,9 @@ def open_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
 # Results
 
 
-def table_of(title: str, headings: Iterable[str], rows: Iterable[Sequence[str]], left: Collection[str] = ()) -> Table:
+def table_of(
+    title: str | None, headings: Iterable[str], rows: Iterable[Sequence[str]], left: Collection[str] = ()
+) -> Table:
     """A table for the terminal; the columns in `left` are words, the others numbers. Long cells are folded, not cut."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
