@@ -1,10 +1,8 @@
 """What the absence of a block does to outputs and loss: the regulariser, at initialisation and along a training."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -30,9 +28,10 @@ def _squared(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeDiscrepancy(Analysis):
-    """h_l: how much the absence of a block bends the loss, and so regularises (eq. 4 to 6, Theorem 1, Figure 3).
+    """Discrepancy h_l: the second-order effect on the loss of whether block l is present (Hayou & Ayed 2021).
 
-    Of a run trained with --watch discrepancy the picture shows it along the training, too.
+    Survival rates p_l add the regulariser 1/2 sum_l p_l (1 - p_l) h_l to the expected loss (eq. 4 to 6, Theorem 1,
+    Figure 3). Of a run trained with --watch discrepancy the picture shows it along the training, too.
     """
 
     networks: int = 150
@@ -50,7 +49,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 def _measure(options: AnalyzeDiscrepancy, target: Target) -> Found:
     """h_l of every block: of a model for its weights and inputs, of a Vanilla network over draws of its weights."""
-    course: list[dict[str, Any]] = []
     predicted = None
     if target.vanilla is not None:
         blocks, width, stable = target.vanilla
@@ -63,9 +61,6 @@ def _measure(options: AnalyzeDiscrepancy, target: Target) -> Found:
     else:
         found = discrepancy(target.model, target.batches, target.loss)
         curvature, error, inputs = found.curvature, found.standard_error, target.inputs
-        file = None if target.run is None else target.run.path / "instruments.jsonl"
-        if file is not None and file.exists():
-            course = [json.loads(line) for line in file.read_text().splitlines()]
     return {
         "target": target.name,
         "inputs": inputs,
@@ -74,7 +69,7 @@ def _measure(options: AnalyzeDiscrepancy, target: Target) -> Found:
         "standard_error": error.tolist(),
         "predicted": predicted,
         "regularizer": regularizer(curvature, target.rates),
-        "course": [line for line in course if "discrepancy" in line],
+        "course": [line for line in target.lines("instruments.jsonl") if "discrepancy" in line],
     }
 
 

@@ -1,6 +1,5 @@
 """Which blocks a budget should be spent on: sensitivities, costs and the rates of every mode."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,16 +93,8 @@ def _measure(options: AnalyzeSurvival, target: Target) -> Found:
         "removal_losses": removal.tolist(),
         "curvature": curvature.tolist(),
         "rows": rows,
-        "course": _course(target),
+        "course": target.lines("survival.jsonl"),
     }
-
-
-def _course(target: Target) -> list[dict[str, Any]]:
-    """The rates that a run measured for itself along its training."""
-    file = None if target.run is None else target.run.path / "survival.jsonl"
-    if file is None or not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def _tables(found: Found) -> list[Table]:

@@ -1,5 +1,6 @@
 """What `residrop analyze` looks at: a run directory, a network of residrop, or a model of torchvision or timm."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class Target:
     def x(self) -> Tensor:
         """The inputs of the first batch."""
         return self.batches[0][0]
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """A file of JSON lines that the run wrote along its training; none without a run or such a file."""
+        file = None if self.run is None else self.run.path / name
+        return [] if file is None or not file.exists() else [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def find_target(options: Analysis) -> Target:
