@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from residrop.cli.shared import Fields, free_directory, parse, peek, resumed, table_of
+from residrop.cli.shared import Fields, Json, Quiet, RecipeName, free_directory, parse, peek, resumed, table_of
 from residrop.common.errors import ConfigError, RunError
 from residrop.common.files import write_json
 from residrop.common.output import check_target, console_for, write
@@ -33,8 +33,7 @@ class Compare:
     """
 
     settings: tyro.conf.OmitArgPrefixes[Fields] = field(default_factory=Fields)
-    recipe: str = "digits"
-    """What the other options start from: a preset, residrop recipes lists them, or the path of your own .toml file."""
+    recipe: RecipeName = "digits"
     rules: tuple[str, ...] = ("constant", "stochastic-depth", "swapout", "skipforward", "dropout", "depth-dropout")
     """Rules to compare. Each takes its paper's survival rates unless --survival is given."""
     seeds: int = 1
@@ -43,10 +42,8 @@ class Compare:
     """Directory for the runs, the table and the curves (default: runs/compare-RECIPE-001, ...)."""
     resume: bool = False
     """Continue the comparison in --out; finished runs are kept."""
-    json: str | None = None
-    """Write the rows to this file as JSON (- for standard output)."""
-    quiet: bool = False
-    """Print the final table only."""
+    json: Json = None
+    quiet: Quiet = False
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from residrop.blocks.attach import expected_depth_of
 from residrop.cli.pictures import panels
-from residrop.cli.shared import RunPath, Weights, open_run, parse, show, table_of
+from residrop.cli.shared import Device, Json, RunPath, Weights, open_run, parse, show, table_of
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError, RunError
 from residrop.common.output import check_target, console_for, write
@@ -30,7 +30,6 @@ class Evaluate:
     """Evaluate a trained run on its test images: in expectation (one pass) and averaged over sampled passes."""
 
     run: RunPath
-    """Run directory."""
     samples: int = 30
     """Sampled passes; 0 leaves sampled inference out."""
     adaptive: bool = False
@@ -42,13 +41,10 @@ class Evaluate:
     repetitions: int = 5
     """With --curve: sets of --samples passes, for standard errors."""
     weights: Weights = "model"
-    """Which weights of the run: model, best (of the validation) or recalibrated (by residrop recalibrate)."""
     data: str | None = None
     """Another source of test images with the same classes."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
-    json: str | None = None
-    """Write the results to this file as JSON (- for standard output)."""
+    device: Device = "auto"
+    json: Json = None
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from residrop.cli.shared import RunPath, Weights, open_run, parse
+from residrop.cli.shared import Json, RunPath, Weights, open_run, parse
 from residrop.common.errors import RunError
 from residrop.common.output import check_target, console_for, write
 from residrop.inference.deploy.export import export
@@ -26,15 +26,12 @@ class Export:
     """
 
     run: RunPath
-    """Run directory."""
     to: Path
     """File to write: .onnx (needs the extra residrop[export]), .pt2 (torch.export) or .safetensors (folded weights)."""
     weights: Weights = "model"
-    """Which weights of the run: model, best (of the validation) or recalibrated."""
     sampled: bool = False
     """One sampled pass whose coins are inputs of the graph, in place of the expectation (.onnx and .pt2)."""
-    json: str | None = None
-    """Write what was done to this file as JSON (- for standard output)."""
+    json: Json = None
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

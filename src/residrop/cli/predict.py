@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from residrop.cli.shared import RunPath, Weights, open_run, parse, table_of
+from residrop.cli.shared import Device, Json, RunPath, Weights, open_run, parse, table_of
 from residrop.common.errors import DataError
 from residrop.common.output import check_target, console_for, write
 from residrop.data.read import read_images
@@ -28,17 +28,13 @@ class Predict:
     """
 
     run: RunPath
-    """Run directory."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files (any format Pillow reads); resized and cropped to the size of the training images."""
     samples: int = 30
     """Sampled passes; 0 is one pass in expectation."""
     weights: Weights = "model"
-    """Which weights of the run: model, best (of the validation) or recalibrated (by residrop recalibrate)."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
-    json: str | None = None
-    """Write the predictions to this file as JSON (- for standard output)."""
+    device: Device = "auto"
+    json: Json = None
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

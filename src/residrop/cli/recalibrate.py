@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from residrop.cli.shared import RECALIBRATED, RunPath, parse
+from residrop.cli.shared import RECALIBRATED, Device, Json, RunPath, parse
 from residrop.common.errors import RunError
 from residrop.common.output import check_target, console_for, write
 from residrop.data import Loader, load
@@ -28,17 +28,14 @@ class Recalibrate:
     """
 
     run: RunPath
-    """Run directory."""
     data: str | None = None
     """Another source of training images with the same classes."""
     batches: int = 200
     """Batches of training images to take at most, of the recipe's batch size."""
     mode: Mode = "layers"
     """layers: each layer after all earlier ones (exact); at-once: one pass, by the statistics of each batch."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
-    json: str | None = None
-    """Write what was done to this file as JSON (- for standard output)."""
+    device: Device = "auto"
+    json: Json = None
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

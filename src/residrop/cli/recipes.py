@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from residrop.cli.shared import parse, table_of
+from residrop.cli.shared import Json, parse, table_of
 from residrop.common.output import check_target, console_for, write
 from residrop.data import sources
 from residrop.models import list_models
@@ -29,8 +29,7 @@ class Recipes:
     """List the rules instead."""
     data: bool = False
     """List the data sources instead."""
-    json: str | None = None
-    """Write the listing to this file as JSON (- for standard output)."""
+    json: Json = None
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

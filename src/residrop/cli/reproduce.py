@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from residrop.cli.shared import parse, table_of
+from residrop.cli.shared import Device, Json, Quiet, parse, table_of
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
 from residrop.research import ledger
@@ -68,16 +68,13 @@ class Reproduce:
     """Timed updates of each network in timing rows."""
     compile: bool | None = None
     """Compile networks, as residrop train --compile does (default: on a GPU)."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    device: Device = "auto"
     runs: Path = Path("runs/reproduce")
     """Folder of the run directories; rows of one recipe share a run."""
     ledger: Path = Path("results")
     """Folder of what was measured."""
-    json: str | None = None
-    """Write what is shown to this file as JSON (- for standard output)."""
-    quiet: bool = False
-    """Print the final table only."""
+    json: Json = None
+    quiet: Quiet = False
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

@@ -18,7 +18,11 @@ from residrop.training import Recipe, Run, load_run
 
 __all__ = [
     "RECALIBRATED",
+    "Device",
     "Fields",
+    "Json",
+    "Quiet",
+    "RecipeName",
     "RunPath",
     "Weights",
     "free_directory",
@@ -31,8 +35,24 @@ __all__ = [
 ]
 
 RECALIBRATED = "recalibrated"  # the weights file that `residrop recalibrate` writes, beside model.safetensors
-Weights = Literal["model", "best", "recalibrated"]
-RunPath = Annotated[Path, tyro.conf.Positional]
+
+RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="Run directory.")]
+Weights = Annotated[
+    Literal["model", "best", "recalibrated"],
+    tyro.conf.arg(
+        help="Which weights of the run: model, best (of the validation) or recalibrated (by residrop recalibrate)."
+    ),
+]
+Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, ...; auto takes a GPU where there is one.")]
+Json = Annotated[str | None, tyro.conf.arg(help="Write the results to this file as JSON (- for standard output).")]
+Quiet = Annotated[bool, tyro.conf.arg(help="Print the final table only.")]
+RecipeName = Annotated[
+    str,
+    tyro.conf.arg(
+        help="What the other options start from: a preset, residrop recipes lists them, or the path of your own "
+        ".toml file."
+    ),
+]
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from residrop.cli.shared import Fields, free_directory, parse, peek, resumed, show
+from residrop.cli.shared import Fields, Json, Quiet, RecipeName, free_directory, parse, peek, resumed, show
 from residrop.common.output import check_target, console_for, write
 from residrop.training import Run, preset, train
 from residrop.training.distributed import process_group
@@ -27,16 +27,13 @@ class Train:
     """
 
     settings: tyro.conf.OmitArgPrefixes[Fields] = field(default_factory=Fields)
-    recipe: str = "digits"
-    """What the other options start from: a preset, residrop recipes lists them, or the path of your own .toml file."""
+    recipe: RecipeName = "digits"
     out: Path | None = None
     """Run directory (default: runs/RECIPE-001, -002, ...)."""
     resume: bool = False
     """Continue the run in --out; its recipe is read from there unless --recipe is given."""
-    json: str | None = None
-    """Write the results to this file as JSON (- for standard output)."""
-    quiet: bool = False
-    """Print the final table only."""
+    json: Json = None
+    quiet: Quiet = False
 
 
 def run(arguments: Sequence[str], prog: str) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residrop.blocks.attach import rules_of, set_survival
+from residrop.cli.shared import Json
 from residrop.common.errors import ConfigError
 from residrop.data import fit, load
 from residrop.models import create, list_models, num_blocks, reads_flat_rows
@@ -52,8 +53,7 @@ class Analysis:
     """cpu, cuda, ..."""
     picture: Path | None = None
     """PNG to draw (default: analyze-INSTRUMENT.png in the run directory, or in this one)."""
-    json: str | None = None
-    """Write all numbers to this file as JSON (- for standard output)."""
+    json: Json = None
 
     def check(self) -> None:
         """Raise ConfigError for numbers out of range, before anything is built."""
