@@ -1,10 +1,6 @@
 """`residrop bench inference`: its options, and what it does once they are read."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
 from residrop.common.errors import ConfigError
@@ -53,7 +49,7 @@ QUICK_INFERENCE = BenchInference(cases=("resnet-56", "resnet-20-w2"), samples=5,
 
 
 def bench_inference_command(args: BenchInference) -> int:
-    """Measure, print a table per case and batch size, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    """Measure, print tables, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
     said = command_of("residrop bench inference", args, QUICK_INFERENCE if args.quick else BenchInference())
     said += " --quick" if args.quick else ""
@@ -72,22 +68,6 @@ def bench_inference_command(args: BenchInference) -> int:
         for size in args.batch_size
     ]
     total = len(args.cases) * sum(one.warmup + one.steps for one in every)
-    with steps_bar("sampled inference", total) as on_step:
-        parts = (found for settings in every for found in bench_inference(args.cases, settings, on_step))
-        return gather(args.json, parts, _table, "Cost of sampled inference", said)
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    first = rows[0]
-    options = "".join(f", {key} {value}" for key, value in first["options"].items())
-    title = (
-        f"{first['model']}{options}, {first['rule']} {first['survival']}: {first['samples']} samples, "
-        f"batch of {first['batch_size']} at {first['pixels']} px, {first['steps']} steps"
-    )
-    table = Table(title=title, title_justify="left")
-    for name in ("variant", "time", "x naive", "x deterministic passes"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in rows:
-        ratios = (f"{row[key]:.3f}" for key in ("relative_to_naive", "relative_to_deterministic"))
-        table.add_row(row["variant"], f"{1000 * row['seconds']:.1f} ms", *ratios)
-    return table
+    with steps_bar("sampled inference", total) as bar:
+        parts = (found for settings in every for found in bench_inference(args.cases, settings, bar.step))
+        return gather(args.json, parts, "Cost of sampled inference", said)

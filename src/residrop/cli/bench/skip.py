@@ -1,16 +1,15 @@
 """`residrop bench`: its options, and what it does once they are read."""
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
-from residrop.cli.bench.gather import command_of, gather
-from residrop.cli.bench.show import progress, table_of
+from residrop.cli.bench.gather import command_of, gather, steps_bar
 from residrop.common.output import check_target
 from residrop.research.bench.networks import network
-from residrop.research.bench.skip import MODELS, Settings, bench_skip
+from residrop.research.bench.skip import MODELS, Comparison, Settings, bench_skip
 from residrop.training.setup import choose_device
 
 __all__ = ["BENCHMARKS", "QUICK", "BenchSkip", "bench_skip_command"]
@@ -78,7 +77,7 @@ QUICK = BenchSkip(
 
 
 def bench_skip_command(args: BenchSkip) -> int:
-    """Measure, print a table per network and survival, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    """Measure, print tables, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
     said = command_of("residrop bench skip", args, QUICK if args.quick else BenchSkip())
     said += " --quick" if args.quick else ""
@@ -93,6 +92,11 @@ def bench_skip_command(args: BenchSkip) -> int:
     )
     for name in args.models:  # all of them before the first is measured
         network(name)
-    with progress(Console(stderr=True, markup=False), len(args.models) * len(args.survival)) as (on_start, on_step):
-        parts = bench_skip(args.models, args.survival, settings, on_start, on_step)
-        return gather(args.json, parts, table_of, "Skipping against peers and the ideal", said)
+    numbers, total = count(1), len(args.models) * len(args.survival)
+    with steps_bar("checking that all variants compute the same") as bar:
+
+        def on_start(one: Comparison) -> None:
+            bar.start(f"{next(numbers)}/{total}  {one.net.name}, {one.survival}", one.rounds)
+
+        parts = bench_skip(args.models, args.survival, settings, on_start, bar.step)
+        return gather(args.json, parts, "Skipping against peers and the ideal", said)
