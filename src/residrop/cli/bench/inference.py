@@ -49,7 +49,7 @@ QUICK_INFERENCE = BenchInference(cases=("resnet-56", "resnet-20-w2"), samples=5,
 
 
 def bench_inference_command(args: BenchInference) -> int:
-    """Measure, print tables, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    """Measure, print a table per case and batch size, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
     said = command_of("residrop bench inference", args, QUICK_INFERENCE if args.quick else BenchInference())
     said += " --quick" if args.quick else ""

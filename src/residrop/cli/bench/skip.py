@@ -77,7 +77,7 @@ QUICK = BenchSkip(
 
 
 def bench_skip_command(args: BenchSkip) -> int:
-    """Measure, print tables, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    """Measure, print a table per network and survival, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
     said = command_of("residrop bench skip", args, QUICK if args.quick else BenchSkip())
     said += " --quick" if args.quick else ""

@@ -61,7 +61,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def bench_swapout_command(args: BenchSwapout) -> int:
-    """Measure, print tables, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    """Measure, print a table each, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
     said = command_of("residrop bench swapout", args, QUICK_SWAPOUT if args.quick else BenchSwapout())
     said += " --quick" if args.quick else ""

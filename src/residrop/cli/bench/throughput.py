@@ -64,7 +64,7 @@ QUICK_THROUGHPUT = BenchThroughput(
 
 
 def bench_throughput_command(args: BenchThroughput) -> int:
-    """Measure, print tables, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    """Measure, print a table per network and width, write JSON. Returns the exit code: 130 after Ctrl-C."""
     check_target(args.json)
     start = QUICK_THROUGHPUT if args.quick else BenchThroughput()
     said = command_of("residrop bench throughput", args, start) + (" --quick" if args.quick else "")

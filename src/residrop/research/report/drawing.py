@@ -153,14 +153,13 @@ def _inlined(svg: str, title: str) -> str:
             found.pop("id", None)
         found.pop("clip-path", None)
         if "style" in found:
-            look = re.sub(
-                r"font-family: [^;]*; ", "", re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", found["style"])
-            )
+            look = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", found["style"])
+            look = re.sub(r"font-family: [^;]*; ", "", look)
             found["style"] = re.sub(r"#0f0f..", lambda match: f"var(--{_VARIABLES[match[0]]})", look)
         if found.get("transform", "").startswith("rotate(-0 "):
             del found["transform"]
         for name in found.keys() & {"d", "transform", "x", "y"}:
-            found[name] = re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.1f}", found[name])
+            found[name] = re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):.1f}", found[name]).replace("  ", " ")
         one.text, one.tail = (one.text or "").strip(), None
         one.attrib.clear()
         one.attrib.update(found)
