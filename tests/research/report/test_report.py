@@ -15,7 +15,7 @@ from residrop.common.errors import RunError
 from residrop.research import ledger
 from residrop.research.papers import PAPERS, find
 from residrop.research.report import as_markdown, as_page, collect
-from residrop.research.report.blocks import Chart, Dots, Series
+from residrop.research.report.blocks import Chart, Dots, Report, Section, Series, Text
 from residrop.training import Recipe
 
 ROOT = Path(__file__).parents[3]
@@ -458,6 +458,19 @@ def test_labels_are_escaped(place):
     text = as_markdown(report)
     (line,) = [line for line in text.splitlines() if line.startswith("| ") and "1.500" in line]
     assert line == r"| &lt;b&gt;a &amp; b&lt;/b&gt; \| \`c\` \[d\](http://e.org) \_f\_ | 1.500 |"
+
+
+def test_names_in_charts_are_escaped():
+    name = '<u>a & b</u>"$x$'
+    series = (Series(name, [1.0, 2.0], [1.0, 2.0], None, [1.0, 2.0]),)
+    blocks = [
+        Chart(name, name, name, series, caption=name),
+        Dots(name, name, ((name, {name: 1.0}),), {name: 2.0}, name),
+    ]
+    page = Page(as_page(Report(name, [Text(name)], [Section(name, "a", blocks)])))
+    assert "u" not in page.tags
+    assert [value for key, value in page.attributes if key == "aria-label"] == ["Contents", name, name]
+    assert page.texts["a"].count(name) >= 10
 
 
 def test_the_page_needs_nothing_else(place):
