@@ -1,10 +1,6 @@
 """`residrop bench inference`: its options, and what it measures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rich.table import Table
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
 from residrop.cli.shared import parse
@@ -74,22 +70,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
         for size in args.batch_size
     ]
     total = len(args.cases) * sum(one.warmup + one.steps for one in every)
-    with steps_bar("sampled inference", total) as on_step:
-        parts = (found for settings in every for found in bench_inference(args.cases, settings, on_step))
-        return gather(args.json, parts, _table, "Cost of sampled inference", said)
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    first = rows[0]
-    options = "".join(f", {key} {value}" for key, value in first["options"].items())
-    title = (
-        f"{first['model']}{options}, {first['rule']} {first['survival']}: {first['samples']} samples, "
-        f"batch of {first['batch_size']} at {first['pixels']} px, {first['steps']} steps"
-    )
-    table = Table(title=title, title_justify="left")
-    for name in ("variant", "time", "x naive", "x deterministic passes"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in rows:
-        ratios = (f"{row[key]:.3f}" for key in ("relative_to_naive", "relative_to_deterministic"))
-        table.add_row(row["variant"], f"{1000 * row['seconds']:.1f} ms", *ratios)
-    return table
+    with steps_bar("sampled inference", total) as bar:
+        parts = (found for settings in every for found in bench_inference(args.cases, settings, bar.step))
+        return gather(args.json, parts, "Cost of sampled inference", said)

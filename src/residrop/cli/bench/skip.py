@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
 
-from residrop.cli.bench.gather import command_of, gather
-from residrop.cli.bench.show import progress, table_of
+from residrop.cli.bench.gather import command_of, gather, steps_bar
 from residrop.cli.shared import parse
 from residrop.common.output import check_target
 from residrop.research.bench.networks import network
-from residrop.research.bench.skip import MODELS, Settings, bench_skip
+from residrop.research.bench.skip import MODELS, Comparison, Settings, bench_skip
 from residrop.training.setup import choose_device
 
 __all__ = ["run"]
@@ -85,6 +84,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
     )
     for name in args.models:  # all of them before the first is measured
         network(name)
-    with progress(Console(stderr=True, markup=False), len(args.models) * len(args.survival)) as (on_start, on_step):
-        parts = bench_skip(args.models, args.survival, settings, on_start, on_step)
-        return gather(args.json, parts, table_of, "Skipping against peers and the ideal", said)
+    numbers, total = count(1), len(args.models) * len(args.survival)
+    with steps_bar("checking that all variants compute the same") as bar:
+
+        def on_start(one: Comparison) -> None:
+            bar.start(f"{next(numbers)}/{total}  {one.net.name}, {one.survival}", one.rounds)
+
+        parts = bench_skip(args.models, args.survival, settings, on_start, bar.step)
+        return gather(args.json, parts, "Skipping against peers and the ideal", said)

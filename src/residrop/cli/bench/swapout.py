@@ -1,11 +1,8 @@
 """`residrop bench swapout`: its options, and what it measures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
-
-from rich.table import Table
+from typing import Literal
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
 from residrop.cli.shared import parse
@@ -81,48 +78,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
     )
     networks = [("resnet-20", width) for width in args.widths]
     total = (len(shapes) + len(networks)) * (settings.warmup + settings.steps)
-    with steps_bar("swapout (the first steps compile)", total) as on_step:
-        parts = chain(bench_swapout(shapes, settings, on_step), bench_steps(networks, settings, on_step))
-        return gather(args.json, parts, _table, "Cost of swapout against addition", said)
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    return _of_operation(rows) if "shape" in rows[0] else _of_network(rows)
-
-
-def _of_operation(rows: Sequence[dict[str, Any]]) -> Table:
-    first = rows[0]
-    shape = " x ".join(map(str, first["shape"]))
-    table = Table(
-        title=f"{shape}, {first['dtype']}, {first['memory_format']}, {first['steps']} steps", title_justify="left"
-    )
-    for name in ("variant", "forward", "forward + backward", "x add", "x add inside a graph", "kept for backward"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in rows:
-        table.add_row(
-            row["variant"],
-            f"{1000 * row['forward_seconds']:.2f} ms",
-            f"{1000 * row['forward_backward_seconds']:.2f} ms",
-            f"{row['relative_to_add']:.2f}",
-            f"{row['relative_to_add_inside']:.2f}",
-            f"{row['saved_bytes'] / 2**20:.1f} MiB",
-        )
-    return table
-
-
-def _of_network(rows: Sequence[dict[str, Any]]) -> Table:
-    first = rows[0]
-    title = (
-        f"{first['model']}, training step of {first['batch_size']} images, {first['dtype']}, {first['memory_format']}"
-    )
-    table = Table(title=title, title_justify="left")
-    for name in ("variant", "time", "x constant depth", "kept for backward"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for row in rows:
-        table.add_row(
-            row["variant"],
-            f"{1000 * row['step_seconds']:.1f} ms",
-            f"{row['relative_to_constant']:.3f}",
-            f"{row['saved_bytes'] / 2**20:.1f} MiB",
-        )
-    return table
+    with steps_bar("swapout (the first steps compile)", total) as bar:
+        parts = chain(bench_swapout(shapes, settings, bar.step), bench_steps(networks, settings, bar.step))
+        return gather(args.json, parts, "Cost of swapout against addition", said)

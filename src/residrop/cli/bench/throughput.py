@@ -1,10 +1,7 @@
 """`residrop bench throughput`: its options, and what it measures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
-
-from rich.table import Table
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
 from residrop.cli.shared import parse
@@ -89,28 +86,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
         seed=args.seed,
     )
     total = len(args.networks) * len(args.widths) * (settings.warmup + settings.steps)
-    with steps_bar("throughput", total) as on_step:
-        parts = bench_throughput(args.networks, args.widths, args.rules, settings, on_step)
+    with steps_bar("throughput", total) as bar:
+        parts = bench_throughput(args.networks, args.widths, args.rules, settings, bar.step)
         how = "compiled, " if args.compile else ""
         what = f"Images per second of training, {how}against a plain loop and bare convolutions"
-        return gather(args.json, parts, _table, what, said)
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    first = rows[0]
-    title = f"{first['model']}, W x{first['width']}, batches of {first['batch_size']}, {first['steps']} rounds"
-    table = Table(title=title, title_justify="left")
-    for name in ("loop", "img/s", "GFLOP/s", "x plain loop", "of bare convolutions", "outside the network"):
-        table.add_column(name, justify="left" if name == "loop" else "right")
-    for row in rows:
-        ours = row["variant"] == "residrop"
-        flops = row["model_flops_per_second"]
-        table.add_row(
-            f"residrop, {row['rule']}, {row['precision']}" if ours else f"{row['variant']}, {row['precision']}",
-            f"{row['images_per_second']:.0f}",
-            "" if flops is None else f"{flops / 1e9:.0f}",
-            f"{row['relative_to_plain']:.2f}",
-            f"{100 * row['share_of_bare']:.0f}%" if ours else "",
-            f"{100 * row['share_outside']:.1f}%" if ours else "",
-        )
-    return table
+        return gather(args.json, parts, what, said)

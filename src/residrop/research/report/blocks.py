@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from residrop.common.errors import RunError
+
 __all__ = [
+    "COLOURS",
+    "HOLLOW",
     "MISSING",
     "QUOTED",
     "Block",
@@ -22,6 +26,8 @@ __all__ = [
 
 MISSING = "not yet measured"
 QUOTED = "quoted"  # by the paper, from other work
+COLOURS = 8  # of series, in the page's style
+HOLLOW = ("published", "predicted")  # marks drawn as circles
 
 
 @dataclass(frozen=True)
@@ -54,16 +60,32 @@ class Grid:
     words: frozenset[int] = frozenset()
     files: bool = False
 
+    @property
+    def wordy(self) -> frozenset[int]:
+        """All columns that hold words."""
+        return self.words | frozenset(range(self.left))
+
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: positions, values (None where there is none), standard errors and predictions if known."""
+    """A line of a chart: positions, values (None where there is none), standard errors and predictions if known.
+
+    Raises:
+        RunError: there are not as many values as positions.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
     error: Sequence[float | None] | None = None
     predicted: Sequence[float | None] | None = None
+
+    def __post_init__(self) -> None:
+        counts = {len(row) for row in (self.x, self.y, self.error or self.x, self.predicted or self.x)}
+        if len(counts) > 1:
+            raise RunError(
+                f"curve {self.label!r} has lists of different lengths in the ledger; give one value a position"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,6 +117,11 @@ class Dots:
     rows: tuple[tuple[str, dict[str, float]], ...]
     bounds: dict[str, float] = field(default_factory=dict)
     caption: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the marks, in order of first appearance."""
+        return list(dict.fromkeys(name for _, marks in self.rows for name in marks))
 
 
 Block = Text | Grid | Chart | Dots

@@ -53,8 +53,7 @@ def _grid(grid: Grid, folder: str | None) -> str:
             return f"[{shown}](#{grid.links[text]})"
         return f"[{shown}]({folder}/{text})" if column == 0 and grid.files and folder is not None else shown
 
-    words = {column for column in range(len(grid.headings)) if column < grid.left or column in grid.words}
-    rule = ["---" if column in words else "---:" for column in range(len(grid.headings))]
+    rule = ["---" if column in grid.wordy else "---:" for column in range(len(grid.headings))]
     rows = [list(map(_escaped, grid.headings)), rule]
     rows += [[cell(text, column) for column, text in enumerate(row)] for row in grid.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,20 +1,85 @@
-"""Measurements of the ledger, document by document: what is known of their shape first, ratios before seconds."""
+"""Measurements as tables and charts: a view for each benchmark (views.toml), and one for whatever else there is."""
 
+import re
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from residrop.research.report.blocks import Block, Grid, Section, Text, number, slug
 from residrop.research.report.measured_charts import charts_of, grouped
-from residrop.research.report.shapes import SHAPES, Column, Listing, Pivot
 
-__all__ = ["section_of_document", "summarise"]
+__all__ = ["VIEWS", "section_of_document", "summarise"]
 
 Entry = Mapping[str, Any]
 Entries = Sequence[Entry]
 
 _VERSIONS = ("residrop", "torch", "timm", "python", "threads")  # the others are in the file
 _MANY_ROWS, _MANY_COLUMNS = 60, 9
+
+
+@dataclass(frozen=True)
+class _Column:
+    heading: str
+    field: str
+    digits: int = 2
+    factor: float = 1.0
+    errors: tuple[str, ...] = ()
+
+    def cell(self, rows: Entries) -> str:
+        """The value of one row, or mean and standard deviation of several."""
+        if not self.field:
+            return str(len(rows))
+        values = [row[self.field] for row in rows if row.get(self.field) is not None]
+        if not values:
+            return ""
+        if self.factor != 1.0:
+            values = [self.factor * value for value in values]
+        spread = next((rows[0][name] for name in self.errors if rows[0].get(name) is not None), None)
+        if len(values) > 1:
+            spread = stdev(values) if len(set(values)) > 1 else None
+            values = values if spread is None else [fmean(values)]
+        return number(values[0], self.digits) + ("" if spread is None else f" ± {spread:.{self.digits}f}")
+
+
+@dataclass(frozen=True)
+class _View:
+    """A table of views.toml, where its fields are explained."""
+
+    needs: Sequence[str]
+    lines: Sequence[tuple[str, str]]
+    columns: Sequence[Mapping[str, Any]]
+    title: str = ""
+    text: str = ""
+
+    def fits(self, row: Entry) -> bool:
+        named = set(re.findall(r"%\((\w+)\)s", self.title)) - {"options"}
+        return {*self.needs, *named} <= row.keys()
+
+    def blocks(self, rows: Entries) -> list[Block]:
+        found: list[Block] = [Text(self.text, "aside")] if self.text else []
+        for (title,), mine in grouped(rows, lambda row: (self.title % _titled(row),)):
+            found += [*([Text(title)] if title else []), self._grid(mine)]
+        return found
+
+    def _grid(self, rows: Entries) -> Grid:
+        lines = [(heading, name) for heading, name in self.lines if any(row.get(name) is not None for row in rows)]
+        groups = grouped(rows, lambda row: tuple(row.get(name) for _, name in lines))
+        if all(isinstance(key[0], (int, float)) for key, _ in groups):
+            groups.sort(key=lambda group: group[0][0])
+        columns = [_Column(**one) for one in self.columns]
+        columns = [one for one in columns if not one.field or any(row.get(one.field) is not None for row in rows)]
+        # one column for all that tells lines apart: on a phone the numbers stay in sight
+        cells = [(", ".join(number(one) for one in key if one is not None), mine) for key, mine in groups]
+        return Grid(
+            (", ".join(heading for heading, _ in lines), *(one.heading for one in columns)),
+            tuple((label, *(one.cell(mine) for one in columns)) for label, mine in cells),
+        )
+
+
+VIEWS = [_View(**one) for one in tomllib.loads(Path(__file__).with_name("views.toml").read_text("utf-8"))["view"]]
 
 
 def section_of_document(file: str, entries: Entries) -> Section:
@@ -36,82 +101,25 @@ def section_of_document(file: str, entries: Entries) -> Section:
 
 
 def summarise(rows: Entries) -> list[Block]:
-    """Tables and charts of measurements: what is known of their shape, or else all scalar fields that differ."""
+    """Tables and charts of measurements: each row by the first view that fits it, the others by all scalar fields.
+
+    Args:
+        rows: measurements without nesting, see `ledger.flat`.
+    """
     blocks: list[Block] = []
     left = list(rows)
-    known: list[int] = []
-    for shape in SHAPES:
-        mine = [row for row in left if shape.needs <= row.keys()]
-        if isinstance(shape, Listing):  # a row is listed once, but may be in several pivots
-            mine = [row for row in mine if id(row) not in known]
-        if not mine:
-            continue
-        known += map(id, mine)
-        blocks += _listing(shape, mine) if isinstance(shape, Listing) else _pivot(shape, mine)
-    rest = [row for row in left if id(row) not in known]
-    blocks += charts_of(rows)
-    return blocks + (_generic(rest) if rest else [])
+    for view in VIEWS:
+        mine = [row for row in left if view.fits(row)]
+        left = [row for row in left if not view.fits(row)]
+        blocks += view.blocks(mine) if mine else []
+    return blocks + charts_of(rows) + (_generic(left) if left else [])
 
 
-# Known shapes
-
-
-def _listing(shape: Listing, rows: Entries) -> list[Block]:
-    by = [(heading, name) for heading, name in shape.by if any(row.get(name) is not None for row in rows)]
-    groups = grouped(rows, [name for _, name in by])
-    if all(isinstance(key[0], (int, float)) for key, _ in groups):
-        groups.sort(key=lambda group: group[0][0])
-    columns = [one for one in shape.columns if one.name == "" or any(row.get(one.name) is not None for row in rows)]
-    cells = tuple((_label(key), *(_cell(one, mine) for one in columns)) for key, mine in groups)
-    grid = Grid((", ".join(heading for heading, _ in by), *(one.heading for one in columns)), cells)
-    return [*([Text(shape.text)] if shape.text else []), grid]
-
-
-def _label(key: Sequence[object]) -> str:
-    """One column for all that tells rows apart: on a phone the numbers stay in sight."""
-    return ", ".join(number(one) for one in key if one is not None)
-
-
-def _cell(column: Column, rows: Entries) -> str:
-    if column.name == "":
-        return str(len(rows))
-    values = [row[column.name] for row in rows if row.get(column.name) is not None]
-    if column.factor != 1.0:
-        values = [column.factor * value for value in values]
-    if not values:
-        return ""
-    if isinstance(values[0], list):
-        return number(values[0], column.digits)
-    if len(values) == 1:
-        error = next((rows[0][name] for name in column.error if rows[0].get(name) is not None), None)
-        spread = f" ± {error:.{column.digits}f}" if error is not None else ""
-        return number(values[0], column.digits) + spread
-    mean = fmean(values)
-    return (
-        f"{mean:.{column.digits}f} ± {stdev(values):.{column.digits}f}" if len(set(values)) > 1 else number(values[0])
-    )
-
-
-def _pivot(shape: Pivot, rows: Entries) -> list[Block]:
-    names = list(dict.fromkeys(row[shape.across] for row in rows))
-    base = [row for row in rows if row.get("granularity", "") is None]  # constant depth, the same for all granularities
-    by = [pair for pair in shape.by if any(row.get(pair[1]) is not None for row in rows)]
-    lines: list[tuple[str, ...]] = []
-    for key, mine in grouped([row for row in rows if row not in base], [name for _, name in by]):
-        values = {row[shape.across]: row[shape.value] for row in mine}
-        lines.append((_label(key), *(_scaled(values.get(name), shape.factor) for name in names)))
-    if base:  # it is 1 by definition
-        spare = 1 + names.index(base[0][shape.across])
-        lines = [line[:spare] + line[spare + 1 :] for line in lines]
-        names.remove(base[0][shape.across])
-    return [Text(shape.text), Grid((", ".join(heading for heading, _ in by), *names), tuple(lines))]
-
-
-def _scaled(value: float | None, factor: float) -> str:
-    return "" if value is None else number(value * factor)
-
-
-# Unknown shapes
+def _titled(row: Entry) -> dict[str, str]:
+    """Values of a row as they stand in a title."""
+    options = "".join(f", {name[8:]} {number(value)}" for name, value in row.items() if name.startswith("options."))
+    sizes = {name: " x ".join(map(str, value)) for name, value in row.items() if isinstance(value, list)}
+    return {name: number(value) for name, value in row.items()} | sizes | {"options": options}
 
 
 def _generic(rows: Entries) -> list[Block]:

@@ -9,7 +9,7 @@ from residrop.research.report.blocks import MISSING, QUOTED, Block, Chart, Dots,
 from residrop.research.report.placing import Entries, Entry, Placed, drawings
 from residrop.research.report.verdicts import verdict_on_curves, verdicts_on
 
-__all__ = ["digits_of", "section_of_paper", "with_spread"]
+__all__ = ["section_of_paper"]
 
 
 _COMPARED: tuple[Metric, ...] = ("share_saved", "blocks", "growth_rate", "orders_of_magnitude")  # on any machine
@@ -55,12 +55,12 @@ def section_of_paper(paper: Paper, entries: Entries, found: Sequence[Placed]) ->
     return section
 
 
-def digits_of(metric: str) -> int:
+def _digits_of(metric: str) -> int:
     """Digits behind the point of a metric."""
     return {"growth_rate": 3, "minutes": 1, "milliseconds": 1}.get(metric, 2)
 
 
-def with_spread(values: Sequence[float], errors: Sequence[float] | None, digits: int = 2) -> str:
+def _with_spread(values: Sequence[float], errors: Sequence[float] | None, digits: int = 2) -> str:
     """Mean, and standard deviation over several seeds, or the standard error of a single one, where it is known."""
     mean = f"{fmean(values):.{digits}f}"
     if len(values) > 1:
@@ -126,7 +126,7 @@ def _grid(table: Table, lines: Sequence[_Line], scales: Sequence[float]) -> Grid
     ends = [name for name, wanted in (("metric", several), ("device", devices)) if wanted]
     rows: list[tuple[str, ...]] = []
     for line in lines:
-        row, digits = line.row, digits_of(line.metric)
+        row, digits = line.row, _digits_of(line.metric)
         own = line.metric == row.metric
         cells = [_label(line)]
         spread = f" ± {row.spread:g}" if row.spread is not None else ""
@@ -156,7 +156,7 @@ def _in_full(line: _Line, digits: int) -> list[str]:
     values = entry["measured"]
     own = line.metric == line.row.metric and line.row.published is not None
     difference = f"{fmean(values) - line.row.published:+.{digits}f}" if own and line.row.published is not None else ""
-    return [with_spread(values, entry.get("standard_errors"), digits), difference, str(len(values))]
+    return [_with_spread(values, entry.get("standard_errors"), digits), difference, str(len(values))]
 
 
 def _shortened(entry: Entry | None, digits: int) -> str:
@@ -165,7 +165,7 @@ def _shortened(entry: Entry | None, digits: int) -> str:
     count = len(entry["seeds"])
     about = f"{count} seed{'s' if count > 1 else ''}"
     about += f", {entry['epochs']} epoch{'s' if entry['epochs'] > 1 else ''}" if entry["epochs"] else ""
-    return f"{with_spread(entry['measured'], entry.get('standard_errors'), digits)} ({about})"
+    return f"{_with_spread(entry['measured'], entry.get('standard_errors'), digits)} ({about})"
 
 
 def _dots(table: Table, lines: Sequence[_Line]) -> list[Block]:
