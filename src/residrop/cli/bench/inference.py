@@ -1,5 +1,6 @@
 """`residrop bench inference`: its options, and what it measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar

@@ -1,5 +1,6 @@
 """`residrop bench swapout`: its options, and what it measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal

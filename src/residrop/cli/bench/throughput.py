@@ -1,5 +1,6 @@
 """`residrop bench throughput`: its options, and what it measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
