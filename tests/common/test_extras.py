@@ -1,5 +1,6 @@
 """Optional packages: what is missing is named with the command that installs it, and what is broken is not hidden."""
 
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -58,3 +59,34 @@ def test_every_extra_that_is_named_exists():
 
 def test_the_core_is_torch_numpy_and_safetensors():
     assert [one.split(">")[0] for one in PYPROJECT["dependencies"]] == ["torch", "numpy", "safetensors"]
+
+
+WITHOUT = """
+import subprocess
+import sys
+for name in {missing!r}:
+    sys.modules[name] = None
+try:
+    {code}
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "missing", "name"),
+    [
+        ("from residrop.training import train", ["rich"], "train"),
+        ("from residrop.data import load", ["PIL"], "train"),
+        ("from residrop.data import load; load('digits')", ["sklearn"], "train"),
+        ("import residrop.engines.integrations.lightning", ["lightning"], "lightning"),
+        ("from residrop.research.ledger import read", ["filelock"], "research"),
+    ],
+)
+def test_packages_name_their_extra_when_they_are_imported(code, missing, name):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(code=code, missing=missing)], capture_output=True, text=True, check=True
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"MissingExtraError {missing[0]}")
+    assert f"residrop[{name}]" in line

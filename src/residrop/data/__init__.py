@@ -4,11 +4,14 @@
 crops and flips, `Loader` gives the batches.
 """
 
-from residrop.data.augment import Augmentation, augmentation, augmentations
-from residrop.data.loader import Loader
-from residrop.data.normalize import Normalization, NormalizationMode, fit
-from residrop.data.sources import load, sources
-from residrop.data.splits import Files, Images, Splits
+from residrop.common.extras import extra
+
+with extra("train"):
+    from residrop.data.augment import Augmentation, augmentation, augmentations
+    from residrop.data.loader import Loader
+    from residrop.data.normalize import Normalization, NormalizationMode, fit
+    from residrop.data.sources import load, sources
+    from residrop.data.splits import Files, Images, Splits
 
 __all__ = [
     "Augmentation",

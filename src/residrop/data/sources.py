@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from residrop.common.errors import ConfigError, DataError
+from residrop.common.extras import extra
 from residrop.data.decoded import Decoded, decoded_or_build, fingerprint, user_cache
 from residrop.data.folders import Tree, decode_tree, find_tree, tree_files
 from residrop.data.splits import Images, Splits, balanced_limit, hold_out, select, svhn_validation, take_apart
@@ -90,7 +91,8 @@ def load(
             f"validation={validation}: svhn allows 0 or {_SVHN_VALIDATION}, 400 of train and 200 of extra per class"
         )
     try:
-        loaded = _KINDS[request.kind][1](request)
+        with extra("train"):
+            loaded = _KINDS[request.kind][1](request)
     except OSError as error:  # a folder that may not be listed, a file that vanished meanwhile
         raise DataError(f"source {source!r}: cannot be read ({error}); check path and permissions") from error
     if isinstance(loaded, Decoded):
@@ -107,17 +109,17 @@ def load(
 
 def _from_decoded(decoded: Decoded, request: _Request, validation: int, seed: int) -> Splits:
     train, test = decoded.parts["train"], decoded.parts["test"]
-    extra = decoded.parts.get("extra")
-    if extra is not None:
-        pixels = torch.cat([train.pixels, extra.pixels])
-        whole = Images(pixels, torch.cat([train.labels, extra.labels]))
+    more = decoded.parts.get("extra")
+    if more is not None:
+        pixels = torch.cat([train.pixels, more.pixels])
+        whole = Images(pixels, torch.cat([train.labels, more.labels]))
     else:
         whole = train
     _, channels, _, size = whole.pixels.shape
     remaining, held_out = whole, None
     if validation:
-        if extra is not None:
-            index = svhn_validation(train.labels, extra.labels, seed)
+        if more is not None:
+            index = svhn_validation(train.labels, more.labels, seed)
         else:
             index = hold_out(len(whole), validation, seed)
         remaining, held_out = take_apart(whole, index)

@@ -11,15 +11,18 @@ A document says what was measured, how to repeat it, when, where, with which ver
 document.
 """
 
-from residrop.research.ledger.documents import describe_device as describe_device
-from residrop.research.ledger.documents import document as document
-from residrop.research.ledger.documents import flat as flat
-from residrop.research.ledger.documents import of_rows as of_rows
-from residrop.research.ledger.documents import save as save
-from residrop.research.ledger.pooled import pooled as pooled
-from residrop.research.ledger.records import load as load
-from residrop.research.ledger.records import read as read
-from residrop.research.ledger.records import record as record
-from residrop.research.ledger.schema import SCHEMA as SCHEMA
-from residrop.research.ledger.schema import check as check
-from residrop.research.ledger.schema import identity as identity
+from residrop.common.extras import extra
+
+with extra("research"):
+    from residrop.research.ledger.documents import describe_device as describe_device
+    from residrop.research.ledger.documents import document as document
+    from residrop.research.ledger.documents import flat as flat
+    from residrop.research.ledger.documents import of_rows as of_rows
+    from residrop.research.ledger.documents import save as save
+    from residrop.research.ledger.pooled import pooled as pooled
+    from residrop.research.ledger.records import load as load
+    from residrop.research.ledger.records import read as read
+    from residrop.research.ledger.records import record as record
+    from residrop.research.ledger.schema import SCHEMA as SCHEMA
+    from residrop.research.ledger.schema import check as check
+    from residrop.research.ledger.schema import identity as identity

@@ -1,7 +1,10 @@
 """The ledger and run directories as a report: Markdown for the docs, one HTML page that needs nothing else."""
 
-from residrop.research.report.collect import collect
-from residrop.research.report.markdown import as_markdown
-from residrop.research.report.page import as_page
+from residrop.common.extras import extra
+
+with extra("research"):
+    from residrop.research.report.collect import collect
+    from residrop.research.report.markdown import as_markdown
+    from residrop.research.report.page import as_page
 
 __all__ = ["as_markdown", "as_page", "collect"]
