@@ -67,7 +67,7 @@ def printed(*arguments: str) -> str:
     text, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(COLUMNS)
     try:
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(text):
             main(arguments)
     finally:
         os.environ.pop("COLUMNS")

@@ -1,19 +1,14 @@
 """Error against the number of samples, adaptive evaluation, and the commands that show them."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import residrop
-from residrop.cli import main
 from residrop.common.errors import ConfigError
-from residrop.inference import ErrorCurve, error_curve, evaluate_adaptive, predict, predict_adaptive
-from residrop.training import Recipe, load_run, train
-from residrop.training.setup import loader_of_run
+from residrop.inference import error_curve, evaluate_adaptive, predict, predict_adaptive
 
 
 @pytest.fixture
@@ -88,90 +83,3 @@ def test_adaptive_evaluation_is_that_of_the_predictions(model, batches):
     assert (found.images, found.confidence, found.max_samples) == (47, 0.8, 12)
     assert told == [20, 40, 47]
     assert json.loads(json.dumps(found.to_dict()))["agreement"] == found.agreement
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Directory of a run that knows its digits."""
-    path = tmp_path_factory.mktemp("curve") / "run"
-    recipe = Recipe(network="resnet-8", rule="stochastic-depth", epochs=4, batch_size=64, samples=2, precision="fp32")
-    train(recipe, path, quiet=True)
-    return path
-
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capsys.readouterr())
-
-    return call
-
-
-def test_evaluate_adaptive_prints_samples_error_and_agreement(cli, run):
-    code, out, err = cli("evaluate", run, "--samples", 10, "--adaptive", "--confidence", 0.9, "--json", "-")
-    assert code == 0
-    found = json.loads(out)["adaptive"]
-    opened, model = load_run(run)
-    wanted = evaluate_adaptive(model, loader_of_run(opened).eval_batches(), confidence=0.9, max_samples=10)
-    assert found == wanted.to_dict()
-    assert f"adaptive sampling: {wanted.mean_samples:.2f} ± {wanted.samples_se:.2f} of 10 passes an image" in err
-    assert f"agreement with all 10 passes: {wanted.agreement:.2f}% of {wanted.images} images" in err
-    assert wanted.agreement > 95
-    assert "curve" not in json.loads(out)
-    assert not (run / "samples.png").exists()
-
-
-def test_evaluate_curve_draws_and_prints(cli, run, tmp_path):
-    target = tmp_path / "curve.json"
-    code, out, _ = cli("evaluate", run, "--samples", 6, "--curve", "--repetitions", 2, "--json", target)
-    assert code == 0
-    found = json.loads(target.read_text())["curve"]
-    opened, model = load_run(run)
-    wanted = error_curve(model, loader_of_run(opened).eval_batches(), 6, 2)
-    assert found == json.loads(json.dumps(wanted.to_dict()))
-    assert isinstance(wanted, ErrorCurve)
-    assert "error of averaged passes, 2 repetitions" in " ".join(out.split())
-    assert f"{wanted.error[5]:.2f}%" in out
-    assert f"curve: {run / 'samples.png'}" in out
-    with Image.open(run / "samples.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 500
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--adaptive", "--samples", "0"], "samples is 0, but --adaptive needs sampled passes"),
-        (["--curve", "--samples", "0"], "samples is 0, but --curve needs sampled passes"),
-        (["--curve", "--repetitions", "0"], "repetitions is 0; give a whole number of at least 1"),
-        (["--adaptive", "--confidence", "1.5"], "confidence is 1.5; give a number between 0 and 1"),
-    ],
-)
-def test_bad_input_is_one_line(cli, run, arguments, words):
-    code, out, err = cli("evaluate", run, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("residrop: error: ")
-    assert words in err
-    assert err.count("\n") == 1
-
-
-def test_a_run_that_cannot_be_written_is_told_before_the_work(cli, run, monkeypatch):
-    room = sys.modules["residrop.cli.evaluating"]
-    monkeypatch.setattr(room.os, "access", lambda path, mode: False)
-    monkeypatch.setattr(room, "evaluate", lambda *args, **options: pytest.fail("work was done"))
-    code, _, err = cli("evaluate", run, "--curve")
-    assert code == 2
-    assert "cannot be written, where --curve draws samples.png" in err
-
-
-def test_one_image_or_repetition_is_shown_without_standard_errors(cli, run):
-    code, out, _ = cli("evaluate", run, "--samples", 2, "--curve", "--repetitions", 1)
-    assert code == 0
-    assert "error of averaged passes, 1 repetition " in " ".join(out.split())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from residrop.common.errors import Interrupted
 from residrop.training import Recipe, loop, train
 
 MEASURED = ("seconds", "images_per_second")
@@ -79,7 +80,7 @@ def interrupt(at_update, tmp_path):
 
     def run(recipe, path, number, resume=False):
         at_update(number, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(loop.Interrupted) as caught:
+        with pytest.raises(Interrupted) as caught:
             train(recipe, path, resume=resume, quiet=True)
         return str(caught.value)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from residrop.common.errors import RunError
+from residrop.common.errors import Interrupted, RunError
 from residrop.training import Recipe, Run, loop, preset, run, setup, train
 
 BF16 = pytest.param("bf16", marks=pytest.mark.skipif(
@@ -134,7 +134,7 @@ def test_finished_run_is_evaluated_again_but_not_trained(finished, tmp_path, mon
 def test_termination_saves_and_the_old_handlers_come_back(tiny, tmp_path, at_update):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     at_update(3, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(loop.Interrupted, match="stopped after update 3"):
+    with pytest.raises(Interrupted, match="stopped after update 3"):
         train(tiny(), tmp_path / "run", quiet=True)
     assert Run.open(tmp_path / "run").load_state()["update"] == 3
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

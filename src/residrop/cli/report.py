@@ -1,14 +1,15 @@
 """`residrop report`: the ledger, or runs, as a summary on the terminal, Markdown and one HTML page."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table as Grid
 
+from residrop.cli.shared import parse, table_of
 from residrop.common.errors import ConfigError
 from residrop.common.files import replacing
 from residrop.common.output import console_for
@@ -16,7 +17,7 @@ from residrop.research import ledger
 from residrop.research.papers.status import overview
 from residrop.research.report import as_markdown, as_page, collect
 
-__all__ = ["Report", "report_command"]
+__all__ = ["run"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Report:
     """Write it as one HTML page to this file (default: report.html, unless only --markdown is given)."""
 
 
-def report_command(args: Report) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """Write the files, then print a summary."""
+    args = parse(Report, arguments, prog)
     folder = args.ledger if args.ledger or args.runs else Path("results")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give --ledger the folder of the ledger, or run directories")
@@ -67,16 +69,15 @@ def _link(path: Path | None, start: Path) -> str | None:
 
 def _summary(folder: Path, console: Console) -> None:
     """How many rows and curves of each paper are measured."""
-    grid = Grid(title=f"rows of tables and curves of figures in {folder}", title_justify="left")
-    for name in ("paper", "in full", "scaled", "not yet", "quoted"):
-        grid.add_column(name, justify="left" if name == "paper" else "right", overflow="fold")
+    rows: list[tuple[str, ...]] = []
     found = [one for one in overview(ledger.read(folder)) if not one.drawing]
     for paper in dict.fromkeys(one.id.partition("/")[0] for one in found):
         mine = [one for one in found if one.id.startswith(f"{paper}/")]
         scaled = sum(max(one.scaled.values(), default=0) for one in mine)
         counts = (sum(one.full for one in mine), scaled, sum(one.open for one in mine), sum(one.quoted for one in mine))
-        grid.add_row(paper, *map(str, counts))
-    console.print(grid)
+        rows.append((paper, *map(str, counts)))
+    headings = ("paper", "in full", "scaled", "not yet", "quoted")
+    console.print(table_of(f"rows of tables and curves of figures in {folder}", headings, rows, left=("paper",)))
 
 
 def _write(path: Path, text: str, option: str) -> None:

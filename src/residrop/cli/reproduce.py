@@ -1,7 +1,7 @@
 """`residrop reproduce`: the papers' tables and figures, measured here beside what was published."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table as Grid
 
+from residrop.cli.shared import Device, Json, Quiet, parse, table_of
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
 from residrop.research import ledger
@@ -24,7 +24,7 @@ from residrop.research.papers.status import Status, missing, overview
 from residrop.research.papers.work import Settings, variant_of
 from residrop.training.checkpoint import versions
 
-__all__ = ["Reproduce", "read_duration", "reproduce_command"]
+__all__ = ["read_duration", "run"]
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,18 @@ class Reproduce:
     """Timed updates of each network in timing rows."""
     compile: bool | None = None
     """Compile networks, as residrop train --compile does (default: on a GPU)."""
-    device: str = "auto"
-    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    device: Device = "auto"
     runs: Path = Path("runs/reproduce")
     """Folder of the run directories; rows of one recipe share a run."""
     ledger: Path = Path("results")
     """Folder of what was measured."""
-    json: str | None = None
-    """Write what is shown to this file as JSON (- for standard output)."""
-    quiet: bool = False
-    """Print the final table only."""
+    json: Json = None
+    quiet: Quiet = False
 
 
-def reproduce_command(args: Reproduce) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """List, or fill and show a table or figure."""
+    args = parse(Reproduce, arguments, prog)
     check_target(args.json)
     settings = Settings(
         scale=args.scale,
@@ -145,14 +143,10 @@ def _table(plan: Plan, runner: Runner, args: Reproduce, console: Console) -> dic
     if runner.source is not None and runner.source.kind is None:
         variant += f", of other data ({runner.source.found})"
     theory = any(row.theory is not None for row in rows)
-    grid = Grid(title=f"{table.id}: {table.title}{scale}{variant}", title_justify="left")
-    headings = ("row", "metric", "published", *(("predicted",) if theory else ()), "measured", "difference")
-    for name in (*headings, "seeds", "scale", "device"):
-        grid.add_column(name, justify="left" if name in ("row", "metric", "device") else "right", overflow="fold")
-    for line in lines:
-        cells = _cells(line)
-        grid.add_row(*(cells[:3] + ([_number(line["theory"], 3)] if theory else []) + cells[3:]))
-    console.print(grid)
+    title, predicted = f"{table.id}: {table.title}{scale}{variant}", ("predicted",) if theory else ()
+    headings = ("row", "metric", "published", *predicted, "measured", "difference", "seeds", "scale", "device")
+    cells = [_cells(line, theory) for line in lines]
+    console.print(table_of(title, headings, cells, left=("row", "metric", "device")))
     if table.note:
         console.print(f"note: {table.note}")
     judged = [judge(claim, lambda name: runner.measured(f"{table.paper}/{name}")) for claim in _claims(table)]
@@ -186,12 +180,13 @@ def _lines(table: Table, row: Row, runner: Runner) -> Iterator[dict[str, Any]]:
             yield {**about, **empty, errors: None, "status": "not yet measured" if able else "quoted"}
 
 
-def _cells(line: dict[str, Any]) -> list[str]:
+def _cells(line: dict[str, Any], theory: bool) -> list[str]:
     label = f"{line['label']}, {line['column']}" if line["column"] else line["label"]
     digits = 3 if line["metric"] == "growth_rate" else 2
     spread = f" ± {line['spread']:g}" if line["spread"] is not None else ""
     published = _number(line["published"], digits) + spread
     head = [f"{label} [{line['key']}]", line["metric"].replace("_", " "), published]
+    head += [_number(line["theory"], 3)] if theory else []
     values, errors = line["measured"], line["standard_errors"]
     if not values:
         return [*head, line["status"], "", "", "", ""]
@@ -288,13 +283,10 @@ def _ends(line: Line) -> str:
 
 def _list(args: Reproduce) -> int:
     found = overview(ledger.pooled(ledger.read(args.ledger)))
-    grid = Grid(title="tables and figures: rows (curves) measured", title_justify="left")
-    for name in ("id", "title", "in full", "scaled", "not yet", "quoted"):
-        grid.add_column(name, justify="right" if name in ("in full", "not yet", "quoted") else "left", overflow="fold")
-    for one in found:
-        grid.add_row(*_status_cells(one))
+    headings = ("id", "title", "in full", "scaled", "not yet", "quoted")
+    title, left = "tables and figures: rows (curves) measured", ("id", "title", "scaled")
     console = console_for(args.json)
-    console.print(grid)
+    console.print(table_of(title, headings, map(_status_cells, found), left))
     console.print("scaled: with a shortened schedule, by its scale; quoted: numbers of other work cannot be run here")
     console.print("residrop reproduce ID measures one; residrop reproduce --missing says which next")
     write(args.json, [asdict(one) for one in found])
@@ -313,13 +305,10 @@ def _list_missing(args: Reproduce) -> int:
     if not args.quiet:
         console_for("-").print("estimating (half a minute)")
     found = missing(ledger.pooled(ledger.read(args.ledger)), Estimator(args.device), args.steps)
-    grid = Grid(title="not measured at full scale, by value per minute", title_justify="left")
-    for name in ("value", "estimated", "rows", "command"):
-        grid.add_column(name, justify="right" if name in ("value", "estimated") else "left", overflow="fold")
-    for one in found:
-        grid.add_row(str(one.value), as_text(one.seconds), "\n".join(one.rows), one.command)
+    rows = [(str(one.value), as_text(one.seconds), "\n".join(one.rows), one.command) for one in found]
+    title, headings = "not measured at full scale, by value per minute", ("value", "estimated", "rows", "command")
     console = console_for(args.json)
-    console.print(grid)
+    console.print(table_of(title, headings, rows, left=("rows", "command")))
     console.print(
         "value: 1 for each row, and 1 for each comparison of a claim it appears in; times are estimated for one seed "
         "on this device, from FLOPs and a few updates of a small network; add --data PATH where the data are"

@@ -4,10 +4,12 @@ __all__ = [
     "ConfigError",
     "DataError",
     "InactiveWarning",
+    "Interrupted",
     "MissingExtraError",
     "PlanError",
     "RankError",
     "RunError",
+    "SaidElsewhere",
     "UsageError",
 ]
 
@@ -32,12 +34,20 @@ class RunError(UsageError):
     """A run directory that is missing, incomplete or does not fit the request."""
 
 
+class SaidElsewhere(UsageError):
+    """An error that another process of a distributed training reports; this process ends without a message."""
+
+
 class MissingExtraError(UsageError, ImportError):
     """An optional package that is not installed. The message has the command that installs it."""
 
 
 class PlanError(RuntimeError):
     """A rule was run without a draw, or with a draw made for another model."""
+
+
+class Interrupted(Exception):
+    """A training was stopped by Ctrl-C or SIGTERM, and its state was saved. The message says how to continue it."""
 
 
 class InactiveWarning(UserWarning):

@@ -10,7 +10,6 @@ import torch
 from residrop.common.errors import ConfigError, DataError
 from residrop.data.decoded import Decoded, decoded_or_build, fingerprint, user_cache
 from residrop.data.folders import Tree, decode_tree, find_tree, tree_files
-from residrop.data.parquet import Shards, decode_shards, find_shards
 from residrop.data.splits import Images, Splits, balanced_limit, hold_out, select, svhn_validation, take_apart
 from residrop.data.standard import CIFAR_FOLDERS, cifar, digits, svhn
 
@@ -170,6 +169,8 @@ def _size(source: str, option: str) -> int:
 
 
 def _detect(folder: Path) -> str:
+    from residrop.data.parquet import find_shards  # loads pyarrow
+
     if find_shards(folder) is not None:
         return "parquet"
     if (folder / "train").is_dir() and any(entry.is_dir() for entry in (folder / "train").iterdir()):
@@ -196,8 +197,10 @@ def _load_svhn(request: _Request) -> Decoded:
 
 
 def _load_parquet(request: _Request) -> Decoded:
+    from residrop.data.parquet import decode_shards, find_shards  # loads pyarrow
+
     folder = request.existing()
-    shards: Shards | None = find_shards(folder)
+    shards = find_shards(folder)
     if shards is None:
         raise DataError(f"{folder}: no train-*.parquet; name the folder that holds the shards")
     mark = fingerprint(folder, shards.train + shards.test)

@@ -1,8 +1,8 @@
 """Training: recipes, the loop, run directories."""
 
+from residrop.common.errors import Interrupted as Interrupted
 from residrop.training.checkpoint import Run as Run
 from residrop.training.checkpoint import load_run as load_run
-from residrop.training.loop import Interrupted as Interrupted
 from residrop.training.presets import PRESETS as PRESETS
 from residrop.training.presets import preset as preset
 from residrop.training.recipe import Recipe as Recipe

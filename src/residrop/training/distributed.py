@@ -15,20 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from residrop.common.errors import ConfigError, UsageError
+from residrop.common.errors import ConfigError, SaidElsewhere, UsageError
+from residrop.common.torchrun import world_size
 
-__all__ = ["ALONE", "Ranks", "SaidElsewhere", "Votes", "launched_ranks", "process_group"]
+__all__ = ["ALONE", "Ranks", "Votes", "process_group"]
 
 T = TypeVar("T")
-
-
-class SaidElsewhere(UsageError):
-    """An error that another rank reports; it ends this one without a message of its own."""
-
-
-def launched_ranks() -> int:
-    """Number of processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,7 @@ def process_group(device: str) -> Iterator[Ranks]:
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
-    size = launched_ranks()
+    size = world_size()
     if size == 1:
         yield ALONE
         return

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from residrop.blocks.attach import depth_of, expected_depth_of, sampler_of, using
-from residrop.common.errors import RunError
+from residrop.common.errors import Interrupted, RunError
 from residrop.data import Loader
 from residrop.inference import evaluate
 from residrop.training.checkpoint import Run
@@ -30,11 +30,7 @@ from residrop.training.setup import precision_context
 from residrop.training.state import State
 from residrop.training.update import note_gradient, one_pass
 
-__all__ = ["Interrupted", "State", "run_epochs", "stop_signals", "updates"]
-
-
-class Interrupted(Exception):
-    """The run was stopped by Ctrl-C or SIGTERM after saving its state."""
+__all__ = ["State", "run_epochs", "stop_signals", "updates"]
 
 
 _SAVE, _STOP = 1, 2  # what a rank may ask for after an update

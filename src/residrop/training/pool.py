@@ -17,8 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from residrop.common.errors import RunError, UsageError
-from residrop.training.loop import Interrupted
+from residrop.common.errors import Interrupted, RunError, UsageError
 from residrop.training.recipe import Recipe
 from residrop.training.run import check_same, train
 

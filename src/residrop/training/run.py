@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from residrop.blocks.attach import expected_depth_of, rules_of, set_survival
-from residrop.common.errors import RankError, RunError
+from residrop.common.errors import Interrupted, RankError, RunError
 from residrop.common.files import write_json
 from residrop.data import Loader
 from residrop.engines.compiling import compile, replays
@@ -20,7 +20,7 @@ from residrop.inference import Evaluation, evaluate
 from residrop.training.checkpoint import Run, build_network, survival_of
 from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.logbook import Logbook, Meter, draw_curves
-from residrop.training.loop import Interrupted, run_epochs, stop_signals
+from residrop.training.loop import run_epochs, stop_signals
 from residrop.training.measuring import first_weights
 from residrop.training.memory import keep_memory
 from residrop.training.recipe import Recipe

@@ -2,16 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import residrop
+import residrop.cli.analyze
 from residrop.blocks.attach import sampler_of
 from residrop.cli import main
-from residrop.cli.analyze.command import ANALYZE, INSTRUMENTS
-from residrop.cli.analyze.targets import Common, find_target
+from residrop.cli.analyze.targets import Analysis, find_target
 from residrop.common.errors import ConfigError
 from residrop.schedule.survival import linear_decay
 from residrop.theory import costs_of, discrepancy, gradient_growth, growth_rates, sensitivity
@@ -40,10 +41,15 @@ def run(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def analyze(tmp_path, capsys, monkeypatch):
-    """Return a function from arguments to the JSON that the command writes, the table it prints, and its picture."""
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def analyze(tmp_path, capsys):
+    """Return a function from arguments to the JSON that the command writes, the table it prints, and its picture."""
 
     def call(instrument, *arguments):
         picture = tmp_path / "picture.png"
@@ -91,7 +97,7 @@ def test_depth_below_what_linear_decay_can_drop_has_no_linear_mode(analyze):
 
 def test_survival_of_a_run_shows_modes_and_its_course(analyze, run):
     found, said = analyze("survival", run, "--budgets", "0.3", "0.7", "--images", "32", "--unit", "flops")
-    target = find_target(Common(target=str(run), images=32))
+    target = find_target(Analysis(target=str(run), images=32))
     assert target.rates == tuple(found["course"][-1]["rates"])
     assert found["scores"] == pytest.approx(sensitivity(target.model, target.batches).scores.tolist())
     assert [line["epoch"] for line in found["course"]] == [0, 1]
@@ -139,7 +145,7 @@ def test_gradients_of_a_run_are_those_of_its_weights_and_of_its_training(analyze
         line["first_gradient"] for line in lines if line["first_gradient"]
     ]
     assert len(course) > 0
-    target = find_target(Common(target=str(run), images=16))
+    target = find_target(Analysis(target=str(run), images=16))
     expected = gradient_growth(target.model, target.batches, rates=(1.0,) * 3, passes=2)
     assert row_of(found, mode="full depth")["q"] == pytest.approx(expected.q.tolist())
     assert row_of(found, mode="its own rates")["q"] != row_of(found, mode="full depth")["q"]
@@ -150,7 +156,7 @@ def test_gradients_of_a_run_are_those_of_its_weights_and_of_its_training(analyze
 
 def test_discrepancy_along_a_training(analyze, run):
     found, _ = analyze("discrepancy", run, "--images", "16")
-    target = find_target(Common(target=str(run), images=16))
+    target = find_target(Analysis(target=str(run), images=16))
     assert found["curvature"] == pytest.approx(discrepancy(target.model, target.batches).curvature.tolist())
     assert [line["epoch"] for line in found["course"]] == [0, 1, 2]
     assert found["predicted"] is None
@@ -189,11 +195,11 @@ def test_noise_of_a_run(analyze, run):
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "resnet18"])
 def test_torchvision_models_by_name(name):
-    target = find_target(Common(target=name, images=2, survival="linear_decay(0.5)"))
+    target = find_target(Analysis(target=name, images=2, survival="linear_decay(0.5)"))
     assert target.rates == pytest.approx(linear_decay(8, 0.5))
     assert target.x.shape == (2, 3, 224, 224)
     torch.manual_seed(123)  # weights are those of --seed, whatever was drawn before
-    again, other = (find_target(Common(target=name, images=2, seed=seed)).model for seed in (0, 1))
+    again, other = (find_target(Analysis(target=name, images=2, seed=seed)).model for seed in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(target.model.parameters(), again.parameters(), strict=True))
     assert not torch.equal(again.conv1.weight, other.conv1.weight)
 
@@ -206,7 +212,7 @@ def test_timm_models_by_name(analyze):
 
 @pytest.mark.parametrize("name", ["resnet-8", "vanilla-4"])
 def test_targets_are_measured_without_a_step(name):
-    target = find_target(Common(target=name, images=4, data="digits" if name == "resnet-8" else None))
+    target = find_target(Analysis(target=name, images=4, data="digits" if name == "resnet-8" else None))
     assert sampler_of(target.model).step == 0
     assert len(target.x) == 4
     with torch.no_grad():
@@ -214,7 +220,7 @@ def test_targets_are_measured_without_a_step(name):
 
 
 def test_survival_of_a_run_can_be_replaced(run):
-    assert find_target(Common(target=str(run), survival="0.25")).rates == (0.25,) * 3
+    assert find_target(Analysis(target=str(run), survival="0.25")).rates == (0.25,) * 3
 
 
 @pytest.mark.parametrize(
@@ -237,8 +243,7 @@ def test_survival_of_a_run_can_be_replaced(run):
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line(arguments, message, capsys, tmp_path):
     assert main(["analyze", *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -248,9 +253,12 @@ def test_bad_input_is_one_line(arguments, message, capsys, tmp_path, monkeypatch
 
 def test_help_names_every_instrument(capsys):
     assert main(["analyze"]) == 0
-    assert capsys.readouterr().out == ANALYZE
-    for name in INSTRUMENTS:
-        assert f"\n  {name} " in ANALYZE
+    said = capsys.readouterr().out
+    instruments = [path.stem for path in Path(residrop.cli.analyze.__file__).parent.glob("*.py")]
+    for name in set(instruments) - {"__init__", "instrument", "targets"}:
+        assert f"\n  {name} " in said
+        assert main(["analyze", name, "--help"]) == 0
+        assert f"residrop analyze {name}" in capsys.readouterr().out
 
 
 def test_numbers_that_json_cannot_hold_are_null(analyze):
@@ -267,4 +275,4 @@ def test_picture_that_cannot_be_written_is_said(capsys, tmp_path):
 def test_timm_missing_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ConfigError, match="if installed"):
-        find_target(Common(target="timm:resnet18"))
+        find_target(Analysis(target="timm:resnet18"))

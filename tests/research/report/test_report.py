@@ -592,7 +592,6 @@ def test_what_is_no_ledger_is_refused(tmp_path, cli, monkeypatch, broken, messag
         (("nowhere",), "nowhere is no directory"),
         (("--html", "results"), "cannot be written"),
         (("--markdown", "results/bench.json/a.md"), "cannot be written"),
-        (("--htlm", "a"), "did you mean --html"),
     ],
 )
 def test_bad_input_is_one_line(place, cli, arguments, message):
@@ -600,6 +599,13 @@ def test_bad_input_is_one_line(place, cli, arguments, message):
     assert code == 2
     assert err.startswith("residrop: error: ")
     assert message in err
+
+
+def test_misspelt_options_are_told_by_tyro(place, cli):
+    code, out, err = cli("--htlm", "a")
+    assert (code, out) == (2, "")
+    assert "Unrecognized options: --htlm" in err
+    assert "--html" in err.replace("--htlm", "")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.json", "recipe.json"])

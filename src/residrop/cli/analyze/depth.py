@@ -2,26 +2,50 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
 
-from residrop.cli.analyze.pictures import panels
-from residrop.cli.analyze.targets import Target
+from residrop.cli.analyze.instrument import Found, Unit, analyze, costs_with_bar
+from residrop.cli.analyze.targets import Analysis, Target
+from residrop.cli.pictures import panels
+from residrop.cli.shared import parse, table_of
 from residrop.common.errors import ConfigError
 from residrop.schedule.budgets import linear_at, uniform_at
-from residrop.theory import cost_law, costs_of, depth_bound, depth_bound_probability, depth_law
+from residrop.theory import cost_law, depth_bound, depth_bound_probability, depth_law
 
-__all__ = ["draw_depth", "measure_depth", "table_of_depth"]
+__all__ = ["run"]
 
 
-def measure_depth(
-    target: Target, unit: Literal["blocks", "flops", "time"], beta: float, *, tell: Any = None
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeDepth(Analysis):
+    """The law of the number of live blocks and of the work of a step: exact, with the bound of Lemma 1.
+
+    Hayou & Ayed (2021), Figure 1a: of all rates of one sum, uniform ones make the depth most variable.
+    """
+
+    unit: Unit = "blocks"
+    """What work is counted in: blocks, FLOPs of a forward, or time of a step measured here."""
+    beta: float = 0.05
+    """Share of steps outside the interval and the bound."""
+
+    def check(self) -> None:
+        """Refuse a share that is none."""
+        if not 0.0 < self.beta < 1.0:
+            raise ConfigError(f"beta is {self.beta}; give a number between 0 and 1")
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Read the options and analyze."""
+    return analyze("depth", parse(AnalyzeDepth, arguments, prog), _measure, _tables, _draw)
+
+
+def _measure(options: AnalyzeDepth, target: Target) -> Found:
     """Exact laws of depth and cost under the target's rates, and under uniform and linear ones of the same sum."""
-    costs = costs_of(target.model, unit, target.x, tell=tell)
+    costs, beta = costs_with_bar(target, options.unit), options.beta
     blocks, budget = len(target.rates), math.fsum(target.rates)
     modes = {"its own": target.rates, "uniform": uniform_at(blocks, budget)}
     with contextlib.suppress(ConfigError):  # linear decay cannot drop that much
@@ -50,7 +74,7 @@ def measure_depth(
     return {
         "target": target.name,
         "blocks": blocks,
-        "unit": unit,
+        "unit": options.unit,
         "beta": beta,
         "costs": list(costs.branches),
         "fixed": costs.fixed,
@@ -58,22 +82,13 @@ def measure_depth(
     }
 
 
-def table_of_depth(found: dict[str, Any]) -> Table:
+def _tables(found: Found) -> list[Table]:
     """One row per mode."""
     share = f"{100 * (1 - found['beta']):g}%"
-    table = Table(title=f"{found['target']}: live blocks of {found['blocks']} in a step", title_justify="left")
-    for name in (
-        "rates",
-        "mean",
-        "std",
-        f"{share} of steps",
-        f"Lemma 1 at {share}",
-        f"work ({found['unit']})",
-        "± std",
-    ):
-        table.add_column(name, justify="left" if name == "rates" else "right")
-    for row in found["rows"]:
-        table.add_row(
+    work = f"work ({found['unit']})"
+    headings = ("rates", "mean", "std", f"{share} of steps", f"Lemma 1 at {share}", work, "± std")
+    rows = [
+        (
             row["mode"],
             f"{row['mean']:.2f}",
             f"{row['std']:.2f}",
@@ -82,10 +97,13 @@ def table_of_depth(found: dict[str, Any]) -> Table:
             f"{row['work_mean']:.3f}",
             f"{row['work_std']:.3f}",
         )
-    return table
+        for row in found["rows"]
+    ]
+    title = f"{found['target']}: live blocks of {found['blocks']} in a step"
+    return [table_of(title, headings, rows, left=("rates",))]
 
 
-def draw_depth(found: dict[str, Any], path: Path) -> None:
+def _draw(found: Found, path: Path) -> None:
     """The laws of the work of a step, and the rates they come from."""
     total = found["fixed"] + sum(found["costs"])
     with panels(path, 2, f"{found['target']}: depth of a step") as (left, right):

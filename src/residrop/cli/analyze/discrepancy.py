@@ -1,20 +1,23 @@
 """What the absence of a block does to outputs and loss: the regulariser, at initialisation and along a training."""
 
-import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
 
 from residrop.blocks.attach import rules_of
-from residrop.cli.analyze.pictures import panels
-from residrop.cli.analyze.targets import Target
+from residrop.cli.analyze.instrument import Found, analyze, progress
+from residrop.cli.analyze.targets import Analysis, Target
+from residrop.cli.pictures import panels
+from residrop.cli.shared import parse, table_of
+from residrop.common.checks import check_whole
 from residrop.models import create
 from residrop.schedule.sampler import derive_key
 from residrop.theory import discrepancy, flat_discrepancy, regularizer
 
-__all__ = ["draw_discrepancy", "measure_discrepancy", "table_of_discrepancy"]
+__all__ = ["run"]
 
 _INPUTS, _OUTPUTS, _FEATURES = 4, 8, 256  # of every network drawn
 
@@ -23,22 +26,41 @@ def _squared(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (outputs - targets).square().sum(dim=1).mean()
 
 
-def measure_discrepancy(target: Target, networks: int, seed: int, *, tell: Any = None) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeDiscrepancy(Analysis):
+    """Discrepancy h_l: the second-order effect on the loss of whether block l is present (Hayou & Ayed 2021).
+
+    Survival rates p_l add the regulariser 1/2 sum_l p_l (1 - p_l) h_l to the expected loss (eq. 4 to 6, Theorem 1,
+    Figure 3). Of a run trained with --watch discrepancy the picture shows it along the training, too.
+    """
+
+    networks: int = 150
+    """Vanilla networks: draws of the weights."""
+
+    def check(self) -> None:
+        """Refuse no network."""
+        check_whole("networks", self.networks, least=1)
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Read the options and analyze."""
+    return analyze("discrepancy", parse(AnalyzeDiscrepancy, arguments, prog), _measure, _tables, _draw)
+
+
+def _measure(options: AnalyzeDiscrepancy, target: Target) -> Found:
     """h_l of every block: of a model for its weights and inputs, of a Vanilla network over draws of its weights."""
-    course: list[dict[str, Any]] = []
     predicted = None
     if target.vanilla is not None:
         blocks, width, stable = target.vanilla
-        draws = torch.stack([_drawn(blocks, width, stable, seed + n, tell) for n in range(networks)])
-        curvature, error = draws.mean(dim=0), draws.std(dim=0) / max(1, networks) ** 0.5
+        networks = options.networks
+        with progress(networks, "networks") as tell:
+            draws = torch.stack([_drawn(blocks, width, stable, options.seed + n, tell) for n in range(networks)])
+        curvature, error = draws.mean(dim=0), draws.std(dim=0) / networks**0.5
         predicted = flat_discrepancy(blocks, _OUTPUTS, 1.0) / blocks if stable else None
         inputs = f"{networks} networks at initialisation, {_INPUTS} inputs each, squared loss of {_OUTPUTS} outputs"
     else:
         found = discrepancy(target.model, target.batches, target.loss)
         curvature, error, inputs = found.curvature, found.standard_error, target.inputs
-        file = None if target.run is None else target.run.path / "instruments.jsonl"
-        if file is not None and file.exists():
-            course = [json.loads(line) for line in file.read_text().splitlines()]
     return {
         "target": target.name,
         "inputs": inputs,
@@ -47,40 +69,38 @@ def measure_discrepancy(target: Target, networks: int, seed: int, *, tell: Any =
         "standard_error": error.tolist(),
         "predicted": predicted,
         "regularizer": regularizer(curvature, target.rates),
-        "course": [line for line in course if "discrepancy" in line],
+        "course": [line for line in target.lines("instruments.jsonl") if "discrepancy" in line],
     }
 
 
-def _drawn(blocks: int, width: int, stable: bool, seed: int, tell: Any) -> torch.Tensor:
+def _drawn(blocks: int, width: int, stable: bool, seed: int, tell: Callable[[], None]) -> torch.Tensor:
     name = f"{'stable-' if stable else ''}vanilla-{blocks}"
     model = create(
         name, rule="stochastic-depth", width=width, in_features=_FEATURES, classes=_OUTPUTS, survival=0.5, seed=seed
     )
     generator = torch.Generator().manual_seed(derive_key(seed, 6) >> 1)
     x = torch.randn(_INPUTS, _FEATURES, generator=generator)
-    if tell is not None:
-        tell()
+    tell()
     assert len(rules_of(model)) == blocks
     return discrepancy(model, [(x, torch.zeros(_INPUTS, _OUTPUTS))], _squared).curvature
 
 
-def table_of_discrepancy(found: dict[str, Any]) -> Table:
+def _tables(found: Found) -> list[Table]:
     """One row per block."""
-    table = Table(title=f"{found['target']}: discrepancy, {found['inputs']}", title_justify="left")
-    for name in ("block", "h", "± se", "of the mean", "survival rate", "its part of the regulariser"):
-        table.add_column(name, justify="right")
     mean = sum(found["curvature"]) / len(found["curvature"])
-    for number, (h, error, p) in enumerate(
-        zip(found["curvature"], found["standard_error"], found["rates"], strict=True), start=1
-    ):
+    rows: list[tuple[str, ...]] = []
+    columns = zip(found["curvature"], found["standard_error"], found["rates"], strict=True)
+    for number, (h, error, p) in enumerate(columns, start=1):
         part = 0.5 * p * (1 - p) * h / found["regularizer"] if found["regularizer"] else 0.0
-        table.add_row(str(number), f"{h:.4g}", f"{error:.2g}", f"{h / mean:.3f}", f"{p:.3f}", f"{100 * part:.1f}%")
+        rows.append((str(number), f"{h:.4g}", f"{error:.2g}", f"{h / mean:.3f}", f"{p:.3f}", f"{100 * part:.1f}%"))
+    headings = ("block", "h", "± se", "of the mean", "survival rate", "its part of the regulariser")
+    table = table_of(f"{found['target']}: discrepancy, {found['inputs']}", headings, rows)
     if found["predicted"] is not None:
         table.caption = f"Theorem 1: h = {found['predicted']:.4g} for every block (mean measured: {mean:.4g})"
-    return table
+    return [table]
 
 
-def draw_discrepancy(found: dict[str, Any], path: Path) -> None:
+def _draw(found: Found, path: Path) -> None:
     """h_l by block (Figure 3), and along the training of a run that watched it."""
     count = len(found["curvature"])
     with panels(path, 1 + bool(found["course"]), f"{found['target']}: discrepancy") as axes:

@@ -1,7 +1,7 @@
 """Is the noise of random presence Gaussian: Theorem 2 and Figures 4 and 5 of Hayou & Ayed on any model."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,41 +9,70 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from residrop.cli.analyze.pictures import panels
-from residrop.cli.analyze.targets import Target
+from residrop.cli.analyze.instrument import Found, analyze, progress
+from residrop.cli.analyze.targets import Analysis, Target
+from residrop.cli.pictures import panels
+from residrop.cli.shared import parse
+from residrop.common.checks import check_whole
+from residrop.common.errors import ConfigError
 from residrop.models import create
-from residrop.theory import noise, sine_task, train_regression, uniformity
+from residrop.theory import Noise, noise, sine_task, train_regression, uniformity
 
-__all__ = ["draw_noise", "measure_noise", "table_of_noise"]
+__all__ = ["run"]
 
 
-def measure_noise(
-    target: Target,
-    networks: int,
-    inputs: int,
-    masks: int,
-    epochs: Sequence[int],
-    depths: Sequence[int],
-    seed: int,
-    *,
-    tell: Any = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeNoise(Analysis):
+    """Shapiro-Wilk tests of a neuron of every block under random masks (Theorem 2, Figures 4 and 5).
+
+    Where the share of tests below 0.05 is about 0.05, presence acts on that neuron as Gaussian noise.
+    """
+
+    masks: int = 200
+    """Masks for each input."""
+    inputs: int = 20
+    """Inputs, each of which gives one test per block."""
+    networks: int = 4
+    """Vanilla networks: draws of the weights, pooled."""
+    epochs: tuple[int, ...] = (0,)
+    """Vanilla networks: train on the sine task and measure after these epochs, such as 0 1 5 10."""
+    depths: tuple[int, ...] = ()
+    """Vanilla networks: measure condition 2 for these numbers of blocks, too (Figure 4)."""
+
+    def check(self) -> None:
+        """Refuse too few draws, and epochs that do not rise."""
+        for name, least in (("networks", 1), ("inputs", 1), ("masks", 3)):
+            check_whole(name, getattr(self, name), least=least)
+        if not self.epochs or self.epochs[0] < 0 or list(self.epochs) != sorted(set(self.epochs)):
+            raise ConfigError(f"epochs are {self.epochs}; give rising numbers, from 0")
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Read the options and analyze."""
+    return analyze("noise", parse(AnalyzeNoise, arguments, prog), _measure, _tables, _draw)
+
+
+def _measure(options: AnalyzeNoise, target: Target) -> Found:
     """Shapiro-Wilk tests of a neuron of every block under random masks, condition 2, and variances.
 
     Of a Vanilla network it pools `networks` draws of the weights; with `epochs` beyond 0 each is trained on the sine
     task, and measured after these epochs. `depths` are further numbers of blocks for which condition 2 is measured at
     the same width and mean rate (Figure 4).
     """
+    networks, by_depth = 1, {}
     if target.vanilla is None:
-        found = [noise(target.model, target.x[:inputs], masks=masks, neurons=1, rates=target.rates, seed=seed)]
-        epochs = (0,)
-        p_values = found[0].p_values[None]
-        ratios, variance, first = (each[None] for each in (found[0].ratio, found[0].variance, found[0].first_order))
+        for name, given in (("epochs", options.epochs != (0,)), ("depths", options.depths)):
+            if given:
+                raise ConfigError(f"{name} is for Vanilla networks; {target.name} is none. Leave it out")
+        drawn = {"masks": options.masks, "neurons": 1, "rates": target.rates, "seed": options.seed}
+        p_values, ratios, variance, first = _parts(noise(target.model, target.x[: options.inputs], **drawn))
     else:
-        parts = [_vanilla(target, inputs, masks, epochs, seed + n, tell) for n in range(networks)]
-        p_values, ratios, variance, first = (torch.cat(each, dim=-2) for each in zip(*parts, strict=True))
+        networks = options.networks
+        with progress(networks * (1 + len(options.depths)), "networks") as tell:
+            p_values, ratios, variance, first = _pooled(options, target, options.masks, tell)
+            by_depth = {str(blocks): _ratios_at(options, target, blocks, tell) for blocks in options.depths}
     rows = []
-    for number, epoch in enumerate(epochs):
+    for number, epoch in enumerate(options.epochs):
         layers = [uniformity(layer) for layer in p_values[number]]
         seen = variance[number].isfinite() & (first[number] > 0)
         rows.append(
@@ -61,45 +90,51 @@ def measure_noise(
         )
     return {
         "target": target.name,
-        "networks": networks if target.vanilla else 1,
-        "inputs": inputs,
-        "masks": masks,
+        "networks": networks,
+        "inputs": options.inputs,
+        "masks": options.masks,
         "rates": list(target.rates),
         "rows": rows,
-        "by_depth": _ratios_by_depth(target, depths, epochs, inputs, networks, seed, tell),
+        "by_depth": by_depth,
     }
 
 
+def _parts(found: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p-values, ratios of condition 2, variances and their first-order parts, each with a dimension for one epoch."""
+    return found.p_values[None], found.ratio[None], found.variance[None], found.first_order[None]
+
+
+def _pooled(
+    options: AnalyzeNoise, target: Target, masks: int, tell: Callable[[], None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of Vanilla networks, for each epoch, over all draws of the weights."""
+    drawn = [_vanilla(options, target, masks, options.seed + n, tell) for n in range(options.networks)]
+    p_values, ratios, variance, first = (torch.cat(each, dim=-2) for each in zip(*drawn, strict=True))
+    return p_values, ratios, variance, first
+
+
 def _vanilla(
-    target: Target, inputs: int, masks: int, epochs: Sequence[int], seed: int, tell: Any
+    options: AnalyzeNoise, target: Target, masks: int, seed: int, tell: Callable[[], None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert target.vanilla is not None
     blocks, width, stable = target.vanilla
-    if tell is not None:
-        tell()
-    options: dict[str, Any] = {"width": width, "survival": target.rates, "seed": seed}
-    if tuple(epochs) == (0,):
+    tell()
+    how: dict[str, Any] = {"width": width, "survival": target.rates, "seed": seed}
+    if options.epochs == (0,):
         name = f"{'stable-' if stable else ''}vanilla-{blocks}"
-        model = create(name, rule="stochastic-depth", in_features=256, classes=1, **options)
-        found = noise(model, sine_task(inputs, seed)[0], masks=masks, seed=seed)
-        return found.p_values[None], found.ratio[None], found.variance[None], found.first_order[None]
-    course = train_regression(blocks, stable=stable, epochs=epochs, inputs=inputs, masks=masks, **options)
+        model = create(name, rule="stochastic-depth", in_features=256, classes=1, **how)
+        return _parts(noise(model, sine_task(options.inputs, seed)[0], masks=masks, seed=seed))
+    how |= {"epochs": options.epochs, "inputs": options.inputs, "masks": masks}
+    course = train_regression(blocks, stable=stable, **how)
     return course.p_values, course.ratios, course.variance, course.first_order
 
 
-def _ratios_by_depth(
-    target: Target, depths: Sequence[int], epochs: Sequence[int], inputs: int, networks: int, seed: int, tell: Any
-) -> dict[str, list[float]]:
-    """Condition 2 by number of blocks, one number per epoch."""
-    if target.vanilla is None:
-        return {}
-    found: dict[str, list[float]] = {}
+def _ratios_at(options: AnalyzeNoise, target: Target, blocks: int, tell: Callable[[], None]) -> list[float]:
+    """Condition 2 at another number of blocks, with the same width and mean rate: one number per epoch."""
+    assert target.vanilla is not None
     mean = sum(target.rates) / len(target.rates)
-    for blocks in depths:
-        other = replace(target, rates=(mean,) * blocks, vanilla=(blocks, *target.vanilla[1:]))
-        parts = [_vanilla(other, inputs, 3, epochs, seed + n, tell)[1] for n in range(networks)]
-        found[str(blocks)] = [float(each.nanmean()) for each in torch.cat(parts, dim=-2)]
-    return found
+    other = replace(target, rates=(mean,) * blocks, vanilla=(blocks, *target.vanilla[1:]))
+    return [float(each.nanmean()) for each in _pooled(options, other, 3, tell)[1]]
 
 
 def _some(count: int) -> list[int]:
@@ -107,7 +142,7 @@ def _some(count: int) -> list[int]:
     return sorted({n for n in (1, 2, 5, 10, 20, 30, 50, 75) if n <= count} | {count})
 
 
-def table_of_noise(found: dict[str, Any]) -> Table:
+def _tables(found: Found) -> list[Table]:
     """Share of rejected tests by block, one column per epoch."""
     title = f"{found['target']}: share of Shapiro-Wilk tests below 0.05 (0.05 if Gaussian), {found['masks']} masks"
     table = Table(title=title, title_justify="left")
@@ -119,10 +154,10 @@ def table_of_noise(found: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("condition 2", *(f"{row['ratio']:.3f}" for row in found["rows"]))
     table.add_row("var / first order", *(f"{row['variance_over_first_order']:.2f}" for row in found["rows"]))
-    return table
+    return [table]
 
 
-def draw_noise(found: dict[str, Any], path: Path) -> None:
+def _draw(found: Found, path: Path) -> None:
     """p-values by block at the first epoch measured (Figure 5, right); rejections by block; the last block by epoch."""
     rows = found["rows"]
     along = len(rows) > 1

@@ -1,38 +1,60 @@
 """Which blocks a budget should be spent on: sensitivities, costs and the rates of every mode."""
 
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
-from residrop.cli.analyze.pictures import panels
-from residrop.cli.analyze.targets import Target
+from residrop.cli.analyze.instrument import Found, Unit, analyze, costs_with_bar
+from residrop.cli.analyze.targets import Analysis, Target
+from residrop.cli.pictures import panels
+from residrop.cli.shared import parse, table_of
+from residrop.common.checks import check_rate
 from residrop.common.errors import ConfigError
 from residrop.schedule import budgets as spend
-from residrop.theory import costs_of, discrepancy, regularizer, removal_losses, sensitivity
+from residrop.theory import discrepancy, regularizer, removal_losses, sensitivity
 
-__all__ = ["draw_survival", "measure_survival", "table_of_survival"]
+__all__ = ["run"]
 
 
-def measure_survival(
-    target: Target,
-    budgets: Sequence[float],
-    unit: Literal["blocks", "flops", "time"],
-    least: float,
-    *,
-    tell: Any = None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeSurvival(Analysis):
+    """Rates for a budget in every mode, beside what they come from: sensitivity, discrepancy and cost of each block.
+
+    Of a run that measured its own rates (--budget --refresh) the picture shows their course, too.
+    """
+
+    budgets: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    """Shares of a full step."""
+    unit: Unit = "blocks"
+    """What the shares are of: blocks, FLOPs of a forward, or time of a step measured here."""
+    least: float = 0.0
+    """Smallest rate in the modes by sensitivity."""
+
+    def check(self) -> None:
+        """Refuse shares and a rate outside [0, 1]."""
+        for budget in self.budgets:
+            check_rate("budgets", budget)
+        check_rate("least", self.least)
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Read the options and analyze."""
+    return analyze("survival", parse(AnalyzeSurvival, arguments, prog), _measure, _tables, _draw)
+
+
+def _measure(options: AnalyzeSurvival, target: Target) -> Found:
     """Scores, discrepancies and costs of the blocks, and rates at every budget in every mode that can meet it."""
-    costs = costs_of(target.model, unit, target.x, tell=tell)
+    costs, unit, least = costs_with_bar(target, options.unit), options.unit, options.least
     scores = sensitivity(target.model, target.batches, target.loss)
     removal = removal_losses(target.model, target.batches, target.loss)
     curvature = discrepancy(target.model, target.batches, target.loss).curvature
     per_cost = [score / cost for score, cost in zip(scores.scores.tolist(), costs.branches, strict=True)]
     blocks, rows = len(costs.branches), []
-    for budget in budgets:
+    for budget in options.budgets:
         left = budget * costs.total - costs.fixed
         modes = {
             "uniform": lambda left=left: spend.uniform_at(blocks, left, costs.branches),
@@ -71,41 +93,37 @@ def measure_survival(
         "removal_losses": removal.tolist(),
         "curvature": curvature.tolist(),
         "rows": rows,
-        "course": _course(target),
+        "course": target.lines("survival.jsonl"),
     }
 
 
-def _course(target: Target) -> list[dict[str, Any]]:
-    """The rates that a run measured for itself along its training."""
-    file = None if target.run is None else target.run.path / "survival.jsonl"
-    if file is None or not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def table_of_survival(found: dict[str, Any]) -> list[Table]:
+def _tables(found: Found) -> list[Table]:
     """What is known of every block, and one row per budget and mode."""
-    blocks = Table(title=f"{found['target']}: its blocks, on {found['inputs']}", title_justify="left")
-    for name in ("block", "S (SenseMode)", "loss change without it", "discrepancy h", f"cost ({found['unit']})"):
-        blocks.add_column(name, justify="right")
     whole = found["fixed"] + sum(found["costs"])
     columns = (found["scores"], found["removal_losses"], found["curvature"], found["costs"])
-    for number, (score, removal, curvature, cost) in enumerate(zip(*columns, strict=True), start=1):
-        blocks.add_row(str(number), f"{score:+.4g}", f"{-removal:+.4g}", f"{curvature:.4g}", f"{cost / whole:.4f}")
-    table = Table(title=f"survival rates at shares of {found['unit']}", title_justify="left")
-    for name in ("budget", "mode", "expected blocks", "never", "always", "regulariser", "rates"):
-        table.add_column(name, justify="left" if name in ("mode", "rates") else "right", overflow="fold")
-    for row in found["rows"]:
-        if "refused" in row:
-            table.add_row(f"{row['budget']:g}", row["mode"], "", "", "", "", row["refused"])
-            continue
-        rates = " ".join(f"{rate:.2f}" for rate in row["rates"])
-        numbers = (f"{row['depth']:.2f}", str(row["never"]), str(row["always"]), f"{row['regularizer']:.4g}")
-        table.add_row(f"{row['budget']:g}", row["mode"], *numbers, rates)
-    return [blocks, table]
+    blocks = [
+        (str(number), f"{score:+.4g}", f"{-removal:+.4g}", f"{curvature:.4g}", f"{cost / whole:.4f}")
+        for number, (score, removal, curvature, cost) in enumerate(zip(*columns, strict=True), start=1)
+    ]
+    of_blocks = ("block", "S (SenseMode)", "loss change without it", "discrepancy h", f"cost ({found['unit']})")
+    headings = ("budget", "mode", "expected blocks", "never", "always", "regulariser", "rates")
+    return [
+        table_of(f"{found['target']}: its blocks, on {found['inputs']}", of_blocks, blocks),
+        table_of(
+            f"survival rates at shares of {found['unit']}", headings, map(_cells, found["rows"]), ("mode", "rates")
+        ),
+    ]
 
 
-def draw_survival(found: dict[str, Any], path: Path) -> None:
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    start = f"{row['budget']:g}", row["mode"]
+    if "refused" in row:
+        return *start, "", "", "", "", row["refused"]
+    numbers = f"{row['depth']:.2f}", str(row["never"]), str(row["always"]), f"{row['regularizer']:.4g}"
+    return *start, *numbers, " ".join(f"{rate:.2f}" for rate in row["rates"])
+
+
+def _draw(found: Found, path: Path) -> None:
     """Rates at the middle budget by mode, what the loss needs, and the course of a run that measured for itself."""
     budgets = list(dict.fromkeys(row["budget"] for row in found["rows"]))
     count = len(found["costs"])

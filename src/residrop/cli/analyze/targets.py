@@ -1,16 +1,19 @@
 """What `residrop analyze` looks at: a run directory, a network of residrop, or a model of torchvision or timm."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residrop.blocks.attach import rules_of, set_survival
+from residrop.cli.shared import Json
 from residrop.common.errors import ConfigError
 from residrop.data import fit, load
 from residrop.models import create, list_models, num_blocks, reads_flat_rows
@@ -22,24 +25,38 @@ from residrop.training import Run, load_run
 from residrop.training.checkpoint import survival_of
 from residrop.training.setup import choose_device, loader_of_run
 
-__all__ = ["Common", "Target", "find_target"]
+__all__ = ["Analysis", "Target", "find_target"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 _DEFAULT = "uniform(0.5)"  # where neither the user nor the model names rates
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
-    """Options of every instrument. `target` is its first argument."""
+class Analysis:
+    """Options that all instruments share."""
 
-    target: str
+    target: Annotated[str, tyro.conf.Positional] = "stable-vanilla-50"
+    """A run directory, a network of residrop, torchvision:NAME or timm:NAME."""
     survival: str | None = None
+    """Survival rates, as of residrop train (default: the run's own, elsewhere uniform(0.5))."""
     width: int | None = None
+    """Width of a network of residrop (Vanilla: units of a layer)."""
     data: str | None = None
+    """Images to measure on: digits, cifar10 or the path of a folder (default: a run's test images, elsewhere noise)."""
     images: int = 64
+    """How many of them."""
     pretrained: bool = False
+    """With torchvision and timm: load their pretrained weights (needs network or cache)."""
     seed: int = 0
+    """Seed of weights, masks and noise."""
     device: str = "cpu"
+    """cpu, cuda, ..."""
+    picture: Path | None = None
+    """PNG to draw (default: analyze-INSTRUMENT.png in the run directory, or in this one)."""
+    json: Json = None
+
+    def check(self) -> None:
+        """Raise ConfigError for numbers out of range, before anything is built."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +88,13 @@ class Target:
         """The inputs of the first batch."""
         return self.batches[0][0]
 
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """A file of JSON lines that the run wrote along its training; none without a run or such a file."""
+        file = None if self.run is None else self.run.path / name
+        return [] if file is None or not file.exists() else [json.loads(line) for line in file.read_text().splitlines()]
 
-def find_target(options: Common) -> Target:
+
+def find_target(options: Analysis) -> Target:
     """Build or open what the options name.
 
     Raises:
@@ -97,7 +119,7 @@ def _known(name: str) -> bool:
     return True
 
 
-def _of_run(options: Common, device: torch.device) -> Target:
+def _of_run(options: Analysis, device: torch.device) -> Target:
     run, model = load_run(Path(options.target))
     if options.survival is not None:
         set_survival(model, parse(options.survival, len(rules_of(model))))
@@ -113,7 +135,7 @@ def _of_run(options: Common, device: torch.device) -> Target:
     return Target(str(run.path), model, tuple(survival_of(model)), found, F.cross_entropy, inputs, run)
 
 
-def _of_residrop(options: Common, device: torch.device) -> Target:
+def _of_residrop(options: Analysis, device: torch.device) -> Target:
     name = options.target
     more: dict[str, Any] = {} if options.width is None else {"width": options.width}
     survival = options.survival or _DEFAULT
@@ -139,7 +161,7 @@ def _of_residrop(options: Common, device: torch.device) -> Target:
     return Target(name, model.to(device).eval(), tuple(survival_of(model)), batches, F.cross_entropy, inputs)
 
 
-def _images(options: Common, size: int, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], int, str]:
+def _images(options: Analysis, size: int, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], int, str]:
     """Test images of --data, or noise where there is none; the number of classes; what they are."""
     if options.data is None:
         generator = torch.Generator().manual_seed(derive_key(options.seed, 5) >> 1)
@@ -158,7 +180,7 @@ def _images(options: Common, size: int, device: torch.device) -> tuple[list[tupl
     return [(x.to(device), y.to(device))], len(splits.classes), f"{len(x)} test images of {splits.name}"
 
 
-def _of_library(options: Common, library: str, name: str, device: torch.device) -> Target:
+def _of_library(options: Analysis, library: str, name: str, device: torch.device) -> Target:
     if library not in ("", "torchvision", "timm"):
         raise ConfigError(
             f"{options.target!r}: {library!r} is no library known here; give torchvision:NAME or timm:NAME"

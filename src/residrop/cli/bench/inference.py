@@ -1,14 +1,16 @@
-"""`residrop bench inference`: its options, and what it does once they are read."""
+"""`residrop bench inference`: its options, and what it measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
+from residrop.cli.shared import parse
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target
 from residrop.research.bench.inference import CASES, InferenceSettings, bench_inference
 from residrop.training.setup import choose_device
 
-__all__ = ["QUICK_INFERENCE", "BenchInference", "bench_inference_command"]
+__all__ = ["run"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class BenchInference:
 QUICK_INFERENCE = BenchInference(cases=("resnet-56", "resnet-20-w2"), samples=5, batch_size=(16,), steps=3, quick=True)
 
 
-def bench_inference_command(args: BenchInference) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """Measure, print a table per case and batch size, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    args = parse(BenchInference, arguments, prog, QUICK_INFERENCE if "--quick" in arguments else None)
     check_target(args.json)
     said = command_of("residrop bench inference", args, QUICK_INFERENCE if args.quick else BenchInference())
     said += " --quick" if args.quick else ""

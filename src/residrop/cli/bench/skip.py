@@ -1,5 +1,6 @@
-"""`residrop bench`: its options, and what it does once they are read."""
+"""`residrop bench skip`: its options, and what it measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Annotated, Literal
@@ -7,23 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
+from residrop.cli.shared import parse
 from residrop.common.output import check_target
 from residrop.research.bench.networks import network
 from residrop.research.bench.skip import MODELS, Comparison, Settings, bench_skip
 from residrop.training.setup import choose_device
 
-__all__ = ["BENCHMARKS", "QUICK", "BenchSkip", "bench_skip_command"]
-
-BENCHMARKS = """usage: residrop bench NAME [OPTIONS]
-
-benchmarks:
-  skip       time and memory of skipping, against masks and the ideal     residrop bench skip --quick
-  swapout    cost of swapout, against the addition it replaces            residrop bench swapout --quick
-  inference  cost of sampled inference, against passes one by one         residrop bench inference --quick
-  throughput images/s of training, against a plain loop and convolutions  residrop bench throughput --quick
-
-residrop bench NAME --help explains every option.
-"""
+__all__ = ["run"]
 
 _Layout = tyro.conf.create_mutex_group(required=False)
 
@@ -76,8 +67,9 @@ QUICK = BenchSkip(
 )
 
 
-def bench_skip_command(args: BenchSkip) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """Measure, print a table per network and survival, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    args = parse(BenchSkip, arguments, prog, QUICK if "--quick" in arguments else None)
     check_target(args.json)
     said = command_of("residrop bench skip", args, QUICK if args.quick else BenchSkip())
     said += " --quick" if args.quick else ""

@@ -1,16 +1,18 @@
-"""`residrop bench swapout`: its options, and what it does once they are read."""
+"""`residrop bench swapout`: its options, and what it measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
+from residrop.cli.shared import parse
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target
 from residrop.research.bench.swapout import NETWORKS, SHAPES, SwapoutSettings, bench_steps, bench_swapout
 from residrop.training.setup import choose_device
 
-__all__ = ["QUICK_SWAPOUT", "BenchSwapout", "bench_swapout_command"]
+__all__ = ["run"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ def _shape(text: str) -> tuple[int, ...]:
         raise ConfigError(f"shape {text!r} is not understood; give sizes such as 128,32,32,32") from None
 
 
-def bench_swapout_command(args: BenchSwapout) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """Measure, print a table each, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    args = parse(BenchSwapout, arguments, prog, QUICK_SWAPOUT if "--quick" in arguments else None)
     check_target(args.json)
     said = command_of("residrop bench swapout", args, QUICK_SWAPOUT if args.quick else BenchSwapout())
     said += " --quick" if args.quick else ""

@@ -1,14 +1,16 @@
-"""`residrop bench throughput`: its options, and what it does once they are read."""
+"""`residrop bench throughput`: its options, and what it measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from residrop.cli.bench.gather import command_of, gather, steps_bar
+from residrop.cli.shared import parse
 from residrop.common.output import check_target
 from residrop.research.bench.throughput import RULES, ThroughputSettings, bench_throughput
 from residrop.training.setup import choose_device
 
-__all__ = ["QUICK_THROUGHPUT", "BenchThroughput", "bench_throughput_command"]
+__all__ = ["run"]
 
 _ALL: dict[str, Any] = {"networks": ("resnet-20", "resnet-56", "resnet-110"), "widths": (1, 2, 4)}
 
@@ -63,8 +65,9 @@ QUICK_THROUGHPUT = BenchThroughput(
 )
 
 
-def bench_throughput_command(args: BenchThroughput) -> int:
+def run(arguments: Sequence[str], prog: str) -> int:
     """Measure, print a table per network and width, write JSON. Returns the exit code: 130 after Ctrl-C."""
+    args = parse(BenchThroughput, arguments, prog, QUICK_THROUGHPUT if "--quick" in arguments else None)
     check_target(args.json)
     start = QUICK_THROUGHPUT if args.quick else BenchThroughput()
     said = command_of("residrop bench throughput", args, start) + (" --quick" if args.quick else "")

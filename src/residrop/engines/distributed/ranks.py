@@ -1,7 +1,6 @@
 """Agreement of the ranks: one small all-gather says who differs, in what."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import rules_of, sampler_of
 from residrop.common.errors import ConfigError, RankError
+from residrop.common.torchrun import world_size
 from residrop.rules.base import Rule
 
 __all__ = ["broadcast", "check_ranks", "is_distributed"]
@@ -23,7 +23,7 @@ def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
     """Whether there are several processes; ConfigError under torchrun before the process group exists."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(group) > 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise ConfigError(
             "torchrun started several processes, but there is no process group; "
             "call torch.distributed.init_process_group() first"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from residrop.common.errors import ConfigError
+from residrop.common.errors import ConfigError, Interrupted
 from residrop.research import ledger
 from residrop.research.papers import PAPERS, find
 from residrop.research.papers.claims import Measured
@@ -34,7 +34,6 @@ from residrop.research.papers.work import (
     wanted_of_figure,
 )
 from residrop.training.checkpoint import versions
-from residrop.training.loop import Interrupted
 from residrop.training.pool import train_all
 from residrop.training.setup import choose_device
 

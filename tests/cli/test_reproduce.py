@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from residrop.cli import main
+from command_line import assert_refused_by_tyro
 from residrop.cli.reproduce import read_duration
 from residrop.common.errors import ConfigError
 from residrop.research import ledger
@@ -16,27 +16,19 @@ SCALED = ("--scale", "0.25", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
+def place(place, monkeypatch):
     """An empty working directory, and the toy as the only paper."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr("residrop.research.papers.runner.train_all", train_here)
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
     with installed():
-        yield tmp_path / "work"
+        yield place
 
 
 @pytest.fixture
-def cli(capsys):
+def cli(cli):
     """Return a function from arguments to (exit code, standard output, standard error), spaces joined."""
 
     def call(*arguments):
-        capsys.readouterr()
-        try:
-            code = main(["reproduce", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
+        code, out, err = cli("reproduce", *arguments)
         return code, " ".join(out.split()), " ".join(err.split())
 
     return call
@@ -188,7 +180,6 @@ def test_missing_says_what_to_do_next(cli, place, monkeypatch):
         (("toy/table-1", "--missing"), "leave the name of the table out"),
         (("--rows", "plain"), "name it first"),
         (("toy/table-1", "--data", "/nowhere"), "nowhere"),
-        (("toy/table-1", "--bugdet", "1h"), "did you mean --budget"),
     ],
 )
 def test_bad_input_is_one_line(cli, place, arguments, message):
@@ -197,6 +188,12 @@ def test_bad_input_is_one_line(cli, place, arguments, message):
     assert err.startswith("residrop: error: ")
     assert message in err
     assert not list(place.iterdir())
+
+
+def test_options_that_are_not_understood_are_told_by_tyro(cli, place):
+    result = cli("toy/table-1", "--bugdet", "1h")
+    assert_refused_by_tyro(result, place, "residrop reproduce")
+    assert "Perhaps you meant: --budget" in result[2].replace("-" * 20, "")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Figures of `residrop analyze`: one look for all of them."""
+"""Pictures that commands draw: one look for all of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,4 +40,4 @@ def panels(path: Path, count: int, title: str) -> Iterator[list[Any]]:
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png")
     except OSError as error:
-        raise ConfigError(f"--picture {path} cannot be written ({error.strerror}); give another file") from None
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); make its folder writable") from None

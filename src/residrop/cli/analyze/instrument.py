@@ -1,0 +1,68 @@
+"""What all instruments do: measure a target, print tables, draw a picture, write JSON."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from residrop.cli.analyze.targets import Analysis, Target, find_target
+from residrop.common.output import check_target, console_for, write
+from residrop.theory import Costs, costs_of
+
+__all__ = ["Found", "Unit", "analyze", "costs_with_bar", "progress"]
+
+Found = dict[str, Any]  # what an instrument measured, as JSON
+Unit = Literal["blocks", "flops", "time"]
+Options = TypeVar("Options", bound=Analysis)
+
+
+def analyze(
+    instrument: str,
+    options: Options,
+    measure: Callable[[Options, Target], Found],
+    tables: Callable[[Found], Sequence[Table]],
+    draw: Callable[[Found, Path], None],
+) -> int:
+    """Measure the target of the options, print the tables, draw the picture, write JSON; returns the exit code."""
+    check_target(options.json)
+    options.check()
+    target = find_target(options)
+    found = measure(options, target)
+    console = console_for(options.json)
+    for table in tables(found):
+        console.print(table)
+    picture = options.picture or (target.run.path if target.run else Path()) / f"analyze-{instrument}.png"
+    draw(found, picture)
+    console.print(f"drawn: {picture}")
+    write(options.json, _plain({"instrument": instrument, **found}))
+    return 0
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A live bar on a terminal, nothing elsewhere; gives what is to be called after each of `total` steps."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def costs_with_bar(target: Target, unit: Unit) -> Costs:
+    """The costs of a target's blocks, with a live bar while they are timed."""
+    with progress(5 * len(target.rates) if unit == "time" else 0, "timing blocks") as tell:
+        return costs_of(target.model, unit, target.x, tell=tell)
+
+
+def _plain(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity: None takes their place."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

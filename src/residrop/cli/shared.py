@@ -1,0 +1,170 @@
+"""What several commands share: reading options, opening runs, showing evaluations."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from residrop.common.errors import ConfigError, RunError
+from residrop.common.torchrun import rank
+from residrop.inference import Evaluation
+from residrop.training import Recipe, Run, load_run
+
+__all__ = [
+    "RECALIBRATED",
+    "Device",
+    "Fields",
+    "Json",
+    "Quiet",
+    "RecipeName",
+    "RunPath",
+    "Weights",
+    "free_directory",
+    "open_run",
+    "parse",
+    "peek",
+    "resumed",
+    "show",
+    "table_of",
+]
+
+RECALIBRATED = "recalibrated"  # the weights file that `residrop recalibrate` writes, beside model.safetensors
+
+RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="Run directory.")]
+Weights = Annotated[
+    Literal["model", "best", "recalibrated"],
+    tyro.conf.arg(
+        help="Which weights of the run: model, best (of the validation) or recalibrated (by residrop recalibrate)."
+    ),
+]
+Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, ...; auto takes a GPU where there is one.")]
+Json = Annotated[str | None, tyro.conf.arg(help="Write the results to this file as JSON (- for standard output).")]
+Quiet = Annotated[bool, tyro.conf.arg(help="Print the final table only.")]
+RecipeName = Annotated[
+    str,
+    tyro.conf.arg(
+        help="What the other options start from: a preset, residrop recipes lists them, or the path of your own "
+        ".toml file."
+    ),
+]
+
+T = TypeVar("T")
+
+
+# Options
+
+
+def parse(kind: type[T], arguments: Sequence[str], prog: str, default: T | None = None) -> T:
+    """The options of a command as its dataclass.
+
+    Raises:
+        SystemExit: tyro has printed the help (code 0) or what is wrong (code 2); of several processes one prints.
+    """
+    values = tyro.cli(kind, args=list(arguments), prog=prog, default=default, console_outputs=rank() == 0)
+    assert isinstance(values, kind)
+    return values
+
+
+def peek(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that decides the defaults of all others, before these are parsed."""
+    found = None
+    for i, word in enumerate(arguments):  # the last one counts, as for the parser
+        if word == option and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif word.startswith(option + "="):
+            found = word.split("=", 1)[1]
+    return found
+
+
+def resumed(arguments: Sequence[str], saved: str) -> Path | None:
+    """The file `saved` of the directory that `--resume` continues; None without it, or if --recipe replaces the file.
+
+    Raises:
+        UsageError: there is no such directory.
+    """
+    if "--resume" not in arguments:
+        return None
+    out = peek(arguments, "--out")
+    if out is None:
+        raise ConfigError("--resume needs the directory to continue; add --out DIRECTORY")
+    if not (Path(out) / saved).exists():
+        raise RunError(f"{out} holds nothing to continue ({saved} is missing); leave --resume out to start anew")
+    return None if peek(arguments, "--recipe") else Path(out) / saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields(Recipe):
+    """What to train, on what, and how. Every field can be overridden on the command line."""
+
+    def __post_init__(self) -> None:
+        """Leave the check to `recipe`: tyro would print its errors in a box, as if they were its own."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Self:
+        """The fields of a recipe."""
+        return cls(**recipe.to_dict())
+
+    def recipe(self) -> Recipe:
+        """The recipe with these fields; ConfigError if there is none."""
+        return Recipe(**self.to_dict())
+
+
+# Runs
+
+
+def free_directory(name: str) -> Path:
+    """The first of runs/NAME-001, runs/NAME-002, ... that does not exist."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    taken = {path.name for path in Path("runs").glob(f"{stem}-*")}
+    number = 1
+    while f"{stem}-{number:03d}" in taken:
+        number += 1
+    return Path("runs") / f"{stem}-{number:03d}"
+
+
+def open_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
+    """A run directory and its network, on the CPU; RunError if it is damaged or has no such weights."""
+    if weights == RECALIBRATED and path.is_dir() and not (path / f"{weights}.safetensors").exists():
+        raise RunError(f"{path} has no recalibrated weights; make them with residrop recalibrate {path}")
+    return load_run(path, weights)
+
+
+# Results
+
+
+def table_of(
+    title: str | None, headings: Iterable[str], rows: Iterable[Sequence[str]], left: Collection[str] = ()
+) -> Table:
+    """A table for the terminal; the columns in `left` are words, the others numbers. Long cells are folded, not cut."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def show(console: Console, title: str, found: Evaluation, facts: dict[str, str]) -> None:
+    """Both kinds of inference as a table, then facts line by line."""
+    kinds = {"deterministic (expectation)": found.deterministic, f"sampled ({found.samples} passes)": found.sampled}
+    rows = [
+        (name, f"{one.error:.2f}%", f"{one.error_se:.2f}", f"{one.nll:.4f}", f"{one.ece:.2f}%")
+        for name, one in kinds.items()
+        if one is not None
+    ]
+    console.print(table_of(title, ("inference", "error", "± se", "NLL", "ECE"), rows, left=("inference",)))
+    if found.single_pass_error_se is not None:
+        facts = {
+            "single sampled pass": f"{found.single_pass_error:.2f} ± {found.single_pass_error_se:.2f}% error "
+            "(mean ± standard error over passes)",
+            "standard error of a probability": f"{found.probability_se:.4f} (mean over {found.images} images)",
+            **facts,
+        }
+    for name, value in facts.items():
+        console.print(f"{name}: {value}")

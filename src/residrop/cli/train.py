@@ -1,0 +1,59 @@
+"""`residrop train`: one network, then its evaluation both ways."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from residrop.cli.shared import Fields, Json, Quiet, RecipeName, free_directory, parse, peek, resumed, show
+from residrop.common.output import check_target, console_for, write
+from residrop.training import Run, preset, train
+from residrop.training.distributed import process_group
+from residrop.training.presets import short_name
+
+__all__ = ["run"]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one network with randomly present blocks and evaluate it, in expectation and by sampling.
+
+    Start from a recipe and override any field: residrop train --recipe swapout/v2-20-w1 --data PATH --epochs 10.
+    Learning-rate drops are shares of the training, so fewer epochs keep the schedule's shape. Ctrl-C saves;
+    residrop train --resume --out RUN continues, and on the CPU gives the weights of an uninterrupted run.
+
+    On several GPUs or processes: torchrun --nproc-per-node 2 -m residrop train ... Each takes its share of every batch.
+    """
+
+    settings: tyro.conf.OmitArgPrefixes[Fields] = field(default_factory=Fields)
+    recipe: RecipeName = "digits"
+    out: Path | None = None
+    """Run directory (default: runs/RECIPE-001, -002, ...)."""
+    resume: bool = False
+    """Continue the run in --out; its recipe is read from there unless --recipe is given."""
+    json: Json = None
+    quiet: Quiet = False
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Train (into a free directory if none is named), show the evaluation, write JSON."""
+    name, saved = peek(arguments, "--recipe") or "digits", resumed(arguments, "recipe.json")
+    start = Run.open(saved.parent).recipe() if saved else preset(name).recipe
+    args = parse(Train, arguments, prog, Train(settings=Fields.from_recipe(start), recipe=name))
+    recipe = args.settings.recipe()
+    with process_group(recipe.device) as ranks:
+        ranks.from_main(lambda: check_target(args.json))
+        place = ranks.from_main(lambda: args.out or free_directory(short_name(args.recipe)))
+        outcome = train(recipe, place, resume=args.resume, quiet=args.quiet)
+    if not ranks.main:
+        return 0
+    facts = {
+        "parameters": f"{outcome.parameters:,}",
+        "expected depth": f"{outcome.expected_depth:.2f} blocks",
+        "training time": f"{outcome.train_seconds:.1f} s",
+        "run": str(place),
+    }
+    show(console_for(args.json), f"{recipe.network}, {recipe.rule}, {recipe.data}", outcome.evaluation, facts)
+    write(args.json, outcome.to_dict())
+    return 0
