@@ -5,6 +5,12 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+import residrop
 from common import (
     CLASSES,
     WIDTH,
@@ -19,12 +25,6 @@ from common import (
     share,
     untouched,
 )
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
-
-import residrop
 from residrop.blocks.attach import sampler_of
 from residrop.common.errors import RankError, UsageError
 from residrop.engines.distributed import check_ranks, data_parallel

@@ -6,13 +6,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from common import Traffic, everywhere, plain_names, run, share, whole
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 import residrop
+from common import Traffic, everywhere, plain_names, run, share, whole
 from residrop.engines.distributed import check_ranks
 
 LAYERS, ROWS = 4, 4

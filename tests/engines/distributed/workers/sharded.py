@@ -8,6 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn import functional as F
+
+import residrop
 from common import (
     ROWS,
     WIDTH,
@@ -21,12 +27,6 @@ from common import (
     share,
     whole,
 )
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn import functional as F
-
-import residrop
 from residrop.blocks.attach import sampler_of
 from residrop.common.errors import ConfigError, RankError
 from residrop.engines.distributed import check_ranks, complete_state, data_parallel, prefetch
