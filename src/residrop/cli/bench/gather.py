@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from residrop.cli.shared import table_of
 from residrop.common.output import console_for, write
 from residrop.research import ledger
-from residrop.research.report.blocks import Block, Text
+from residrop.research.report.blocks import Block, Grid, Text
 from residrop.research.report.measurements import summarise
-from residrop.research.report.terminal import show
 
-__all__ = ["command_of", "gather", "steps_bar"]
+__all__ = ["command_of", "gather", "show", "steps_bar"]
 
 Rows = Sequence[dict[str, Any]]
 
@@ -41,6 +41,16 @@ def gather(target: str | None, parts: Iterable[Rows], what: str, command: str) -
     if code:
         print(f"residrop: interrupted; {len(rows)} rows were measured", file=sys.stderr)
     return code
+
+
+def show(console: Console, blocks: Iterable[Block]) -> None:
+    """Print the texts and tables of a report; charts are left to the page."""
+    for block in blocks:
+        if isinstance(block, Text):
+            console.print(block.text)
+        elif isinstance(block, Grid):
+            left = {heading for column, heading in enumerate(block.headings) if column in block.wordy}
+            console.print(table_of(None, block.headings, block.rows, left))
 
 
 def command_of(start: str, args: object, default: object) -> str:

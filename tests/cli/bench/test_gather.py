@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
+from residrop.cli.bench.gather import show
 from residrop.research.report.blocks import Chart, Grid, Series, Text
-from residrop.research.report.terminal import show
 
 
 def test_texts_and_tables_are_shown_and_names_are_no_markup():
