@@ -1,6 +1,6 @@
 """Optional packages: a missing one is answered by the command that installs it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from residrop.common.errors import MissingExtraError
@@ -9,7 +9,7 @@ __all__ = ["extra"]
 
 
 @contextmanager
-def extra(name: str) -> Iterator[None]:
+def extra(name: str) -> Generator[None, None, None]:
     """Put around imports of packages that only the extra `name` of residrop installs (see pyproject.toml).
 
     Raises:

@@ -3,14 +3,14 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 __all__ = ["replacing", "write_json"]
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path, None, None]:
     """Write to a temporary file beside `path`, then put it in place at once: readers see the old or the new file.
 
     Its name is fixed, so that what a killed process leaves is overwritten and does not pile up.

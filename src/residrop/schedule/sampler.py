@@ -5,7 +5,7 @@ under activation checkpointing, and after a resume. Nothing is read from or left
 nothing asks the device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -236,7 +236,7 @@ class DepthSampler:
         return self._now
 
     @contextmanager
-    def _obeying(self, force: "_Force") -> Iterator[None]:
+    def _obeying(self, force: "_Force") -> Generator[None, None, None]:
         before, self._now = self._now, force
         try:
             yield

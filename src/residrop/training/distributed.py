@@ -146,7 +146,7 @@ class Votes:
         self._pending = vote, work
         return before
 
-    def release(self, request: int) -> int:
+    def settle(self, request: int) -> int:
         """The highest request of now and of votes still open, known at once; to be called by all ranks."""
         if self._group is None:
             return request

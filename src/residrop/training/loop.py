@@ -99,14 +99,14 @@ def run_epochs(
                 break  # the epoch's own evaluation and save follow; a state between the two could not be resumed
             late = now - saved_at > 60.0 * recipe.checkpoint_minutes
             if request := votes.cast(_STOP if stopped.is_set() else _SAVE if late else 0):
-                request = votes.release(request)
+                request = votes.settle(request)
                 _check_finite(state, epoch)  # a good state is not overwritten by a lost one
                 state.save(run)
                 saved_at = started = time.perf_counter()
                 _check_stopped(request, state, run)
         _end_epoch(recipe, run, state, epoch, steps, others, book, meter, autocast, loader)
         saved_at = time.perf_counter()
-        _check_stopped(votes.release(_STOP if stopped.is_set() else 0), state, run)
+        _check_stopped(votes.settle(_STOP if stopped.is_set() else 0), state, run)
 
 
 def updates(recipe: Recipe, state: State, loader: Loader, epoch: int, start: int = 0) -> Iterator[None]:
