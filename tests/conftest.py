@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,42 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("residrop")
+
+
+# One property over a product of options, seconds each: of these the first and every n-th after it run by default, and all
+# of them with `-m "slow or not slow"`. Strides share no factor with the lengths of the products, so that all options occur.
+EVERY = {
+    "test_expectation_equals_average_of_samples": 7,
+    "test_batches_of_any_size": 2,
+    "test_unit_level_is_one_full_graph": 3,
+    "test_training_equals_eager_and_is_compiled_once": 4,
+    "test_given_plans_sampling_and_eval": 4,
+    "test_every_rule_equals_eager": 2,
+    "test_checkpointed_compiled_root": 3,
+    "test_compiled_with_checkpointed_blocks": 3,
+    "test_training_with_it_equals_eager": 2,
+    "test_applied_models": 3,
+    "test_moving_rates_are_not_compiled_in": 3,
+    "test_compiled_blocks_in_an_eager_root": 2,
+    "test_block_with_some_rows": 3,
+    "test_block_under_every_combination_of_coins": 3,
+    "test_block_is_the_plain_one_where_nothing_is_dropped": 3,
+    "test_files_predict_as_the_model_at_any_batch_size": 3,
+    "test_a_network_is_rebuilt_from_safetensors_alone": 3,
+    "test_a_sampled_pass_from_a_file_is_that_of_the_same_plan": 3,
+    "test_nothing_of_residrop_is_left": 2,
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen: Counter[tuple[str, str]] = Counter()
+    for item in items:
+        family = item.path.name, item.name.partition("[")[0]
+        if family[1] in EVERY:
+            if seen[family] % EVERY[family[1]]:
+                item.add_marker(pytest.mark.slow)
+            seen[family] += 1
 
 
 def pytest_configure() -> None:

@@ -201,6 +201,7 @@ def code_with(backend, autocast=True):
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_code_has_no_long_chains_and_keeps_no_bools():
     """And is not taken from what plain Inductor has left in its cache for the same graph, nor the other way round."""

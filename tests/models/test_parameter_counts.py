@@ -24,7 +24,9 @@ PUBLISHED = [
         1.7,
         SWAPOUT_T4 + ", ResNet v1(110), here with the biases of Huang et al.'s release",
     ),
-    ("resnet-1202", {}, 19_421_274, 19.4, SWAPOUT_T4 + ", Stochastic Depth v1(1202)"),
+    pytest.param(
+        "resnet-1202", {}, 19_421_274, 19.4, SWAPOUT_T4 + ", Stochastic Depth v1(1202)", marks=pytest.mark.slow
+    ),
     (OURS + "20", {}, 273_066, 0.27, SWAPOUT_T1 + ", ResNet v1 Ours x1"),
     (OURS + "20", {"width": 2, "block": "v1"}, 1_085_770, 1.09, SWAPOUT_T1 + ", Swapout v1 x2"),
     (OURS + "20", {"width": 2, "block": "v2"}, 1_085_770, 1.09, SWAPOUT_T1 + ", Swapout v2 x2"),

@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "timm_finetune.py"
 
 
+@pytest.mark.slow
 def test_it_runs():
     command = [sys.executable, str(EXAMPLE), "--epochs", "1"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280).stdout
