@@ -28,7 +28,7 @@ settings.load_profile("residrop")
 
 
 # One property over a product of options, seconds each: of these the first and every n-th after it run by default, and all
-# of them with `-m "slow or not slow"`. Strides share no factor with the lengths of the products, so that all options occur.
+# of them where slow tests do.
 EVERY = {
     "test_expectation_equals_average_of_samples": 7,
     "test_batches_of_any_size": 2,
