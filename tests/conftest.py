@@ -27,8 +27,8 @@ settings.register_profile(
 settings.load_profile("residrop")
 
 
-# One property over a product of options, seconds each: of these the first and every n-th after it run by default, and all
-# of them where slow tests do.
+# One property over a product of options, seconds each: of these the first and every n-th after it run by default, and
+# all of them where slow tests do.
 EVERY = {
     "test_expectation_equals_average_of_samples": 7,
     "test_batches_of_any_size": 2,
