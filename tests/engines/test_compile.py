@@ -310,6 +310,7 @@ def test_given_plans_sampling_and_eval(way, kind):
     assert sampler_of(model).step == sampler.step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["torch.compile", "residrop.compile"])
 @torch._dynamo.config.patch(recompile_limit=64)  # none, one, some and all rows are graphs apart
 def test_batches_of_any_size(way):

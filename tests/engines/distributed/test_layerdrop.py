@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,6 @@ def test_their_layer_drop_takes_the_wrong_layers_where_only_those_are_sharded(fo
     assert found["crossed"]["off"] > 0.1
 
 
-@pytest.mark.slow
 def test_their_layer_drop_hangs_where_only_layers_are_sharded(torchrun, tmp_path):
     """As fairseq's did (facebookresearch/fairseq#3875, fairscale#796)."""
     done = torchrun(

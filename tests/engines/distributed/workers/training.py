@@ -119,8 +119,8 @@ def votes():
     box = Votes(Ranks(dist.get_rank(), dist.get_world_size()))
     rank = dist.get_rank()
     heard = [box.cast(request) for request in (0, rank, 2 * (1 - rank), 0, 0)]
-    heard.append(box.release(0))
-    heard += [box.cast(2 if rank else 0), box.release(0), box.release(0), box.release(rank)]
+    heard.append(box.settle(0))
+    heard += [box.cast(2 if rank else 0), box.settle(0), box.settle(0), box.settle(rank)]
     return everywhere(heard)
 
 
