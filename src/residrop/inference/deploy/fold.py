@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from residrop.blocks.attach import detach, in_expectation, rules_of
 from residrop.blocks.modes import evaluating
 from residrop.blocks.residual import Chain, Residual
-from residrop.blocks.skippable import forget_blocks
 from residrop.common.errors import ConfigError
 from residrop.inference.deploy.folding import SCALE, fold_graph, without_hooks
 from residrop.models.blocks import Scale
@@ -146,7 +145,6 @@ def _plain_again(model: nn.Module, factors: dict[Rule, tuple[float, ...]]) -> di
             uninstall_rules(block)
             if not certain:
                 generic[block] = own[0]
-    forget_blocks(model)
     return generic
 
 
