@@ -341,10 +341,16 @@ class Dropping(Mlp):
 
 def test_drop_modules_inside_are_taken_over():
     model = Model(Dropping(0.5), Dropping(0.0)).double().train()
+    plain = copy.deepcopy(model)
     report = residrop.apply(model, blocks=Dropping)
     assert [(entry.rates, entry.granularity) for entry in report.blocks] == [((0.5,), "block"), ((1.0,), "block")]
     drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
-    assert [drop.p for drop in drops] == [0.0] * 4
+    x = batch()
+    free = copy.deepcopy(plain)
+    for block in free.blocks:
+        block.depth = nn.Identity()
+    with residrop.using(model, Plan.of([True, True])):
+        torch.testing.assert_close(model(x), free.blocks[1](x + 2 * (free.blocks[0](x) - x)))
     residrop.remove(model)
     assert [drop.p for drop in drops] == [0.5, 0.25, 0.0, 0.0]
 

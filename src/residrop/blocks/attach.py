@@ -1,7 +1,7 @@
 """Connecting a model to its draws: `attach` once, then `using` and `sampling` as contexts."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from residrop.schedule.survival import explicit
 from residrop.schedule.timing import Schedule, Timing
 
 __all__ = [
+    "BEFORE_DRAWS",
     "attach",
     "depth_of",
     "detach",
@@ -33,6 +34,8 @@ __all__ = [
     "set_survival",
     "using",
 ]
+
+BEFORE_DRAWS = "_before_draws"  # name of a root's list of functions, called before the plan of a training step is drawn
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -139,6 +142,9 @@ class _BeforeRoot(_AtRoot):
     def begin(self, module: nn.Module, args: object, feeds_graph: bool) -> None:
         backward = _in_backward()  # a checkpointed root is run again there, and is no new step
         if not backward:
+            if module.training:
+                for function in module.__dict__.get(BEFORE_DRAWS, ()):
+                    function()
             self.sampler.before_forward(module.training)
             plan = self.sampler.in_force.plan
             if self.sampler.observers and module.training and plan is not None:

@@ -5,7 +5,7 @@ branches) and the block's own class. The rules become a child module without par
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from residrop.surgery.containers import RULES, Container
 __all__ = [
     "AppliedBlock",
     "Branch",
+    "Change",
     "ForeignBlock",
-    "Undo",
     "check_unchanged",
     "install_rules",
     "record_changes",
@@ -31,15 +31,12 @@ __all__ = [
 _IDENTITY = nn.Identity()
 
 
-class Undo:
-    """An attribute of a module that was changed while rules are applied, and its value before."""
-
-    def __init__(self, module: Any, name: str, value: Any) -> None:
-        self.module, self.name, self.before = module, name, getattr(module, name)
-        setattr(module, name, value)
+class Change(Protocol):
+    """Something that was changed in a model while rules are applied."""
 
     def undo(self) -> None:
-        setattr(self.module, self.name, self.before)
+        """Put it back."""
+        ...
 
 
 class AppliedBlock(Skippable):
@@ -194,7 +191,7 @@ def install_rules(block: nn.Module, mixin: type[AppliedBlock], rules: Sequence[R
     block.__class__ = _CLASSES[key]
 
 
-def record_changes(block: nn.Module, changes: Sequence[Undo]) -> None:
+def record_changes(block: nn.Module, changes: Sequence[Change]) -> None:
     """Changes that `uninstall_rules` is to undo."""
     block.__dict__["_residrop_undo"].extend(changes)
 
