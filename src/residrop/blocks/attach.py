@@ -1,7 +1,7 @@
 """Connecting a model to its draws: `attach` once, then `using` and `sampling` as contexts."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
