@@ -15,6 +15,7 @@ from residrop.schedule.timing import Timing
 from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules, record_changes, uninstall_rules
 from residrop.surgery.drops import Own, own_survival, replaced
 from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
+from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.report import Entry, Report
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
@@ -37,6 +38,7 @@ def apply(
     timing: Timing | str = "constant",
     whole: Sequence[str] = (),
     cut: Sequence[str] = (),
+    unused: Sequence[str] = (),
     **options: Any,
 ) -> Report:
     """Put the residual blocks of any model under a rule, in place; `remove` is the way back.
@@ -65,6 +67,9 @@ def apply(
         timing: as in `residrop.attach`.
         whole: names of block arguments that all rows share, which row level must not cut.
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
+        unused: where, in what blocks under the generic rule return besides the hidden state, there is something that
+            nothing needs from an absent block: an index ("1"), a key ("attentions"), or both with dots between. It is
+            None then. Everything else must be an argument handed on, None or a constant, or training is refused.
         options: further options of the rule.
 
     Returns:
@@ -77,7 +82,7 @@ def apply(
     options = {**options, "granularity": granularity, "rescale": rescale}
     todo, left, drops = _chosen(model, rule, survival, blocks, branches, options)
     inherits = isinstance(survival, str) and survival == "from_model"
-    left += _carried_out(model, todo, drops, (frozenset(whole), frozenset(cut)), inherits, seed, timing)
+    left += _carried_out(model, todo, drops, (frozenset(whole), frozenset(cut)), frozenset(unused), inherits, seed, timing)
     return _reported(todo, left)
 
 
@@ -99,7 +104,10 @@ def _chosen(
         if own is None:
             left.append((one.name, "it has no drop module of its own"))
         else:
-            todo.append((one, [_make(rule, each, options) for each in own]))
+            made = [_make(rule, each, options) for each in own]
+            if any(each.granularity == "row" for each in made):
+                check_batch_first(one.name, one.block)
+            todo.append((one, made))
     left += _stray(model, [one for one, _ in todo], left)
     return todo, left, drops
 
@@ -109,6 +117,7 @@ def _carried_out(
     todo: list[tuple[Found, list[Rule]]],
     drops: Any,
     arguments: tuple[frozenset[str], frozenset[str]],
+    unused: frozenset[str],
     inherits: bool,
     seed: int,
     timing: Timing | str,
@@ -116,7 +125,7 @@ def _carried_out(
     """Change the model, wholly or not at all; returns what turned out to be left alone."""
     blocks = [one.block for one, _ in todo]
     try:
-        _put(todo, arguments, inherits)
+        _put(todo, arguments, unused, inherits)
         left = end_layer_drop(model, blocks, drops, inherits)
         mark_settled(model, [one for one, _ in todo])
         connect(model, seed=seed, timing=timing)
@@ -212,9 +221,15 @@ def _stray(model: nn.Module, found: list[Found], left: list[LeftAlone]) -> list[
     return stray
 
 
-def _put(todo: list[tuple[Found, list[Rule]]], cutting: tuple[frozenset[str], frozenset[str]], inherits: bool) -> None:
+def _put(
+    todo: list[tuple[Found, list[Rule]]],
+    cutting: tuple[frozenset[str], frozenset[str]],
+    unused: frozenset[str],
+    inherits: bool,
+) -> None:
     for one, made in todo:
         install_rules(one.block, one.mixin, made)
         drops = [(module, made[number]) for number, module in drops_of(one)]
         record_changes(one.block, replaced(drops, inherits and one.drop is None))
         one.block.__dict__["residrop_cutting"] = cutting
+        one.block.__dict__["residrop_unused"] = unused

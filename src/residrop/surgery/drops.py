@@ -147,5 +147,5 @@ def replaced(pairs: Sequence[tuple[nn.Module, Rule]], follows: bool) -> list[Cha
         if follows and (rules := module.__dict__[_RULES]) is not None:
             if rule not in rules:
                 rules.append(rule)
-            rule.__dict__.setdefault(_SOURCES, []).append(module)
+            vars(rule).setdefault(_SOURCES, []).append(module)
     return changes

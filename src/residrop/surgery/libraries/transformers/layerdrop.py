@@ -22,7 +22,13 @@ from residrop.surgery.generic import GenericBlock
 __all__ = ["LayerDrop", "end_layer_drop", "layer_drops"]
 
 
-class CarryingLayer(GenericBlock):
+class DroppedLayer(GenericBlock):
+    """A whole layer whose model drops it by itself, and so makes do with None for whatever else it returns."""
+
+    residrop_lenient = True
+
+
+class CarryingLayer(DroppedLayer):
     """A whole layer that returns a second state with the hidden one; where it is absent, it hands on what it got.
 
     Attributes:
@@ -85,7 +91,7 @@ def layer_drops(model: nn.Module) -> dict[nn.Module, LayerDrop]:
         if not attribute or not isinstance(layers, nn.ModuleList):
             continue
         survival = 1.0 - _value(owner, attribute)
-        mixin = None if name.endswith(_NOT_RESIDUAL) else _MIXINS.get(name, GenericBlock)
+        mixin = None if name.endswith(_NOT_RESIDUAL) else _MIXINS.get(name, DroppedLayer)
         for number, layer in enumerate(layers):
             rate = 1.0 if number == 0 and name in _FIRST_STAYS else survival
             found[layer] = LayerDrop(owner, attribute, rate, mixin, survival < 1.0)
