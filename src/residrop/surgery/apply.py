@@ -15,6 +15,7 @@ from residrop.schedule.timing import Timing
 from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules, record_changes, uninstall_rules
 from residrop.surgery.drops import Own, own_survival, silenced
 from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
+from residrop.surgery.libraries.transformers.routers import watch_routers
 from residrop.surgery.report import Entry, Report
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
@@ -114,6 +115,7 @@ def _carried_out(
     try:
         _put(todo, arguments)
         left = end_layer_drop(model, blocks, drops)
+        watch_routers(model, blocks)
         mark_settled(model, [one for one, _ in todo])
         connect(model, seed=seed, timing=timing)
     except BaseException:
