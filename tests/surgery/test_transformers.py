@@ -275,11 +275,13 @@ def test_half_filled_caches_are_refused():
     model = _causal("llama")
     with pytest.raises(PlanError, match="cache of keys and values in a pass with coins; generate text in eval mode"):
         model.train().generate(ids(2, 4), **options)
+    assert residrop.sampler_of(model).step == 0
     with residrop.sampling(model), pytest.raises(PlanError, match="cache of keys and values"):
         model.generate(ids(2, 4), **options)
     cache = model.eval()(ids(2, 4), use_cache=True).past_key_values
     with pytest.raises(PlanError, match="cache of keys and values"):
         model.train()(ids(2, 1), None, None, cache)  # by place: its name depends on the version
+    assert residrop.sampler_of(model).step == 0
 
 
 def test_generation_under_a_plan_or_sampled_without_a_cache():

@@ -1,7 +1,7 @@
 """Connecting a model to its draws: `attach` once, then `using` and `sampling` as contexts."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from residrop.blocks.inactive import EvalWatch, warn_if_certain
 from residrop.blocks.modes import evaluating
-from residrop.blocks.skippable import forget_blocks
+from residrop.blocks.skippable import Skippable, forget_blocks
 from residrop.common.errors import ConfigError, PlanError
 from residrop.functional.static_draws import StaticDraws
 from residrop.rules.base import Rule
@@ -84,8 +84,11 @@ def connect(
     detach(model)  # an earlier sampler must not go on drawing
     for index, rule in enumerate(rules):
         rule.join(sampler, index)
-    model.register_forward_pre_hook(_BeforeRoot(sampler, rules), with_kwargs=True)
-    model.register_forward_hook(_AfterRoot(sampler, rules))
+    before = _BeforeRoot(sampler, rules)
+    blocks = (module for module in model.modules() if isinstance(module, Skippable))
+    before.checks = tuple(dict.fromkeys(check for block in blocks for check in block.residrop_checks))
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(_AfterRoot(before), always_call=True)
     return sampler
 
 
@@ -102,6 +105,8 @@ def detach(model: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if isinstance(hook, _AtRoot):
                     del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
         if isinstance(module, Rule):
             module.leave()
 
@@ -129,8 +134,11 @@ class _AtRoot:
 class _BeforeRoot(_AtRoot):
     feeds_graph = False  # whether a graph comes next
     static_draws: StaticDraws | None = None  # where its draws are to lie, if it is a CUDA graph
+    checks: tuple[Callable[..., None], ...] = ()  # see `Skippable.residrop_checks`
+    handled = id(None)  # the error that is being handled when a pass begins: the caller's own
+    rows: int | None = None  # of the batch, for observers
 
-    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         deferred = self.deferred(module)
         if deferred:
             from residrop.rules import tracing
@@ -139,18 +147,18 @@ class _BeforeRoot(_AtRoot):
         elif deferred is not None:
             self.begin(module, (args, kwargs), self.feeds_graph)
 
-    def begin(self, module: nn.Module, args: object, feeds_graph: bool) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, Any], feeds_graph: bool) -> None:
         backward = _in_backward()  # a checkpointed root is run again there, and is no new step
         if not backward:
             if module.training:
                 for function in module.__dict__.get(BEFORE_DRAWS, ()):
                     function()
+            if not self.sampler.in_force.given and (module.training or self.sampler.in_force.always):
+                for check in self.checks:
+                    check(module, *args)
+            self.handled = id(sys.exc_info()[1])
             self.sampler.before_forward(module.training)
-            plan = self.sampler.in_force.plan
-            if self.sampler.observers and module.training and plan is not None:
-                rows = _batch_size(args)
-                for tell in self.sampler.observers:
-                    tell(plan, rows)
+            self.rows = _batch_size(args) if self.sampler.observers else None
         if backward or not torch.is_grad_enabled():
             self.remember()
         self.sampler.graph_draws = None
@@ -206,11 +214,15 @@ def _batch_size(args: object) -> int | None:
 
 
 class _AfterRoot(_AtRoot):
-    """Ties a forward's plan to its outputs, so that recomputation in their backward finds it, whatever ran since."""
+    """Ties a forward's plan to its outputs, so that recomputation in their backward finds it, whatever ran since.
 
-    def __init__(self, sampler: DepthSampler, rules: list[Rule]) -> None:
-        super().__init__(sampler, rules)
-        self.watch = EvalWatch(sampler)
+    It is also called after a forward that raised an error, of which nothing may stay behind.
+    """
+
+    def __init__(self, before: _BeforeRoot) -> None:
+        super().__init__(before.sampler, before.rules)
+        self.before = before
+        self.watch = EvalWatch(before.sampler)
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         deferred = self.deferred(module)
@@ -223,8 +235,17 @@ class _AfterRoot(_AtRoot):
 
     def end(self, module: nn.Module, output: object) -> None:
         self.sampler.graph_draws = None
+        if _in_backward():
+            return
+        failed = id(sys.exc_info()[1]) != self.before.handled
+        self.sampler.after_forward(failed=failed)
+        if failed:
+            return
         force = self.sampler.in_force
-        if not torch.is_grad_enabled() or _in_backward():
+        if module.training and force.plan is not None:
+            for tell in self.sampler.observers:
+                tell(force.plan, self.before.rows)
+        if not torch.is_grad_enabled():
             return
         if not (module.training or force.always):
             self.watch.after_forward(module, output)

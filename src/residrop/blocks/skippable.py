@@ -1,7 +1,7 @@
 """Blocks that are passed by when all their branches are absent, before any engine's hooks see the call."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class Skippable(nn.Module):
     parameter is needed it goes straight to `forward`, and the block is neither gathered nor reduced. Forward hooks
     that others put on the block do not run then, either.
     """
+
+    # called as (root, args, kwargs) before a pass with coins of the root draws: may refuse the call
+    residrop_checks: ClassVar[tuple[Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None], ...]] = ()
 
     def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[Part]]]:
         """Every rule of the block with the modules (or parameters) that only its branch uses."""

@@ -155,6 +155,7 @@ class DepthSampler:
         self._rank = rank
         self._place(sites, parse(timing))
         self._now = _Force()
+        self._before: tuple[int, _Force] | None = None  # of a pass of the root that is not finished
         self._recalled: _Force | None = None  # what a running backward pass recomputes under
         self.observers: list[Callable[[Plan, int | None], None]] = []  # told every training plan and its batch size
         self.graph_draws: Any = None  # the draw in force as data for a compiled graph (`residrop.rules.tracing`)
@@ -246,6 +247,7 @@ class DepthSampler:
     def before_forward(self, training: bool) -> None:
         """Called before every forward of the root module: make the plan of this pass."""
         self._recalled = None  # backward passes of earlier forwards name theirs again
+        self._before = self.step, self._now
         if self._now.given:
             return
         if self._now.sample is not None:
@@ -254,6 +256,12 @@ class DepthSampler:
         elif training:
             self._now = _Force(self.plan())
             self.step += 1
+
+    def after_forward(self, *, failed: bool) -> None:
+        """Called after every forward of the root module: a pass that raised an error was no step."""
+        if failed and self._before is not None:
+            self.step, self._now = self._before
+        self._before = None
 
     def recall(self, force: "_Force") -> None:
         """From here on, recomputation in backward obeys what its own forward obeyed."""

@@ -15,8 +15,9 @@ from residrop.schedule.timing import Timing
 from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules, record_changes, uninstall_rules
 from residrop.surgery.drops import Own, own_survival, replaced
 from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
-from residrop.surgery.rowwise import check_batch_first
+from residrop.surgery.libraries.transformers.routers import watch_routers
 from residrop.surgery.report import Entry, Report
+from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
 
@@ -82,7 +83,9 @@ def apply(
     options = {**options, "granularity": granularity, "rescale": rescale}
     todo, left, drops = _chosen(model, rule, survival, blocks, branches, options)
     inherits = isinstance(survival, str) and survival == "from_model"
-    left += _carried_out(model, todo, drops, (frozenset(whole), frozenset(cut)), frozenset(unused), inherits, seed, timing)
+    left += _carried_out(
+        model, todo, drops, (frozenset(whole), frozenset(cut)), frozenset(unused), inherits, seed, timing
+    )
     return _reported(todo, left)
 
 
@@ -127,6 +130,7 @@ def _carried_out(
     try:
         _put(todo, arguments, unused, inherits)
         left = end_layer_drop(model, blocks, drops, inherits)
+        watch_routers(model, blocks)
         mark_settled(model, [one for one, _ in todo])
         connect(model, seed=seed, timing=timing)
     except BaseException:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map, tree_map_with_path
 
 from residrop.common.errors import PlanError
 
-__all__ = ["Cutting", "Signature", "Whole", "call", "pack", "settle_caches", "unpack"]
+__all__ = ["Cutting", "Signature", "Whole", "call", "pack", "refuse_caches", "settle_caches", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,34 @@ def _packed(x: Tensor, where: str, cutting: Cutting, name: str, value: Any) -> A
     return tree_map_with_path(one, value)
 
 
+_CACHE = (
+    "got a cache of keys and values in a pass with coins; generate text in eval mode outside of residrop.sampling, or "
+    "pass use_cache=False"
+)
+
+
+def refuse_caches(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """PlanError if a model is given a cache that a block under a rule would only half fill, as `generate` gives it.
+
+    It is asked before the first of a text's passes has drawn; `settle_caches` sees caches that come on other ways.
+    """
+    if not any(_is_cache(value) for value in (*args, *kwargs.values())):
+        return
+    for block in root.modules():
+        taken = getattr(type(block), "residrop_signature", None)
+        if taken is not None and not _NAMES.isdisjoint(taken.own.parameters):
+            rules: Any = block.residrop_rules
+            if any(rule.tosses() and min(rule.rates) < 1.0 for rule in rules):
+                raise PlanError(f"{type(root).__name__} {_CACHE}")
+
+
+_NAMES = frozenset({"cache", "layer_past", "past_key_value", "past_key_values"})
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
+
+
 def settle_caches(
     block: nn.Module, rules: Iterable[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -132,22 +160,19 @@ def settle_caches(
     Raises:
         PlanError: a cache in training that is not new, or one in eval mode where rows or a branch are absent.
     """
-    if not any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+    if not any(_is_cache(value) for value in (*args, *kwargs.values())):
         return args, kwargs
     draws = [rule.draw() for rule in rules if rule.rates]
     if all(draw.expected or min(draw.rates) == 1.0 or (draw.alive and not block.training) for draw in draws):
         return args, kwargs
 
     def one(value: Any) -> Any:
-        if not hasattr(value, "get_seq_length"):
+        if not _is_cache(value):
             return value
         left_out: set[int] = value.__dict__.setdefault("residrop_left_out", set())
         again = id(block) in left_out and torch._C._current_graph_task_id() == -1  # not a recomputation in backward
         if not block.training or again or _length(value, block) > 0:
-            raise PlanError(
-                f"{type(block).__name__} got a cache of keys and values in a pass with coins; generate text in eval "
-                "mode outside of residrop.sampling, or pass use_cache=False"
-            )
+            raise PlanError(f"{type(block).__name__} {_CACHE}")
         left_out.add(id(block))
         return None
 

@@ -14,7 +14,7 @@ from residrop.blocks.skippable import Part, Skippable
 from residrop.common.errors import ConfigError
 from residrop.functional.layout import relu_by_signs
 from residrop.rules.base import Rule
-from residrop.surgery.arguments import Cutting, Signature, call, pack, settle_caches
+from residrop.surgery.arguments import Cutting, Signature, call, pack, refuse_caches, settle_caches
 from residrop.surgery.containers import RULES, Container
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Branch",
     "Change",
     "ForeignBlock",
+    "Hooked",
     "check_unchanged",
     "install_rules",
     "record_changes",
@@ -39,11 +40,25 @@ class Change(Protocol):
         ...
 
 
+class Hooked:
+    """A forward hook (or, with `before`, a pre-forward hook that is given named arguments, too) that a module has while
+    rules are applied."""
+
+    def __init__(self, module: nn.Module, hook: Callable[..., Any], *, before: bool = False) -> None:
+        self.handle = (
+            module.register_forward_pre_hook(hook, with_kwargs=True) if before else module.register_forward_hook(hook)
+        )
+
+    def undo(self) -> None:
+        self.handle.remove()
+
+
 class AppliedBlock(Skippable):
     """Base of all that stands in front of a foreign class. Its names begin with `residrop`: a block of any class has
     attributes of its own, which must not be hidden."""
 
     residrop_rules: nn.ModuleList
+    residrop_checks = (refuse_caches,)
     residrop_signature: ClassVar[Signature]  # of the forward of the block's own class
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
