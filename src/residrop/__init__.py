@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from residrop.blocks.observe import observe as observe
     from residrop.blocks.residual import Residual as Residual
     from residrop.common.errors import InactiveWarning as InactiveWarning
+    from residrop.common.errors import SharedBlockWarning as SharedBlockWarning
     from residrop.common.errors import UsageError as UsageError
     from residrop.engines.compiling import compile as compile
     from residrop.engines.compiling import compile_branches as compile_branches
@@ -63,7 +64,7 @@ _NAMES = {
     "residrop.blocks.attach": ("attach", "sampler_of", "sampling", "set_survival", "using"),
     "residrop.blocks.observe": ("branch_flops", "observe"),
     "residrop.blocks.residual": ("Residual",),
-    "residrop.common.errors": ("InactiveWarning", "UsageError"),
+    "residrop.common.errors": ("InactiveWarning", "SharedBlockWarning", "UsageError"),
     "residrop.engines.compiling": ("compile", "compile_branches"),
     "residrop.inference.deploy.export": ("export",),
     "residrop.inference.deploy.fold": ("fold",),

@@ -763,7 +763,9 @@ def test_constant_depth_trains_without_attach():
 
 def test_part_run_before_root_refused():
     model = tower(RANDOM[0])
-    with pytest.raises(PlanError, match="run before its root: call the module that"):
+    with pytest.raises(
+        PlanError, match="run outside of a forward of its root, so it has no draw: call the module that"
+    ):
         model[0](batch())
 
 
@@ -923,7 +925,7 @@ def test_using_nests_and_survives_exceptions():
             raise KeyError("inner")
         assert_same(model(x), high)
     assert not torch.equal(high, low)
-    with pytest.raises(PlanError, match="run before its root"):
+    with pytest.raises(PlanError, match="run outside of a forward of its root"):
         model[0](x)
 
 
@@ -1091,7 +1093,7 @@ def test_sampling_a_part_before_its_root_refused():
     """Otherwise the part would silently obey the plan of the last training step."""
     model, x = normed(), batch()
     model(x)
-    with sampling(model), pytest.raises(PlanError, match="before its root"):
+    with sampling(model), pytest.raises(PlanError, match="outside of a forward of its root"):
         model[2](x)
 
 

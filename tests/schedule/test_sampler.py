@@ -427,7 +427,7 @@ def test_give_refuses_other_length(length):
     sampler = DepthSampler(BLOCKS)
     with pytest.raises(PlanError, match=f"the plan has {length} draws, the model 24 rules; they must agree"):
         sampler.giving(Plan.of([True] * length))
-    with pytest.raises(PlanError, match="run before its root"):
+    with pytest.raises(PlanError, match="run outside of a forward of its root"):
         sampler.draw(0, True)
 
 
@@ -455,7 +455,10 @@ def test_given_plan_is_obeyed_and_steps_stand_still():
 def test_draw_before_any_plan_refused():
     sampler = DepthSampler(BLOCKS)
     assert sampler.draw(0, False) is None
-    with pytest.raises(PlanError, match=r"run before its root: call the module that residrop\.attach was given"):
+    with pytest.raises(
+        PlanError,
+        match=r"so it has no draw: call the module that residrop\.attach or residrop\.apply was given",
+    ):
         sampler.draw(0, True)
 
 

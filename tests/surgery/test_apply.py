@@ -403,7 +403,7 @@ def test_training_advances_and_eval_does_not():
     assert sampler.step == 2
     fresh = resnet().train()
     residrop.apply(fresh, survival=0.5)
-    with pytest.raises(PlanError, match="run before its root"):
+    with pytest.raises(PlanError, match="run outside of a forward of its root"):
         fresh.layer1(torch.randn(2, 64, 8, 8))
 
 

@@ -238,10 +238,10 @@ class _AfterRoot(_AtRoot):
         if _in_backward():
             return
         failed = id(sys.exc_info()[1]) != self.before.handled
+        force = self.sampler.in_force
         self.sampler.after_forward(failed=failed)
         if failed:
             return
-        force = self.sampler.in_force
         if module.training and force.plan is not None:
             for tell in self.sampler.observers:
                 tell(force.plan, self.before.rows)

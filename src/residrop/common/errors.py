@@ -10,6 +10,7 @@ __all__ = [
     "RankError",
     "RunError",
     "SaidElsewhere",
+    "SharedBlockWarning",
     "UsageError",
 ]
 
@@ -48,6 +49,10 @@ class PlanError(RuntimeError):
 
 class Interrupted(Exception):
     """A training was stopped by Ctrl-C or SIGTERM, and its state was saved. The message says how to continue it."""
+
+
+class SharedBlockWarning(UserWarning):
+    """A block is called several times in one forward, and all its calls have one coin."""
 
 
 class InactiveWarning(UserWarning):

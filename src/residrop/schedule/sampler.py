@@ -7,7 +7,7 @@ nothing asks the device.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil, floor
 from struct import unpack
@@ -156,7 +156,10 @@ class DepthSampler:
         self._place(sites, parse(timing))
         self._now = _Force()
         self._before: tuple[int, _Force] | None = None  # of a pass of the root that is not finished
+        self._last = self._now  # what the last forward of the root obeyed
         self._recalled: _Force | None = None  # what a running backward pass recomputes under
+        self._called: set[int] = set()  # blocks of the running pass
+        self._told_of_sharing = False
         self.observers: list[Callable[[Plan, int | None], None]] = []  # told every training plan and its batch size
         self.graph_draws: Any = None  # the draw in force as data for a compiled graph (`residrop.rules.tracing`)
 
@@ -247,6 +250,7 @@ class DepthSampler:
     def before_forward(self, training: bool) -> None:
         """Called before every forward of the root module: make the plan of this pass."""
         self._recalled = None  # backward passes of earlier forwards name theirs again
+        self._called.clear()
         self._before = self.step, self._now
         if self._now.given:
             return
@@ -258,16 +262,30 @@ class DepthSampler:
             self.step += 1
 
     def after_forward(self, *, failed: bool) -> None:
-        """Called after every forward of the root module: a pass that raised an error was no step."""
-        if failed and self._before is not None:
-            self.step, self._now = self._before
+        """Called after every forward of the root module, whose draw ends with it: methods and inner modules that are
+        called by themselves later have none. A pass that raised an error was no step."""
+        self._last = self._now
+        if self._before is not None:
+            step, before = self._before
+            if failed:
+                self.step, self._now = step, before
+            elif self._now is not before:
+                self._now = replace(before, sample=self._now.sample)
         self._before = None
+
+    def called_again(self, block: int) -> bool:
+        """Whether a block was called before in this forward of the root, told once; `block` is any number of it."""
+        if self._now.given or self._now.plan is None or self._told_of_sharing:
+            return False
+        self._told_of_sharing = block in self._called
+        self._called.add(block)
+        return self._told_of_sharing
 
     def recall(self, force: "_Force") -> None:
         """From here on, recomputation in backward obeys what its own forward obeyed."""
         self._recalled = force
 
-    def draw(self, index: int, training: bool, recomputing: bool = False) -> Draw | None:
+    def draw(self, index: int, training: bool, over: bool = False) -> Draw | None:
         """The draw of rule `index`; None means expectation at the rule's own rates.
 
         Expectation outside a plan is that of the rates that the timing ends with: the rule's own, unless it ends
@@ -276,15 +294,17 @@ class DepthSampler:
         Args:
             index: the rule's place in the plan.
             training: whether the rule is in training mode.
-            recomputing: whether a backward pass runs this forward again (activation checkpointing).
+            over: whether the forward that is meant is over: a backward pass runs it again (activation checkpointing), or
+                an engine asks what it has used.
         """
-        force = self._recalled if recomputing and self._recalled is not None else self._now
+        force = (self._recalled or (self._last if self._now.plan is None else self._now)) if over else self._now
         if not (training or force.always):
             return None if self._final.share == 1.0 else Draw(self._final.rates[index])
         if force.plan is None:
             raise PlanError(
-                "a block in training mode was run before its root: call the module that residrop.attach was given, "
-                "or give a plan with residrop.using(model, plan)"
+                "a block with coins was run outside of a forward of its root, so it has no draw: call the module that "
+                "residrop.attach or residrop.apply was given (not an inner module or another method of it), or give a "
+                "plan with residrop.using(model, plan)"
             )
         return force.plan.draws[index]
 

@@ -16,6 +16,7 @@ from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules
 from residrop.surgery.drops import Own, own_survival, replaced
 from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
 from residrop.surgery.libraries.transformers.routers import watch_routers
+from residrop.surgery.overlooked import overlooked
 from residrop.surgery.report import Entry, Report
 from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
@@ -112,6 +113,8 @@ def _chosen(
                 check_batch_first(one.name, one.block)
             todo.append((one, made))
     left += _stray(model, [one for one, _ in todo], left)
+    if blocks is None:
+        left += overlooked(model, [one.block for one, _ in todo], [name for name, _ in left])
     return todo, left, drops
 
 

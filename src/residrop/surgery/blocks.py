@@ -4,6 +4,7 @@ A block keeps its identity, parameters, hooks and names; only its class changes,
 branches) and the block's own class. The rules become a child module without parameters, so `state_dict` is unchanged.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from residrop.blocks.skippable import Part, Skippable
-from residrop.common.errors import ConfigError
+from residrop.common.errors import ConfigError, SharedBlockWarning
 from residrop.functional.layout import relu_by_signs
 from residrop.rules.base import Rule
 from residrop.surgery.arguments import Cutting, Signature, call, pack, refuse_caches, settle_caches
@@ -62,11 +63,26 @@ class AppliedBlock(Skippable):
     residrop_signature: ClassVar[Signature]  # of the forward of the block's own class
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and not torch.compiler.is_compiling():
+            self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
         for rule in self.residrop_rules:
             if not rule.is_plain_sum():  # pyright: ignore[reportCallIssue]
                 return self.residrop_forward(*args, **self.residrop_named(kwargs))
         return super().forward(*args, **kwargs)  # to the last bit, and with whatever else the class does in eval
+
+    def _residrop_count(self) -> None:
+        sampler: Any = self.residrop_rules[0].sampler
+        if sampler is None or torch._C._current_graph_task_id() != -1:  # in backward, a recomputation
+            return
+        if sampler.called_again(id(self)):
+            warnings.warn(
+                f"a {type(self).__name__} is called several times in one forward: all these calls have one coin, so "
+                "they are present or absent together; where layers share weights (as ALBERT's do) that is another law "
+                "than stochastic depth's, and a survival rate near 1 is advised",
+                SharedBlockWarning,
+                stacklevel=2,
+            )
 
     def residrop_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by the names that `residrop_forward` has for them."""

@@ -178,7 +178,7 @@ class GradientSync:
         self._expected.update(unit for unit in self._units if not unit.rules or not dead.issuperset(unit.rules))
 
     def _is_dead(self, number: int, training: bool) -> bool:
-        draw = self._sampler.draw(number, training)
+        draw = self._sampler.draw(number, training, over=True)
         return draw is not None and draw.alive is False and self._rules[number].scope == "shared"
 
     def _begin(self) -> None:

@@ -1,0 +1,80 @@
+"""What of a model may be residual blocks, but is of no known class: the report names it, so that a part of a
+model under rules is not taken for all of it.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+__all__ = ["overlooked"]
+
+LEAST_SHARE = 0.02  # of the model's parameters; a class that has less is not worth a line
+
+
+def overlooked(model: nn.Module, taken: Iterable[nn.Module], named: Iterable[str]) -> list[tuple[str, str]]:
+    """Lists of modules of one class that repeat, in which nothing has a rule and nothing is named as left alone.
+
+    Args:
+        model: any model.
+        taken: its blocks under rules.
+        named: names of modules that the report mentions already.
+
+    Returns:
+        (names, what there is to know), for classes that hold a fiftieth of the model's parameters or more.
+    """
+    mentioned = {model.get_submodule(name) for name in named}
+    done = {*taken, *mentioned}
+    around = {module for module in model.modules() if any(part in done for part in module.modules())}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lists = list(_lists(model, "", around, done, max(total, 1)))
+    shares: dict[str, float] = {}
+    for one in lists:
+        shares[one.kind] = shares.get(one.kind, 0.0) + one.share
+    return [
+        (one.name, f"{one.number} x {one.kind}, {one.share:.1%} of the model's parameters, {_WHY}")
+        for one in lists
+        if shares[one.kind] >= LEAST_SHARE
+    ]
+
+
+class _List(NamedTuple):
+    """Modules of one class in a list: their names, class, number and share of the model's parameters."""
+
+    name: str
+    kind: str
+    number: int
+    share: float
+
+
+_WHY = "of a class that is not known; if these are residual blocks, name them in `blocks` for the generic rule"
+
+
+def _lists(module: nn.Module, name: str, around: set[nn.Module], done: set[nn.Module], total: int) -> Iterator[_List]:
+    """Lists that are not `around` something mentioned."""
+    if module in done:
+        return
+    prefix = f"{name}." if name else ""
+    groups: dict[type, dict[str, nn.Module]] = {}
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        for key, child in module.named_children():
+            if child not in around and type(child) is not nn.Sequential and next(child.children(), None) is not None:
+                groups.setdefault(type(child), {})[key] = child
+    listed: set[nn.Module] = set()
+    for kind, members in groups.items():
+        inner = [
+            found for key, child in members.items() for found in _lists(child, f"{prefix}{key}", around, done, total)
+        ]
+        share = sum(parameter.numel() for child in members.values() for parameter in child.parameters()) / total
+        if len(members) < 2 or sum(one.share for one in inner) >= share / 2:  # stages, say, that hold the blocks
+            continue
+        listed |= set(members.values())
+        names = [f"{prefix}{key}" for key in members]
+        if len(members) == len(module._modules):
+            names = [f"{prefix}*"]
+        elif len(names) > 4:
+            names[2:-1] = ["..."]
+        yield _List(", ".join(names), kind.__name__, len(members), share)
+    for key, child in module.named_children():
+        if child not in listed:
+            yield from _lists(child, f"{prefix}{key}", around, done, total)
