@@ -294,8 +294,8 @@ class DepthSampler:
         Args:
             index: the rule's place in the plan.
             training: whether the rule is in training mode.
-            over: whether the forward that is meant is over: a backward pass runs it again (activation checkpointing), or
-                an engine asks what it has used.
+            over: whether the forward that is meant is over: a backward pass runs it again (activation checkpointing),
+                or an engine asks what it has used.
         """
         force = (self._recalled or (self._last if self._now.plan is None else self._now)) if over else self._now
         if not (training or force.always):
