@@ -132,7 +132,11 @@ def _without(owner: Any, attribute: str) -> Undo:
 def _view(config: Any, name: str, value: float) -> Any:
     """The same configuration, also when it changes later, but for one attribute: it is not the owner's alone."""
     own = type(config)
-    attributes = {"__module__": own.__module__, name: property(lambda self: value)}
+    attributes = {
+        "__module__": own.__module__,
+        name: property(lambda self: value),
+        "__reduce_ex__": lambda self, protocol: (_view, (config, name, value)),
+    }
     view = object.__new__(type(own.__name__, (own,), attributes))
     view.__dict__ = config.__dict__
     return view

@@ -30,7 +30,7 @@ def watch_routers(model: nn.Module, taken: Sequence[nn.Module]) -> None:
 
 
 def _experts(owner: Any) -> int | None:
-    config = getattr(owner, "config", None)
+    config: Any = getattr(owner, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     places = [(owner, "num_experts"), (config, "num_experts"), (config, "num_local_experts")]
     return next((found for where, name in places if isinstance(found := getattr(where, name, None), int)), None)
