@@ -150,7 +150,7 @@ class TestArguments:
         with pytest.raises(PlanError, match="may have the 5 rows of the batch first, or another dimension"):
             self.out({"turn": square}, x)
         assert self.out({"turn": square}, x, whole=["turn"]).shape == x.shape
-        with pytest.raises(RuntimeError, match="must match"):  # two live rows of it, as told
+        with pytest.raises(PlanError, match=r"argument turn that all rows share.*whole=\['turn'\]"):
             self.out({"turn": square}, x, cut=["turn"])
 
     def test_objects_without_rows_are_refused(self):
@@ -165,11 +165,16 @@ class TestArguments:
 
 
 @pytest.mark.parametrize(
-    ("wants", "hidden", "other"),
-    [("tuple", 0, 1), ("with None", 0, 1), ("dict", "hidden", "attention"), ("named", 0, 1)],
+    ("wants", "hidden", "other", "absent"),
+    [
+        ("tuple", 0, 1, None),
+        ("with None", 0, 1, None),
+        ("dict", "hidden", "attention", None),
+        ("named", 0, 1, 3),
+    ],
 )
-def test_structure_of_the_output_is_kept(wants, hidden, other):
-    model, plain = model_of(Attending())
+def test_structure_of_the_output_is_kept(wants, hidden, other, absent):
+    model, plain = model_of(Attending(), unused=["1", "attention"] if absent is None else [])
     x = batch(5, 2, D)
     theirs = plain[0](x, wants=wants)
     with residrop.using(model, Plan.of([True])):
@@ -180,7 +185,74 @@ def test_structure_of_the_output_is_kept(wants, hidden, other):
     torch.testing.assert_close(alive[hidden], x + 2.5 * (theirs[hidden] - x))
     torch.testing.assert_close(alive[other], theirs[other])
     assert dead[hidden] is x
-    assert dead[other] is None
+    assert dead[other] == absent
+
+
+class Biased(Mlp):
+    """A block that hands a bias on, as those of T5: the first makes it, all others use what they are given."""
+
+    def __init__(self, makes: bool = False) -> None:
+        super().__init__()
+        self.makes, self.calls = makes, 0
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, more: tuple[Any, ...] = ()) -> Any:
+        self.calls += 1
+        if self.makes and bias is None:
+            bias = x.detach().new_full((1, D), 0.5)
+        return super().forward(x) + (0 if bias is None else bias), bias, more
+
+
+@pytest.mark.parametrize("granularity", ["block", "row"])
+def test_arguments_handed_on_are_handed_on_by_absent_blocks(granularity):
+    model, plain = model_of(Biased(), granularity=granularity)
+    x, bias = batch(), torch.rand(1, D, dtype=torch.float64)
+    marks = (torch.rand(5, 1, dtype=torch.float64), "word", None)
+    key = next(key for key in range(1000) if Draw((0.4,), key=key).rows(5) == (4, 2))
+    draws = [Draw((), alive=False), Draw((), alive=True)]
+    if granularity == "row":
+        draws = [Draw((0.0,), key=1), Draw((0.4,), key=key)]
+    for draw in draws:
+        with residrop.using(model, Plan((draw,))):
+            out, given, more = model.blocks[0](x, bias, more=marks)
+        assert given is bias
+        assert more[0] is marks[0]
+        assert more[1:] == marks[1:]
+    whole = plain[0](x, bias)[0]
+    live = torch.tensor([True, False, False, False, True]) if granularity == "row" else torch.tensor(True)
+    torch.testing.assert_close(out, torch.where(live.unsqueeze(-1), x + 2.5 * (whole - x), x))
+
+
+@pytest.mark.parametrize("coin", [True, False])
+def test_outputs_that_an_absent_block_cannot_give_are_refused(coin):
+    model, _ = model_of(Biased(makes=True))
+    with (
+        residrop.using(model, Plan.of([coin])),
+        pytest.raises(PlanError, match=r"shape \(1, 6\) at '1' that is none of its arguments.*unused=\[...\]"),
+    ):
+        model(batch())
+
+
+def test_outputs_that_stop_being_arguments_are_refused():
+    model, _ = model_of(Biased(makes=True))
+    with residrop.using(model, Plan.of([True])):
+        model.blocks[0](batch(), torch.ones(1, D).double())
+        with pytest.raises(PlanError, match="none of its arguments"):
+            model.blocks[0](batch())
+
+
+def test_numbers_that_change_are_refused():
+    class Counting(Mlp):
+        number = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.number += 1
+            return super().forward(x), self.number
+
+    model, _ = model_of(Counting())
+    with residrop.using(model, Plan.of([True])):
+        assert model(batch())[1] == 1
+        with pytest.raises(PlanError, match="returns 2 at '1' where it returned something else before"):
+            model(batch())
 
 
 def test_huggingface_output_classes():
@@ -212,7 +284,7 @@ def test_form_is_learnt_once_and_without_traces():
     with residrop.using(model, Plan.of([False])):
         for _ in range(3):
             out, number = model(batch())
-            assert (torch.equal(out, batch()), number) == (True, None)
+            assert (torch.equal(out, batch()), number) == (True, 7)
     assert Counting.calls == 1
     assert int(block.num_batches_tracked) == 0
     assert all(module.training for module in model.modules())
@@ -256,7 +328,7 @@ def test_rows_of_several_tensors_are_refused():
     for key in (1, 2):
         with (
             residrop.using(model, Plan((Draw((0.99,), key=key),))),
-            pytest.raises(PlanError, match="returns 2 tensors"),
+            pytest.raises(PlanError, match=r"a tensor of shape \(\) at '1' that is none of its arguments"),
         ):
             model(batch(), wants="tuple")
 
@@ -341,10 +413,16 @@ class Dropping(Mlp):
 
 def test_drop_modules_inside_are_taken_over():
     model = Model(Dropping(0.5), Dropping(0.0)).double().train()
+    plain = copy.deepcopy(model)
     report = residrop.apply(model, blocks=Dropping)
     assert [(entry.rates, entry.granularity) for entry in report.blocks] == [((0.5,), "block"), ((1.0,), "block")]
     drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
-    assert [drop.p for drop in drops] == [0.0] * 4
+    x = batch()
+    free = copy.deepcopy(plain)
+    for block in free.blocks:
+        block.depth = nn.Identity()
+    with residrop.using(model, Plan.of([True, True])):
+        torch.testing.assert_close(model(x), free.blocks[1](x + 2 * (free.blocks[0](x) - x)))
     residrop.remove(model)
     assert [drop.p for drop in drops] == [0.5, 0.25, 0.0, 0.0]
 

@@ -19,6 +19,7 @@ import residrop  # noqa: E402
 from residrop.common.errors import ConfigError, InactiveWarning, PlanError  # noqa: E402
 from residrop.schedule.sampler import Plan  # noqa: E402
 from residrop.surgery.adapters import Adapter  # noqa: E402
+from residrop.surgery.drops import ReplacedDrop  # noqa: E402
 from residrop.surgery.forms import form_of  # noqa: E402
 from residrop.surgery.libraries.timm import ADAPTERS  # noqa: E402
 
@@ -142,7 +143,8 @@ def test_model_hands_its_rates_over_in_one_line(make, options, size):
     inside = [name for name in own if name.startswith(tuple(f"{entry.name}." for entry in report.blocks))]
     assert set(rates) - {1.0} == {1 - own[name] for name in inside}
     assert len(inside) > 1
-    assert not any(drops(model)[name] for name in inside)
+    assert all(isinstance(model.get_submodule(name), ReplacedDrop) for name in inside)
+    assert drops(model) == own
     assert {entry.granularity for entry in report.blocks} == {"row"}
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(model(images), plain, rtol=0, atol=0)
@@ -182,7 +184,7 @@ def test_rates_given_override_those_of_the_model():
     model = small_vit(drop_path_rate=0.3)
     report = residrop.apply(model, survival="linear_decay(0.5)")
     assert [entry.rates[0] for entry in report.blocks] == pytest.approx([0.875, 0.75, 0.625, 0.5])
-    assert not any(drops(model).values())
+    assert all(isinstance(model.get_submodule(name), ReplacedDrop) for name in drops(model))
     assert {entry.granularity for entry in report.blocks} == {"block"}
 
 

@@ -16,6 +16,7 @@ from residrop.blocks.skippable import parameters_of
 from residrop.common.errors import PlanError, UsageError
 from residrop.schedule.sampler import Draw, Plan
 from residrop.surgery import Report
+from residrop.surgery.drops import ReplacedDrop
 
 pytest.importorskip("transformers")
 
@@ -390,7 +391,7 @@ def test_drop_paths_hand_over_their_rates(name, rates):
     model, report = applied(plain, survival="from_model")
     assert [tuple(round(rate, 4) for rate in entry.rates) for entry in report.blocks] == rates
     assert {entry.granularity for entry in report.blocks} == {"row"}
-    assert not any(getattr(module, "drop_prob", 0.0) for module in model.modules())
+    assert all(isinstance(model.get_submodule(name), ReplacedDrop) for name in drops)
     expected = output(copy.deepcopy(plain).eval()(**FAMILIES[name].inputs()))
     assert torch.equal(output(model.eval()(**FAMILIES[name].inputs())), expected)
     residrop.remove(model)

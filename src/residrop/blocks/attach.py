@@ -23,6 +23,7 @@ from residrop.schedule.survival import explicit
 from residrop.schedule.timing import Schedule, Timing
 
 __all__ = [
+    "BEFORE_DRAWS",
     "attach",
     "depth_of",
     "detach",
@@ -34,6 +35,8 @@ __all__ = [
     "set_survival",
     "using",
 ]
+
+BEFORE_DRAWS = "_before_draws"  # name of a root's list of functions, called before the plan of a training step is drawn
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -161,6 +164,9 @@ class _BeforeRoot(_AtRoot):
     def begin(self, module: nn.Module, args: tuple[Any, Any], feeds_graph: bool) -> None:
         backward = _in_backward()  # a checkpointed root is run again there, and is no new step
         if not backward:
+            if module.training:
+                for function in module.__dict__.get(BEFORE_DRAWS, ()):
+                    function()
             if not self.sampler.in_force.given and (module.training or self.sampler.in_force.always):
                 for check in self.checks:
                     check(module, *args)

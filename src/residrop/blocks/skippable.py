@@ -56,6 +56,10 @@ class Skippable(nn.Module):
         """Whether the coming forward computes no branch of this block, on any rank."""
         return all(rule.scope == "shared" and rule.draw().alive is False for rule, _ in self.residrop_branches())
 
+    def residrop_unchecked(self) -> bool:
+        """Whether the next training forward compares what rows give by themselves with what they give in a batch."""
+        return False
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if hasattr(cls, "_get_fsdp_state"):  # fully_shard makes this class, under the block's own one

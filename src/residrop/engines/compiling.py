@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from residrop.blocks.attach import before_root, rules_of
+from residrop.blocks.attach import before_root, rules_of, sampler_of
 from residrop.blocks.skippable import Skippable
 from residrop.common.errors import ConfigError
 from residrop.engines.decompositions import inductor
@@ -54,7 +54,8 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
         hook.feeds_graph = True
         if options.get("mode") in ("reduce-overhead", "max-autotune"):
             hook.static_draws = StaticDraws()  # these record CUDA graphs, anew whenever such a tensor has moved
-        model._compiled_call_impl = partial(with_forward, model, torch.compile(model.forward, **options))
+        unchecked = [one for one in model.modules() if isinstance(one, Skippable) and one.residrop_unchecked()]
+        model._compiled_call_impl = partial(_called, model, torch.compile(model.forward, **options), unchecked)
     elif options.get("fullgraph"):
         raise ConfigError(
             f"{type(model).__name__} has rules that Python decides between graphs; leave out fullgraph=True, or use "
@@ -71,6 +72,15 @@ def _with_backend(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
     if chosen or first is None or first.device.type != "cpu":
         return options
     return {**options, "backend": inductor}
+
+
+def _called(model: nn.Module, compiled: Any, unchecked: list[Skippable], *args: Any, **kwargs: Any) -> Any:
+    """The compiled model; uncompiled as long as blocks have to look at a first batch with coins."""
+    if unchecked:
+        unchecked[:] = [block for block in unchecked if block.residrop_unchecked()]
+        if unchecked and (model.training or sampler_of(model).in_force.always):
+            return model._call_impl(*args, **kwargs)
+    return with_forward(model, compiled, *args, **kwargs)
 
 
 def replays(model: nn.Module) -> bool:

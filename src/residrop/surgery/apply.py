@@ -6,17 +6,18 @@ from typing import Any
 
 from torch import nn
 
-from residrop.blocks.attach import connect, detach
+from residrop.blocks.attach import BEFORE_DRAWS, connect, detach
 from residrop.common.errors import ConfigError, InactiveWarning
 from residrop.rules.base import Rule
 from residrop.rules.catalogue import make_rule
 from residrop.schedule.survival import parse
 from residrop.schedule.timing import Timing
 from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules, record_changes, uninstall_rules
-from residrop.surgery.drops import Own, own_survival, silenced
+from residrop.surgery.drops import Own, own_survival, replaced
 from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
 from residrop.surgery.libraries.transformers.routers import watch_routers
 from residrop.surgery.report import Entry, Report
+from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
 
@@ -38,13 +39,16 @@ def apply(
     timing: Timing | str = "constant",
     whole: Sequence[str] = (),
     cut: Sequence[str] = (),
+    unused: Sequence[str] = (),
     **options: Any,
 ) -> Report:
     """Put the residual blocks of any model under a rule, in place; `remove` is the way back.
 
     Parameters, buffers, their names and all hooks stay as they are, so checkpoints of the plain model load into the
-    changed one and back. Modules of the blocks that drop paths themselves (`DropPath`, `StochasticDepth`) are switched
-    off while the rule is in force: they compute what they drop, the rule does not. So is transformers' layer drop.
+    changed one and back. Modules of the blocks that drop paths themselves (`DropPath`, `StochasticDepth`) drop nothing
+    while the rule is in force: they compute what they drop, the rule does not. So is it with transformers' layer drop.
+    With survival="from_model" a training loop may go on setting their `drop_prob`, `p` or `layerdrop` (a ramp of drop
+    rates): the rules follow. With other rates setting them is an error, as two sources of one rate would disagree.
 
     Args:
         model: a model of torchvision, timm, transformers, or any model whose blocks are named by `blocks`. It becomes
@@ -64,6 +68,9 @@ def apply(
         timing: as in `residrop.attach`.
         whole: names of block arguments that all rows share, which row level must not cut.
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
+        unused: where, in what blocks under the generic rule return besides the hidden state, there is something that
+            nothing needs from an absent block: an index ("1"), a key ("attentions"), or both with dots between. It is
+            None then. Everything else must be an argument handed on, None or a constant, or training is refused.
         options: further options of the rule.
 
     Returns:
@@ -75,7 +82,10 @@ def apply(
     """
     options = {**options, "granularity": granularity, "rescale": rescale}
     todo, left, drops = _chosen(model, rule, survival, blocks, branches, options)
-    left += _carried_out(model, todo, drops, (frozenset(whole), frozenset(cut)), seed, timing)
+    inherits = isinstance(survival, str) and survival == "from_model"
+    left += _carried_out(
+        model, todo, drops, (frozenset(whole), frozenset(cut)), frozenset(unused), inherits, seed, timing
+    )
     return _reported(todo, left)
 
 
@@ -97,7 +107,10 @@ def _chosen(
         if own is None:
             left.append((one.name, "it has no drop module of its own"))
         else:
-            todo.append((one, [_make(rule, each, options) for each in own]))
+            made = [_make(rule, each, options) for each in own]
+            if any(each.granularity == "row" for each in made):
+                check_batch_first(one.name, one.block)
+            todo.append((one, made))
     left += _stray(model, [one for one, _ in todo], left)
     return todo, left, drops
 
@@ -107,14 +120,16 @@ def _carried_out(
     todo: list[tuple[Found, list[Rule]]],
     drops: Any,
     arguments: tuple[frozenset[str], frozenset[str]],
+    unused: frozenset[str],
+    inherits: bool,
     seed: int,
     timing: Timing | str,
 ) -> list[LeftAlone]:
     """Change the model, wholly or not at all; returns what turned out to be left alone."""
     blocks = [one.block for one, _ in todo]
     try:
-        _put(todo, arguments)
-        left = end_layer_drop(model, blocks, drops)
+        _put(todo, arguments, unused, inherits)
+        left = end_layer_drop(model, blocks, drops, inherits)
         watch_routers(model, blocks)
         mark_settled(model, [one for one, _ in todo])
         connect(model, seed=seed, timing=timing)
@@ -156,6 +171,7 @@ def _take_away(model: nn.Module) -> None:
     # drop modules that several blocks share were switched off by the first of them
     for block in reversed([module for module in model.modules() if isinstance(module, AppliedBlock)]):
         uninstall_rules(block)
+    model.__dict__.pop(BEFORE_DRAWS, None)
     detach(model)
 
 
@@ -197,7 +213,7 @@ def _wanted(model: nn.Module, found: list[Found], survival: Rates) -> list[list[
 
 def _stray(model: nn.Module, found: list[Found], left: list[LeftAlone]) -> list[LeftAlone]:
     """The drop modules that no rule takes the place of, but for those of blocks that are named already."""
-    taken = {module for one in found for module in drops_of(one)}
+    taken = {module for one in found for _, module in drops_of(one)}
     stray: list[LeftAlone] = []
     for name, module in model.named_modules():
         own = own_survival(module)
@@ -209,8 +225,15 @@ def _stray(model: nn.Module, found: list[Found], left: list[LeftAlone]) -> list[
     return stray
 
 
-def _put(todo: list[tuple[Found, list[Rule]]], cutting: tuple[frozenset[str], frozenset[str]]) -> None:
+def _put(
+    todo: list[tuple[Found, list[Rule]]],
+    cutting: tuple[frozenset[str], frozenset[str]],
+    unused: frozenset[str],
+    inherits: bool,
+) -> None:
     for one, made in todo:
         install_rules(one.block, one.mixin, made)
-        record_changes(one.block, silenced(drops_of(one)))
+        drops = [(module, made[number]) for number, module in drops_of(one)]
+        record_changes(one.block, replaced(drops, inherits and one.drop is None))
         one.block.__dict__["residrop_cutting"] = cutting
+        one.block.__dict__["residrop_unused"] = unused

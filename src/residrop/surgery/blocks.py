@@ -7,7 +7,7 @@ branches) and the block's own class. The rules become a child module without par
 import copyreg
 from collections.abc import Callable, Mapping, Sequence
 from pickle import PicklingError
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,9 @@ from residrop.surgery.forms import form_of
 __all__ = [
     "AppliedBlock",
     "Branch",
+    "Change",
     "ForeignBlock",
     "Hooked",
-    "Undo",
     "check_unchanged",
     "install_rules",
     "record_changes",
@@ -35,15 +35,12 @@ __all__ = [
 _IDENTITY = nn.Identity()
 
 
-class Undo:
-    """An attribute of a module that was changed while rules are applied, and its value before."""
-
-    def __init__(self, module: Any, name: str, value: Any) -> None:
-        self.module, self.name, self.before = module, name, getattr(module, name)
-        setattr(module, name, value)
+class Change(Protocol):
+    """Something that was changed in a model while rules are applied."""
 
     def undo(self) -> None:
-        setattr(self.module, self.name, self.before)
+        """Put it back."""
+        ...
 
 
 class Hooked:
@@ -248,7 +245,7 @@ def _new_block(mixin: Any, own: type[nn.Module], form: str) -> nn.Module:
     return cls.__new__(cls)
 
 
-def record_changes(block: nn.Module, changes: Sequence[Undo | Hooked]) -> None:
+def record_changes(block: nn.Module, changes: Sequence[Change]) -> None:
     """Changes that `uninstall_rules` is to undo."""
     block.__dict__["_residrop_undo"].extend(changes)
 

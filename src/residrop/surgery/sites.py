@@ -104,7 +104,7 @@ def find(
         ConfigError: nothing matches, a named module is no part of the model, or a block lies inside another.
     """
     names = {module: name for name, module in model.named_modules()}
-    drops = {layer: drop for layer, drop in (drops or {}).items() if drop.mixin is not None}
+    drops = {layer: drop for layer, drop in (drops or {}).items() if drop.active and drop.mixin is not None}
     if blocks is None:
         chosen = {block: adapter_of(block) for block in names}
     else:
@@ -189,15 +189,18 @@ def _examples(model: nn.Module) -> str:
     return " or ".join(repr(f"{name}.*") for name in likely) or repr("layers.*")
 
 
-def drops_of(found: Found) -> list[nn.Module]:
-    """The block's own drop modules whose place its rules take."""
+def drops_of(found: Found) -> list[tuple[int, nn.Module]]:
+    """The block's own drop modules whose place its rules take, each with the number of that rule."""
     mixin = found.mixin
     if issubclass(mixin, ForeignBlock):
-        named = [getattr(found.block, name, None) for name in mixin.drops]
-        inside = [module for module in named if isinstance(module, nn.Module)]
+        inside = [(number, getattr(found.block, name, None)) for number, name in enumerate(mixin.drops)]
     else:
-        inside = list(found.block.modules())
-    return [module for module in dict.fromkeys(inside) if own_survival(module) is not None]
+        inside = [(0, module) for module in found.block.modules()]
+    return [
+        (number, module)
+        for number, module in inside
+        if isinstance(module, nn.Module) and own_survival(module) is not None
+    ]
 
 
 def own_drops(found: Found) -> list[Own] | None:
@@ -206,7 +209,7 @@ def own_drops(found: Found) -> list[Own] | None:
         return [Own(found.drop.survival, "block", "none")]
     mixin = found.mixin
     if not issubclass(mixin, ForeignBlock):
-        inside = [own for module in drops_of(found) if (own := own_survival(module)) is not None]
+        inside = [own for _, module in drops_of(found) if (own := own_survival(module)) is not None]
         return [min(inside, key=lambda own: own.survival)] if inside else None
     drops = [own_survival(getattr(found.block, name, None)) for name in mixin.drops]
     known = next((drop for drop in drops if drop is not None), None)

@@ -8,17 +8,27 @@ same, and compiled code keeps the first outcome. With rules in place, the loops 
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import copysign
 from typing import Any, ClassVar
 
 from torch import nn
 
-from residrop.surgery.blocks import Undo, record_changes
+from residrop.blocks.attach import BEFORE_DRAWS
+from residrop.common.errors import ConfigError
+from residrop.surgery.blocks import record_changes
+from residrop.surgery.drops import set_rate, survival_of
 from residrop.surgery.generic import GenericBlock
 
 __all__ = ["LayerDrop", "end_layer_drop", "layer_drops"]
 
 
-class CarryingLayer(GenericBlock):
+class DroppedLayer(GenericBlock):
+    """A whole layer whose model drops it by itself, and so makes do with None for whatever else it returns."""
+
+    residrop_lenient = True
+
+
+class CarryingLayer(DroppedLayer):
     """A whole layer that returns a second state with the hidden one; where it is absent, it hands on what it got.
 
     Attributes:
@@ -56,16 +66,23 @@ class LayerDrop:
         attribute: where the probability to leave a layer out is: "layerdrop" or "config.layerdrop".
         survival: of this layer.
         mixin: what takes the place of its forward; None where the layer is no residual block.
+        active: whether the model drops any layer at all.
     """
 
     owner: nn.Module
     attribute: str
     survival: float
     mixin: type[GenericBlock] | None
+    active: bool
+
+    @property
+    def follows(self) -> bool:
+        """Whether a rule for this layer has its rate from the layer drop."""
+        return self.active and self.survival < 1.0
 
 
 def layer_drops(model: nn.Module) -> dict[nn.Module, LayerDrop]:
-    """The layers that a model drops by itself, those with a rate above 0."""
+    """The layers that a model drops by itself, or would if its rate were set above 0."""
     found: dict[nn.Module, LayerDrop] = {}
     for owner in model.modules():
         attribute = _attribute(owner)
@@ -74,12 +91,10 @@ def layer_drops(model: nn.Module) -> dict[nn.Module, LayerDrop]:
         if not attribute or not isinstance(layers, nn.ModuleList):
             continue
         survival = 1.0 - _value(owner, attribute)
-        if survival == 1.0:
-            continue
-        mixin = None if name.endswith(_NOT_RESIDUAL) else _MIXINS.get(name, GenericBlock)
+        mixin = None if name.endswith(_NOT_RESIDUAL) else _MIXINS.get(name, DroppedLayer)
         for number, layer in enumerate(layers):
             rate = 1.0 if number == 0 and name in _FIRST_STAYS else survival
-            found[layer] = LayerDrop(owner, attribute, rate, mixin)
+            found[layer] = LayerDrop(owner, attribute, rate, mixin, survival < 1.0)
     return found
 
 
@@ -99,7 +114,7 @@ def _value(owner: Any, attribute: str) -> float:
 
 
 def end_layer_drop(
-    model: nn.Module, taken: Sequence[nn.Module], drops: Mapping[nn.Module, LayerDrop]
+    model: nn.Module, taken: Sequence[nn.Module], drops: Mapping[nn.Module, LayerDrop], inherits: bool
 ) -> list[tuple[str, str]]:
     """Make the loops around the blocks that have rules call all layers, until the first of them is given back.
 
@@ -107,6 +122,7 @@ def end_layer_drop(
         model: the model.
         taken: its blocks under rules.
         drops: what `layer_drops` found before.
+        inherits: whether the rules have their rates from the layer drop, and get what it is set to later.
 
     Returns:
         Names of layers without a rule, and what is now to be known of them.
@@ -114,28 +130,75 @@ def end_layer_drop(
     owners = {drops[block].owner for block in taken if block in drops}
     for owner, attribute in dict.fromkeys((drop.owner, drop.attribute) for drop in drops.values()):
         if owner in owners:
-            record_changes(taken[0], [_without(owner, attribute)])
+            follow = [one for one in taken if one in drops and drops[one].owner is owner and drops[one].follows]
+            change = _TakenOver(owner, attribute, follow if inherits else [])
+            record_changes(taken[0], [change])
+            model.__dict__.setdefault(BEFORE_DRAWS, []).append(change.follow)
     names = {module: name for name, module in model.named_modules()}
     why = {
         True: "the layer drop of its neighbours is left to rules, so it is always present",
         False: "its model's layer drop goes on, as it is no residual block under a rule",
     }
-    return [(names[layer], why[drop.owner in owners]) for layer, drop in drops.items() if layer not in taken]
+    return [
+        (names[layer], why[drop.owner in owners]) for layer, drop in drops.items() if drop.active and layer not in taken
+    ]
 
 
-def _without(owner: Any, attribute: str) -> Undo:
-    if attribute.startswith("config."):
-        return Undo(owner, "config", _view(owner.config, attribute.removeprefix("config."), 0.0))
-    return Undo(owner, attribute, 0.0)
+class _TakenOver:
+    """A layer drop in whose place rules are: its loop reads 0, and what it is set to later goes to the rules.
+
+    Where the probability is the loop's own attribute, it is -0.0 meanwhile: no loop sees the difference to 0.0, but it
+    tells whether somebody has set it.
+    """
+
+    def __init__(self, owner: Any, attribute: str, blocks: Sequence[Any]) -> None:
+        self.owner, self.attribute, self.blocks = owner, attribute, blocks
+        self.rate = _value(owner, attribute)
+        if attribute.startswith("config."):
+            self.config = owner.config
+            owner.config = _view(owner.config, attribute.removeprefix("config."))
+        else:
+            self.config = None
+            setattr(owner, attribute, -0.0)
+
+    def follow(self) -> None:
+        """Before a draw: hand on what the layer drop was set to since the last one."""
+        rate = self._rate()
+        if rate == self.rate:
+            return
+        survival = survival_of(self.attribute, rate)
+        if not self.blocks and rate > 0.0:
+            raise ConfigError(
+                f"{self.attribute} of a {type(self.owner).__name__} was set to {rate}, but rules that have their rates "
+                "elsewhere are in its place; use residrop.set_survival(model, rates)"
+            )
+        for block in self.blocks:
+            set_rate(block.residrop_rules[0], survival)
+        self.rate = rate
+        if self.config is None:
+            setattr(self.owner, self.attribute, -0.0)
+
+    def _rate(self) -> float:
+        if self.config is not None:
+            return float(getattr(self.config, self.attribute.removeprefix("config.")))
+        rate = float(getattr(self.owner, self.attribute))
+        return self.rate if rate == 0.0 and copysign(1.0, rate) < 0.0 else rate
+
+    def undo(self) -> None:
+        if self.config is None:
+            setattr(self.owner, self.attribute, self._rate())
+        else:
+            self.owner.config = self.config
 
 
-def _view(config: Any, name: str, value: float) -> Any:
-    """The same configuration, also when it changes later, but for one attribute: it is not the owner's alone."""
+def _view(config: Any, name: str) -> Any:
+    """The same configuration, also when it changes later, but for one attribute, which reads as 0: it is not the
+    owner's alone."""
     own = type(config)
     attributes = {
         "__module__": own.__module__,
-        name: property(lambda self: value),
-        "__reduce_ex__": lambda self, protocol: (_view, (config, name, value)),
+        name: property(lambda self: 0.0, lambda self, value: self.__dict__.__setitem__(name, value)),
+        "__reduce_ex__": lambda self, protocol: (_view, (config, name)),
     }
     view = object.__new__(type(own.__name__, (own,), attributes))
     view.__dict__ = config.__dict__

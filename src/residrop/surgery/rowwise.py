@@ -1,0 +1,132 @@
+"""Whether rows of a batch may enter a block by themselves: block(x)[rows] against block(x[rows]), compared once.
+
+Row level cuts the hidden state, and every argument whose first size is that of the batch, to the live rows. That is
+right if the first dimension is the batch in all of them, which sizes alone do not tell: a hidden state may come as
+[tokens, batch, width] (`batch_first=False`), and a mask [tokens, tokens] may happen to be as long as the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from residrop.blocks.modes import evaluating
+from residrop.common.errors import ConfigError, PlanError
+from residrop.surgery.arguments import Whole, call
+
+__all__ = ["check_batch_first", "check_rows"]
+
+
+def check_batch_first(name: str, block: nn.Module) -> None:
+    """ConfigError if a block of a class that says where its batch is has it elsewhere than first."""
+    if isinstance(block, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        attention: Any = block.self_attn
+        if not attention.batch_first:
+            raise ConfigError(
+                f"block {name!r} takes [tokens, batch, width] (batch_first=False), so its rows are no samples; use "
+                "granularity='block', or build the model with batch_first=True"
+            )
+
+
+def check_rows(
+    block: nn.Module,
+    run: Callable[..., Tensor],
+    x: Tensor,
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    along: Sequence[Any],
+    names: Sequence[str],
+) -> bool:
+    """PlanError unless some rows of a batch give by themselves what they give within it.
+
+    It costs about one and a half forwards of the block, in eval mode and without gradients; nothing is drawn from the
+    random number generators in the end, and no statistics move.
+
+    Args:
+        block: whose training flags are put back.
+        run: (x, *args, **kwargs) to the block's output, Tensor of the shape of x.
+        x: Tensor[N, ...].
+        given: the other arguments as the block got them.
+        along: () or the same as `surgery.arguments.pack` gives them.
+        names: names of the positional ones.
+
+    Returns:
+        Whether it could be seen: not in a batch of one row, nor where the block gives numbers that are not finite.
+    """
+    if len(x) < 2:
+        return False
+    args, kwargs = given
+    rows = torch.arange(len(x) - 1, -1, -2, device=x.device)  # backwards: causal attention over them would differ
+    packed = along[0] if along else ((), {})
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), evaluating(block), torch.random.fork_rng(devices=devices):
+        expected = run(x.clone(), *args, **kwargs)
+        branch = (expected - x).abs().max().item()
+        if not isfinite(branch):
+            return False
+        allowed = _tolerance(x, expected) * branch + 16 * torch.finfo(expected.dtype).eps * x.abs().max().item()
+
+        def differs(packed: Any, dim: int = 0) -> bool:
+            cut = tree_map(lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf, packed)
+            try:
+                found = call(run, x.index_select(dim, rows), cut)
+            except (RuntimeError, IndexError, ValueError, AssertionError):
+                return True
+            wanted = expected.index_select(dim, rows)
+            return found.shape != wanted.shape or not (found - wanted).abs().max().item() <= allowed
+
+        if not differs(packed):
+            return True
+        where = f"{type(block).__name__} with row-level presence"
+        for name in [*names[: len(args)], *kwargs]:
+            if _is_cut(packed, name, names) and not differs(_with_whole(packed, name, names)):
+                raise PlanError(
+                    f"{where} got an argument {name} that all rows share, although its first size is that of the batch "
+                    f"({len(x)}); name it in residrop.apply(..., whole=[{name!r}]), or use granularity='block'"
+                )
+        whole = (tuple(map(Whole, args)), {name: Whole(value) for name, value in kwargs.items()})
+        if x.ndim > 2 and x.shape[1] > 1:
+            rows = torch.arange(x.shape[1] - 1, -1, -2, device=x.device)
+            if not differs(whole, 1):
+                raise PlanError(
+                    f"{where}: the batch seems to be dimension 1 of its input of shape {tuple(x.shape)} (a layer with "
+                    "batch_first=False?), so that dropping rows would drop parts of all samples; use "
+                    "granularity='block', or give the model batch_first=True"
+                )
+        raise PlanError(
+            f"{where}: what it gives for some rows of an input of shape {tuple(x.shape)} depends on the other rows, or "
+            "an argument has to be cut with them and is not; use granularity='block', name arguments in "
+            "residrop.apply(..., whole=[...], cut=[...]), or leave the block out of `blocks`"
+        )
+
+
+def _tolerance(*tensors: Tensor) -> float:
+    """Relative difference between two orders of the same sums, in the coarsest format that takes part."""
+    dtypes = [one.dtype for one in tensors]
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if device == "cuda" and torch.float64 not in dtypes:
+        coarsest = max(coarsest, 2.0**-11)  # matrix products may be of TF32
+    return 50 * coarsest
+
+
+def _is_cut(packed: Any, name: str, names: Sequence[str]) -> bool:
+    args, kwargs = packed
+    value = kwargs[name] if name in kwargs else args[names.index(name)]
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def _with_whole(packed: Any, name: str, names: Sequence[str]) -> Any:
+    args, kwargs = packed
+    if name in kwargs:
+        return args, {**kwargs, name: tree_map(_whole, kwargs[name])}
+    place = names.index(name)
+    return (*args[:place], tree_map(_whole, args[place]), *args[place + 1 :]), kwargs
+
+
+def _whole(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, Whole) else Whole(leaf)

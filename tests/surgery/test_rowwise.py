@@ -1,0 +1,179 @@
+"""Row level on blocks nobody knows: whether the first dimension is the batch, found out at the first forward."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import residrop
+from residrop.common.errors import ConfigError, PlanError
+from residrop.schedule.sampler import Draw, Plan
+
+D = 8
+
+
+class Attention(nn.Module):
+    """x + attention(x) over dimension `tokens`, with a mask [tokens, tokens] or [batch, tokens]."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.attend = nn.MultiheadAttention(D, 2, batch_first=tokens == 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, pad: Tensor | None = None, scale: Any = None) -> Tensor:
+        y = self.attend(x, x, x, attn_mask=mask, key_padding_mask=pad, need_weights=False)[0]
+        return x + self.drop(y) * (1.0 if scale is None else scale)
+
+
+class Model(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x, **given)
+        return x
+
+
+def applied(*blocks: nn.Module, **options: Any) -> Model:
+    torch.manual_seed(0)
+    model = Model(*blocks).train()
+    residrop.apply(model, survival=0.5, blocks="blocks.*", granularity="row", **options)
+    return model
+
+
+def causal(tokens: int) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+
+
+@pytest.mark.parametrize("mask", [None, causal(6), causal(6).T])
+def test_a_batch_that_is_not_first_is_refused(mask):
+    model = applied(Attention(0))
+    with pytest.raises(PlanError, match=r"dimension 1 of its input of shape \(6, 4, 8\).*granularity='block'"):
+        model(torch.randn(6, 4, D), mask=mask)
+
+
+@pytest.mark.parametrize("mask", [None, causal(6)])
+def test_a_batch_that_is_first_is_taken(mask):
+    model = applied(Attention(1), whole=["mask"])
+    model(torch.randn(4, 6, D), mask=mask, pad=torch.arange(6) > torch.tensor([[2], [5], [3], [4]]))
+    assert not model.blocks[0].residrop_unchecked()
+
+
+def test_an_argument_that_all_rows_share_is_named():
+    x = torch.randn(6, 3, D)
+    model = applied(Attention(1))
+    table = torch.rand(6, 1, 1)  # one number per sample, or so it seems
+    model(x, scale=table)
+    model = applied(Shared())
+    with pytest.raises(PlanError, match=r"an argument table that all rows share.*first size.*\(6\).*whole=\['table'\]"):
+        model(x, table=torch.rand(6, D))
+    model = applied(Shared(), whole=["table"])
+    model(x, table=torch.rand(6, D))
+
+
+class Shared(nn.Linear):
+    """Looks its table up by a hash of the row."""
+
+    def __init__(self) -> None:
+        super().__init__(D, D)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return x + super().forward(x) + table[(x.sum((1, 2)) > 0).long() + 1][:, None]
+
+
+class Contrast(nn.Linear):
+    """A block whose rows see each other."""
+
+    def __init__(self) -> None:
+        super().__init__(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x - x.mean(0))
+
+
+def test_rows_that_see_each_other_are_refused():
+    with pytest.raises(PlanError, match="depends on the other rows"):
+        applied(Contrast())(torch.randn(5, D))
+
+
+class Noisy(nn.Module):
+    """Batch norm and dropout, whose statistics and numbers the comparison must not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.calls = nn.BatchNorm1d(D), nn.Dropout(0.5), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.drop(self.norm(x))
+
+
+def test_it_is_done_once_and_leaves_nothing_behind():
+    model = applied(Noisy(), Noisy())
+    x = torch.randn(4, D)
+    torch.manual_seed(5)
+    with residrop.using(model, Plan((Draw((0.0,), key=1),) * 2)):
+        model(x[:1])  # one row cannot be compared; the block has been run once, to see what it returns
+        assert [block.calls for block in model.blocks] == [1, 1]
+        before = torch.get_rng_state()
+        model(x)
+        assert [block.calls for block in model.blocks] == [3, 3]
+        assert torch.equal(torch.get_rng_state(), before)
+        model(x)
+    assert [block.calls for block in model.blocks] == [3, 3]
+    assert [int(block.norm.num_batches_tracked) for block in model.blocks] == [0, 0]
+    assert all(module.training for module in model.modules())
+
+
+def test_torch_layers_are_told_by_their_flag():
+    layer = nn.TransformerEncoderLayer(D, 2, D)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ConfigError, match=r"'layers.0' takes \[tokens, batch, width\] \(batch_first=False\)"):
+        residrop.apply(model, survival=0.5, blocks="layers.*", granularity="row")
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    residrop.apply(model, survival=0.5, blocks="layers.*")  # whole layers may go
+    model.train()(torch.randn(5, 2, D))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rounding_is_no_difference(dtype):
+    model = applied(Attention(1), Attention(1)).to(dtype)
+    for scale in (1.0, 10.0):
+        model(scale * torch.randn(16, 12, D, dtype=dtype))
+        for block in model.blocks:
+            del block.__dict__["residrop_rowwise"]
+
+
+def test_what_is_not_finite_is_no_difference_either():
+    model = applied(Attention(1))
+    model(torch.full((4, 6, D), float("inf")))
+    assert model.blocks[0].residrop_unchecked()  # the next batch tells
+
+
+def test_autocast_is_no_difference():
+    model = applied(Attention(1), Attention(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(16, 12, D))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own, of a graph's inputs
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models_look_at_their_first_batch_too(whole):
+    good, bad = applied(Attention(1)), applied(Attention(0))
+    for model, fails in ((good, False), (bad, True)):
+        if whole:
+            residrop.compile(model, fullgraph=True, backend="eager")
+            call = model
+        else:
+            call = torch.compile(model, backend="eager")
+        if fails:
+            with pytest.raises(PlanError, match="dimension 1"):
+                call(torch.randn(6, 4, D))
+        else:
+            for _ in range(3):
+                call(torch.randn(6, 4, D)).sum().backward()
