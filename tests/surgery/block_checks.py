@@ -3,6 +3,7 @@ module."""
 
 import copy
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,10 @@ def check_modes(case: Case) -> None:
     assert list(model.state_dict()) == keys
     assert type(model.block).__name__ == type(block).__name__
     assert isinstance(model.block, type(block))
-    assert_same_step(model.eval(), copy.deepcopy(plain).eval(), x, given, EXACT)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert type(loaded.block) is type(model.block)
+    for one in (model, loaded):
+        assert_same_step(one.eval(), copy.deepcopy(plain).eval(), x, given, EXACT)
     residrop.remove(model)
     assert type(model.block) is type(block)
     assert vars(model.block).keys() == vars(block).keys()

@@ -1,12 +1,14 @@
 """Layers of Hugging Face transformers under rules."""
 
 import copy
+import pickle
 import random
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import residrop
 from residrop import StochasticDepth
@@ -99,6 +101,10 @@ def test_coins_multiply_branches(family):
     with residrop.using(model, Plan.of(coins)):
         ours = step(model, inputs)
     assert_same(ours, step(tossed(plain, layers, [coin / RATE for coin in coins]), inputs), CLOSE)
+    if not any(map(is_parametrized, model.modules())):  # which torch does not pickle
+        loaded = pickle.loads(pickle.dumps(model))
+        with residrop.using(loaded, Plan.of(coins)):
+            assert_same(step(loaded, inputs), ours)
     for coin, (rule, parts) in zip(coins, _branches(model, report), strict=True):
         grads = [parameter.grad for parameter in parameters_of(parts) if parameter.requires_grad]
         assert grads
@@ -447,9 +453,11 @@ def test_layer_drop_is_taken_over(name):
     plain.load_state_dict(model.state_dict())  # the statistics of batch norm have moved
     expected = output(plain.eval()(**inputs))
     assert torch.equal(output(model.eval()(**inputs)), expected)
-    residrop.remove(model)
-    assert model.config.to_dict() == config
-    assert torch.equal(output(model(**inputs)), expected)
+    parametrized = any(map(is_parametrized, model.modules()))
+    for again in (copy.deepcopy(model) if parametrized else pickle.loads(pickle.dumps(model)), model):
+        residrop.remove(again)
+        assert again.config.to_dict() == config
+        assert torch.equal(output(again(**inputs)), expected)
 
 
 def test_own_layer_drop_is_back_after_remove():

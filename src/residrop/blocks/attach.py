@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 
 from residrop.blocks.inactive import EvalWatch, warn_if_certain
 from residrop.blocks.modes import evaluating
-from residrop.blocks.skippable import Skippable, forget_blocks
+from residrop.blocks.skippable import Skippable, fewest_rows, forget_blocks
 from residrop.common.errors import ConfigError, PlanError
 from residrop.functional.static_draws import StaticDraws
 from residrop.rules.base import Rule
@@ -78,6 +79,8 @@ def connect(
         raise ConfigError(
             f"{type(model).__name__} has no rules; build its blocks with residrop.Residual(..., rule=...)"
         )
+    blocks = [module for module in model.modules() if isinstance(module, Skippable)]
+    _ask_for_rows(rules, blocks)
     sampler = DepthSampler(
         [rule.site for rule in rules], seed=seed, timing=timing, rank=_current_rank if rank is None else rank
     )
@@ -85,11 +88,19 @@ def connect(
     for index, rule in enumerate(rules):
         rule.join(sampler, index)
     before = _BeforeRoot(sampler, rules)
-    blocks = (module for module in model.modules() if isinstance(module, Skippable))
     before.checks = tuple(dict.fromkeys(check for block in blocks for check in block.residrop_checks))
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(_AfterRoot(before), always_call=True)
+    after = _AfterRoot(before)
+    before.handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    after.handle = model.register_forward_hook(after, always_call=True)
     return sampler
+
+
+def _ask_for_rows(rules: Sequence[Rule], blocks: Sequence[Skippable]) -> None:
+    for rule in rules:
+        rule.fewest = 1
+    for rule, parts in (branch for block in blocks for branch in block.residrop_branches()):
+        if rule.granularity == "row" and rule.rows == "window":
+            rule.fewest = max(rule.fewest, fewest_rows(parts))
 
 
 def _current_rank() -> int:
@@ -120,6 +131,9 @@ class _AtRoot:
 
     Where `torch.compile` traces it, it is run by Python between two graphs, and not at all in a pass without coins.
     """
+
+    # a handle that is loaded keeps its number from the next hook of the process, which would replace this one
+    handle: RemovableHandle
 
     def __init__(self, sampler: DepthSampler, rules: list[Rule]) -> None:
         self.sampler, self.rules = sampler, rules

@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from residrop.rules.base import Rule
 
-__all__ = ["Skippable", "forget_blocks", "is_skipped", "parameters_of", "skip_when_absent"]
+__all__ = ["Skippable", "fewest_rows", "forget_blocks", "is_skipped", "parameters_of", "skip_when_absent"]
 
 Part = nn.Module | nn.Parameter
 
@@ -21,6 +22,16 @@ def parameters_of(parts: Sequence[Part]) -> Iterator[nn.Parameter]:
             yield part
         else:
             yield from part.parameters()
+
+
+def fewest_rows(parts: Sequence[Part]) -> int:
+    """The smallest batch of which modules can take statistics whatever the size of the map: 2 with batch norm among
+    them, which refuses one row of a 1x1 map, as does a group norm of one channel a group; else 1."""
+    inside = (module for part in parts if isinstance(part, nn.Module) for module in part.modules())
+    return 1 + any(
+        isinstance(one, _BatchNorm) or (isinstance(one, nn.GroupNorm) and one.num_groups == one.num_channels)
+        for one in inside
+    )
 
 
 class Skippable(nn.Module):

@@ -34,6 +34,8 @@ class Rule(nn.Module, ABC):
         earlier: how many earlier outputs of its stage, besides the block's input, the rule combines (`units.Mix`).
         repeat: how often the branch is applied (`units.Mix`).
         rows: how live rows are chosen, for rules that may cut a batch; None for others.
+        fewest: number of rows that live at least where any do; `residrop.attach` makes it 2 where the branch has a norm
+            that one row may be too few for.
         rescale: who multiplies the branch by p or 1/p, see `StochasticDepth`.
         executor: what runs the parts that are present; engines replace it.
     """
@@ -41,6 +43,7 @@ class Rule(nn.Module, ABC):
     earlier: int = 0
     repeat: int = 1
     rows: Literal["window", "bernoulli"] | None = None
+    fewest: int = 1
     rescale: Rescale = "none"
     executor: Executor = EAGER
 
@@ -60,7 +63,7 @@ class Rule(nn.Module, ABC):
     @property
     def site(self) -> Site:
         """What the sampler needs to know of this rule."""
-        return Site(self.rates, self.granularity, self.scope)
+        return Site(self.rates, self.granularity, self.scope, self.fewest)
 
     def join(self, sampler: DepthSampler, index: int) -> None:
         """Take draws from place `index` of `sampler`'s plans (called by `residrop.attach`)."""

@@ -1,6 +1,7 @@
 """Rules of whole branches and rows: constant depth, stochastic depth, depth dropout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from residrop import functional
 from residrop.common.checks import check_choice, check_rate
-from residrop.common.errors import ConfigError
+from residrop.common.errors import ConfigError, PlanError
 from residrop.functional.call import BranchCall, Map
 from residrop.functional.rows import InPlaceChain, keep_index, keep_rows
 from residrop.functional.zero_gradients import with_zero_gradients
@@ -40,7 +41,8 @@ class StochasticDepth(Rule):
     """The branch is present with probability p, for the whole mini-batch or for every row (Huang et al. 2016, eq. 2).
 
     - Drawn: one coin per mini-batch (`block`), or per row. Rows live in a random wrapping window of p * n rows rounded
-      at random (`rows="window"`), or by one coin each (`rows="bernoulli"`).
+      at random (`rows="window"`), or by one coin each (`rows="bernoulli"`). Where p * n < 2 and the branch has batch
+      norm, a window has 2 rows, with probability p * n / 2, or none: one row may be too few for the norm.
     - Training: shortcut(x) + b branch(x), times 1/p under `rescale="train"`. A dead branch is not called.
     - Test: shortcut(x) + p branch(x) under `rescale="test"` (eq. 5), else shortcut(x) + branch(x).
     - Batch norm in the branch sees, and keeps statistics of, live rows only; nothing when the branch is dead.
@@ -107,7 +109,8 @@ class StochasticDepth(Rule):
             assert draw.key is not None
             live = functional.row_mask(x.shape[0], draw.rates[0], draw.key).nonzero().squeeze(1)
             if live.numel() > 0:
-                return keep_index(x, self._on_rows(call, x), live.to(x.device), scale)
+                with _explaining_one_row(live.numel() == 1 < x.shape[0]):
+                    return keep_index(x, self._on_rows(call, x), live.to(x.device), scale)
         elif (rows := draw.rows(x.shape[0])).live > 0:
             return keep_rows(x, self._on_rows(call, x), rows, scale)
         return self._absent(x, call)
@@ -139,7 +142,8 @@ class StochasticDepth(Rule):
     def fixed(self, total: int) -> bool:
         """Whether the same number of rows of a batch of `total` lives in every step."""
         steady = self._sampler is not None and self._sampler.schedule.timing.steady
-        return steady and (self.rates[0] * total) % 1.0 == 0.0
+        mean = self.rates[0] * total
+        return steady and mean % 1.0 == 0.0 and not 0.0 < mean < min(self.fewest, total)
 
     def may_live_on_other_ranks(self) -> bool:
         """Whether a branch that is absent here may be present on another rank of this step."""
@@ -148,6 +152,19 @@ class StochasticDepth(Rule):
     def extra_repr(self) -> str:
         rows = f", rows={self.rows!r}" if self.granularity == "row" else ""
         return f"{self.rates[0]!r}, granularity={self.granularity!r}, rescale={self.rescale!r}{rows}"
+
+
+@contextmanager
+def _explaining_one_row(alone: bool) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if not alone or "more than 1 value per channel" not in str(error):
+            raise
+        raise PlanError(
+            "rows='bernoulli' left one row to a norm that needs two on a map of one pixel; use rows='window', which "
+            "leaves such branches none or at least two, or larger batches"
+        ) from error
 
 
 class DepthDropout(StochasticDepth):

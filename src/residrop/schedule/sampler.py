@@ -63,11 +63,13 @@ class Draw(NamedTuple):
             just those.
         alive: the coin of a block-level rule; None for other granularities and for the expectation.
         key: 64-bit key of row-level and unit-level randomness; None for the expectation.
+        fewest: number of rows that live at least where any do, 1 or 2.
     """
 
     rates: tuple[float, ...]
     alive: bool | None = None
     key: int | None = None
+    fewest: int = 1
 
     @property
     def expected(self) -> bool:
@@ -78,7 +80,9 @@ class Draw(NamedTuple):
         """Window of live rows in a batch of `batch_size` rows.
 
         The number of rows is rates[0] * batch_size rounded up or down at random, so that its mean is exact for every
-        batch size; the start is uniform over the batch, so every row survives with probability rates[0].
+        batch size; the start is uniform over the batch, so every row survives with probability rates[0]. Where that
+        would leave fewer rows than `fewest`, it is 0 or `fewest`, at random with the same mean (a batch of one row has
+        no two to leave).
         """
         if self.key is None:
             raise PlanError("this draw has no key for rows; it was made for a block-level rule or an expectation")
@@ -89,11 +93,13 @@ class Draw(NamedTuple):
     def live(self, batch_size: int) -> int:
         """Number of live rows in a batch of `batch_size` rows, as in `rows`."""
         mean = self.rates[0] * batch_size
-        whole = floor(mean)
+        whole, step = floor(mean), 1
+        if whole < self.fewest <= batch_size:
+            whole, step = 0, self.fewest
         if mean == whole:
             return whole
         assert self.key is not None
-        return whole + (derive_key(self.key, 1) < (mean - whole) * _UNIT)
+        return whole + step * (derive_key(self.key, 1) < (mean - whole) / step * _UNIT)
 
 
 class Plan(NamedTuple):
@@ -121,11 +127,13 @@ class Site:
         rates: survival rates in [0, 1]; empty for a rule without randomness.
         granularity: what one coin decides; `number` is a key per block in place of a coin (`residrop.rules.gaussian`).
         scope: `shared` ranks draw the same, `per_rank` ranks draw their own.
+        fewest: see `Draw`; for row-level sites.
     """
 
     rates: tuple[float, ...]
     granularity: Granularity = "block"
     scope: Scope = "shared"
+    fewest: int = 1
 
 
 class DepthSampler:
@@ -216,7 +224,7 @@ class DepthSampler:
         if layout.keyed:
             keys = unpack(layout.format, words.to_bytes(layout.size, "little"))
             for index in layout.keyed:
-                draws[index] = Draw(ready.rates[index], None, keys[index])
+                draws[index] = Draw(ready.rates[index], None, keys[index], self.sites[index].fewest)
         return Plan(tuple(draws), step)
 
     def expectation(self, step: int | None = None) -> Plan:
@@ -384,7 +392,7 @@ class _Ready:
 def _draws(rates: list[tuple[float, ...]], alive: bool) -> list[Draw]:
     # what Draw(rate, alive) makes, in half the time, which counts where the rates move at every step
     new: Callable[[type[Draw], tuple[object, ...]], Draw] = tuple.__new__  # pyright: ignore
-    return [new(Draw, (rate, alive, None)) for rate in rates]
+    return [new(Draw, (rate, alive, None, 1)) for rate in rates]
 
 
 def _fits(site: Site, draw: Draw) -> bool:

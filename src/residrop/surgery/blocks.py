@@ -4,8 +4,10 @@ A block keeps its identity, parameters, hooks and names; only its class changes,
 branches) and the block's own class. The rules become a child module without parameters, so `state_dict` is unchanged.
 """
 
+import copyreg
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pickle import PicklingError
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from residrop.functional.layout import relu_by_signs
 from residrop.rules.base import Rule
 from residrop.surgery.arguments import Cutting, Signature, call, pack, refuse_caches, settle_caches
 from residrop.surgery.containers import RULES, Container
+from residrop.surgery.forms import form_of
 
 __all__ = [
     "AppliedBlock",
@@ -59,6 +62,8 @@ class AppliedBlock(Skippable):
     attributes of its own, which must not be hidden."""
 
     residrop_rules: nn.ModuleList
+    # how the mixin is made, where it is not found by its name: a function and its arguments, by place and by name
+    residrop_made: ClassVar[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None] = None
     residrop_checks = (refuse_caches,)
     residrop_signature: ClassVar[Signature]  # of the forward of the block's own class
 
@@ -83,6 +88,21 @@ class AppliedBlock(Skippable):
                 SharedBlockWarning,
                 stacklevel=2,
             )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled and copied by the block's own class and its mixin, of which the class is made again."""
+        if type(self) not in _CLASSES.values():  # an engine's
+            return super().__reduce_ex__(protocol)
+        new, args, *rest = super().__reduce_ex__(max(int(protocol), 2))
+        own: type[nn.Module] = self.__dict__["_residrop_class"]
+        if new is not copyreg.__newobj__ or args != (type(self),):  # pyright: ignore[reportAttributeAccessIssue]
+            raise PicklingError(
+                f"{own.__name__} has a way of its own to be pickled and copied, which knows nothing of its rules; call "
+                "residrop.remove(model) first, and residrop.apply afterwards"
+            )
+        mixin = next(one for one, of in _CLASSES if _CLASSES[one, of] is type(self))
+        form = form_of(own.forward) if issubclass(mixin, ForeignBlock) else ""
+        return (_new_block, (vars(mixin).get("residrop_made") or mixin, own, form), *rest)
 
     def residrop_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by the names that `residrop_forward` has for them."""
@@ -210,16 +230,35 @@ def install_rules(block: nn.Module, mixin: type[AppliedBlock], rules: Sequence[R
         raise ConfigError(
             f"{own.__name__} has an attribute {(hidden or [RULES])[0]!r}, which residrop.apply would hide"
         )
+    changed = _class_of(mixin, own)
+    block.add_module(RULES, nn.ModuleList(rules).train(block.training))
+    block.__dict__["_residrop_undo"] = []
+    block.__dict__["_residrop_class"] = own
+    block.__class__ = changed
+
+
+def _class_of(mixin: type[AppliedBlock], own: type[nn.Module]) -> type[nn.Module]:
     key = (mixin, own)
     if key not in _CLASSES:
         bases = (mixin, Container, own) if issubclass(own, (nn.Sequential, nn.ModuleList)) else (mixin, own)
         # the same name: wrapping policies of engines name classes of blocks
         attributes = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
         _CLASSES[key] = type(own.__name__, bases, {**attributes, "residrop_signature": Signature.of(own.forward)})
-    block.add_module(RULES, nn.ModuleList(rules).train(block.training))
-    block.__dict__["_residrop_undo"] = []
-    block.__dict__["_residrop_class"] = own
-    block.__class__ = _CLASSES[key]
+    return _CLASSES[key]
+
+
+def _new_block(mixin: Any, own: type[nn.Module], form: str) -> nn.Module:
+    """A block without its state, which whoever loads or copies it puts in."""
+    if form and form != form_of(own.forward):
+        raise ConfigError(
+            f"{own.__module__}.{own.__name__} has another forward here than where this model was saved; load it with "
+            f"that version of {own.__module__.partition('.')[0]}, or load a state_dict into a model built here"
+        )
+    if not isinstance(mixin, type):
+        function, args, options = mixin
+        mixin = function(*args, **options)
+    cls = _class_of(mixin, own)
+    return cls.__new__(cls)
 
 
 def record_changes(block: nn.Module, changes: Sequence[Change]) -> None:

@@ -122,6 +122,10 @@ def chain(
         batched: see `Cutting`.
         base: a class derived from `Chain` with methods of its own.
     """
+    options = {"shortcut": shortcut, "before": before, "post": post, "uses": uses, "batched": batched, "base": base}
+    key = (branches, repr(options))
+    if key in _MADE:
+        return _MADE[key]
     steps = [tuple(map(Step.parse, branch.split())) for branch in branches]
     shortcuts = [shortcut] * len(steps) if isinstance(shortcut, str) else shortcut
     inside = uses or {}
@@ -134,9 +138,13 @@ def chain(
         ),
         "drops": tuple(next((step.name for step in one if _drops(step.name)), "") for one in steps),
         "batched": batched or {},
+        "residrop_made": (chain, branches, options),
         "__doc__": base.__doc__,
     }
-    return type(base.__name__, (base,), attributes)
+    return _MADE.setdefault(key, type(base.__name__, (base,), attributes))
+
+
+_MADE: dict[tuple[tuple[str, ...], str], type[Chain]] = {}
 
 
 def _drops(name: str) -> bool:

@@ -195,7 +195,11 @@ def _view(config: Any, name: str) -> Any:
     """The same configuration, also when it changes later, but for one attribute, which reads as 0: it is not the
     owner's alone."""
     own = type(config)
-    zero = property(lambda self: 0.0, lambda self, value: self.__dict__.__setitem__(name, value))
-    view = object.__new__(type(own.__name__, (own,), {"__module__": own.__module__, name: zero}))
+    attributes = {
+        "__module__": own.__module__,
+        name: property(lambda self: 0.0, lambda self, value: self.__dict__.__setitem__(name, value)),
+        "__reduce_ex__": lambda self, protocol: (_view, (config, name)),
+    }
+    view = object.__new__(type(own.__name__, (own,), attributes))
     view.__dict__ = config.__dict__
     return view
