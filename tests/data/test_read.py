@@ -99,7 +99,7 @@ def test_truncated_image_is_named_among_good_ones(write):
         read_images([good, bad], size=8, channels=3)
 
 
-def test_sixteen_bits_a_channel_are_refused_with_advice(write):
-    path = write(np.full((8, 8), 4000, dtype=np.uint16))
+def test_values_without_a_range_are_refused_with_advice(write):
+    path = write(np.full((8, 8), 4000, dtype=np.int32), "a.tiff")
     with pytest.raises(DataError, match="convert it to 8 bits"):
         read_images([path], size=8, channels=1)
