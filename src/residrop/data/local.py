@@ -32,13 +32,13 @@ def _divided(request: Request, has_test: bool, where: Path, missing: str) -> boo
     return not has_test
 
 
-def _without(labels: Tensor, skipped: Tensor, names: Sequence[str], where: str) -> Tensor:
-    """The labels of the images that could be read; a remark counts and names the others."""
+def _kept(total: int, skipped: Tensor, names: Sequence[str], where: str) -> Tensor:
+    """The numbers of the images that could be read; a remark counts and names the others."""
     if len(skipped):
-        remark(f"{where}: {len(skipped)} of {len(labels)} images cannot be read and are left out: {named(names, 10)}")
-    keep = torch.ones(len(labels), dtype=torch.bool)
+        remark(f"{where}: {len(skipped)} of {total} images cannot be read and are left out: {named(names, 10)}")
+    keep = torch.ones(total, dtype=torch.bool)
     keep[skipped] = False
-    return labels[keep]
+    return keep.nonzero().flatten()
 
 
 # Parquet
@@ -66,14 +66,13 @@ def load_parquet(request: Request) -> Found:
         if len(tensors["skipped"]) and not request.skip:
             tensors = decode(skip=False)  # raises what is wrong with the first
         rows = [f"row {row} of {name}" for row in tensors["skipped"].tolist()]
-        found[name] = Images(tensors["pixels"], _without(labels, tensors["skipped"], rows, f"{folder}, {name}"))
+        kept = _kept(len(labels), tensors["skipped"], rows, f"{folder}, {name}")
+        found[name] = Images(tensors["pixels"], labels[kept])
+        if divided:
+            assert request.split is not None
+            held_out = stratified(labels[kept], classes, request.split, [str(row) for row in kept.tolist()])
+            found["train"], found["test"] = take_apart(found["train"], held_out)
     assert classes is not None
-    if divided:
-        whole = found["train"]
-        assert request.split is not None
-        keys = [str(row) for row in range(len(whole))]
-        rest, held_out = take_apart(whole, stratified(whole.labels, classes, request.split, keys))
-        found = {"train": rest, "test": held_out}
     sizes = {part.pixels.shape[-1] for part in found.values() if isinstance(part, Images)}
     if len(sizes) > 1:
         text = " and ".join(f"{size}x{size}" for size in sorted(sizes))
@@ -108,8 +107,8 @@ def load_tree(request: Request, size: int, shorter: int = 0, test_names: Sequenc
         if len(tensors["skipped"]) and not request.skip:
             tensors = decode(skip=False)  # raises what is wrong with the first
         rows = [str(part.paths[row].relative_to(part.folder)) for row in tensors["skipped"].tolist()]
-        kept = _without(labels[name], tensors["skipped"], rows, f"{part.folder}")
-        found[name] = Images(tensors["pixels"], kept)
+        kept = _kept(len(part.paths), tensors["skipped"], rows, f"{part.folder}")
+        found[name] = Images(tensors["pixels"], labels[name][kept])
     return Found(found, classes)
 
 
@@ -156,7 +155,7 @@ def _streamed(
                 request.cache,
             )["skipped"].to(torch.int64)
             bad = [names[name][row] for row in skipped.tolist()]
-            kept = _without(torch.arange(len(files)), skipped, bad, str(part.folder))
+            kept = _kept(len(files), skipped, bad, str(part.folder))
             files, names[name] = select(files, kept), [names[name][row] for row in kept.tolist()]  # pyright: ignore
         found[name] = files
     if "train" not in parts:
@@ -169,9 +168,11 @@ def _streamed(
         missing = f"{len(gone)} of the {len(request.listed)} images that the run was started on are missing"
         raise DataError(f"{place}: {missing} ({named(gone)}); give the folder that it was started on")
     if gone:
-        remark(f"{place}: {len(gone)} images of this run are gone, others take their places: {named(gone, 10)}")
+        remark(
+            f"{place}: gone since this run began, so others take their places: {named(gone, 10)} ({len(gone)} in all)"
+        )
     if new := sorted(present - set(request.listed)):
-        remark(f"{place}: {len(new)} images are left out that were not there when this run began: {named(new, 10)}")
+        remark(f"{place}: left out, as new since this run began: {named(new, 10)} ({len(new)} in all)")
     index = {name: number for number, name in enumerate(classes)}
     found["train"] = replace(
         form,

@@ -133,6 +133,7 @@ def load_test(
     size: int | None = None,
     split: float | None = None,
     on_error: OnError = "stop",
+    listed: Sequence[str] | None = None,
     cache: Path | None = None,
 ) -> Images | Files:
     """Load nothing but the test images of a source, for a network that is trained.
@@ -143,6 +144,7 @@ def load_test(
         size: of the images it was trained on, in pixels: of a "folder" the default, as nothing else would do.
         split: as of `load`, where the source has no test part.
         on_error: as of `load`.
+        listed: images that the network was trained on (`Splits.listed`), none of which `split` shall hold out.
         cache: as of `load`.
 
     Raises:
@@ -153,7 +155,8 @@ def load_test(
     request = parse(source, True, cache, split)
     if request.size is None and request.kind == "folder":
         request = replace(request, size=size)
-    request = replace(request, wanted=("test",), classes=tuple(classes), skip=on_error == "skip")
+    trained = None if listed is None else tuple(listed)
+    request = replace(request, wanted=("test",), classes=tuple(classes), skip=on_error == "skip", listed=trained)
     return _found(source, request).parts["test"]
 
 

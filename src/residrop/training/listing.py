@@ -5,6 +5,7 @@ A training that goes on must see its images in the same order although some may 
 
 import gzip
 import json
+import zlib
 from typing import Any
 
 from residrop.common.errors import RunError
@@ -32,7 +33,7 @@ def data_of(run: Run) -> dict[str, Any]:
     if path.exists():
         try:
             listed = json.loads(gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
             raise RunError(f"{path} is damaged ({error}); delete it to continue, if no image was removed") from None
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise RunError(f"{path} is no list of files; delete it to continue, if no image was removed")

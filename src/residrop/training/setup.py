@@ -17,6 +17,7 @@ from residrop.data import Files, Images, Loader, Normalization, Splits, augmenta
 from residrop.rules.catalogue import entry_of
 from residrop.training.checkpoint import Run, build_network
 from residrop.training.distributed import ALONE, Ranks
+from residrop.training.listing import data_of
 from residrop.training.recipe import Recipe
 
 __all__ = [
@@ -120,7 +121,14 @@ def loader_of_run(run: Run, data: str | None = None, device: torch.device | None
     """
     recipe, dataset = run.recipe(), run.dataset()
     source = data or recipe.data
-    images = load_test(source, dataset["classes"], size=dataset["size"], split=recipe.split, on_error=recipe.on_error)
+    images = load_test(
+        source,
+        dataset["classes"],
+        size=dataset["size"],
+        split=recipe.split,
+        on_error=recipe.on_error,
+        listed=None if data else data_of(run)["listed"],
+    )
     if isinstance(images, Images) and images.pixels.shape[1] < dataset["channels"]:
         images = Images(images.pixels.expand(-1, dataset["channels"], -1, -1), images.labels)
     check_form(run, source, *form_of(images))
