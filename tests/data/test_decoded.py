@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import residrop.data.decoded as decoded_module
-from residrop.data import load
+from residrop.data import load, load_test
 
 
 @pytest.fixture
@@ -50,6 +50,18 @@ def test_second_load_decodes_nothing(shards, builds):
     first = load(str(shards[0]))
     assert len(builds) == 17
     assert equal(first, load(str(shards[0])))
+    assert len(builds) == 17
+
+
+def test_a_test_part_is_read_alone(shards, builds, cached):
+    first = load_test(str(shards[0]), ("c", "b", "a"))
+    assert len(builds) == 5
+    assert first.labels.tolist() == [2, 1, 0, 1, 2]
+    assert torch.equal(first.pixels, load(str(shards[0])).test.pixels)
+    cached("train").unlink()
+    for path in shards[0].glob("train-*"):
+        path.unlink()
+    assert torch.equal(first.pixels, load_test(str(shards[0]), ("a", "b", "c")).pixels)
     assert len(builds) == 17
 
 
