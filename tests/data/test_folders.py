@@ -150,7 +150,7 @@ def test_what_systems_leave_behind_is_counted_in_one_line(tmp_path, write_tree, 
     assert torch.equal(splits.train.pixels, clean.train.pixels)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"{folder}: passed over what is no picture: 3 files (.DS_Store, ._0.png, Thumbs.db) and "
+        f"{folder}: passed over what is no picture: 4 files (.DS_Store, ._0.png, Thumbs.db and 1 more) and "
         "5 folders (.ipynb_checkpoints, @eaDir, __MACOSX)"
     )
 

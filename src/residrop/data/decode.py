@@ -28,6 +28,7 @@ _COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "RGBX", "RGBa", "La", "HSV
 _NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "PDF", "WMF"}
 _BACKGROUND = 255  # white, behind what is transparent
 _ORIENTATION = 0x0112  # the tag of EXIF that says how the camera was held
+_TAGGED = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow has it from
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -127,6 +128,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    if not _TAGGED & image.info.keys():
+        return pixels
     orientation: Any = 1
     with _without_warnings(), contextlib.suppress(Exception):  # damaged tags of a picture that is fine
         orientation = image.getexif().get(_ORIENTATION, 1)

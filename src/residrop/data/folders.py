@@ -91,6 +91,7 @@ def _list(part: Path, passed: _Passed, complete: bool) -> Listing:
     labels: list[int] = []
     for entry in sorted(part.iterdir()):
         if not entry.is_dir():
+            passed.files.append(entry.name)
             continue
         if _is_left_behind(entry.name):
             passed.folders.append(entry.name)

@@ -1,5 +1,6 @@
 """What is wanted of a source, and what it gives: between `sources` and the readers of its kinds."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,12 @@ from residrop.common.errors import DataError
 from residrop.data.decoded import user_cache
 from residrop.data.splits import Files, Images
 
-__all__ = ["Found", "Request"]
+__all__ = ["Found", "Request", "is_folder"]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path names a folder; False where it cannot name anything, which `Path.is_dir` would raise about."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Request:
         """Return the folder of a source that must have one."""
         if self.folder is None:
             raise DataError(f"{self.kind}: no folder named; write {self.kind}:DIR")
-        if not self.folder.is_dir():
+        if not is_folder(self.folder):
             raise DataError(f"{self.folder}: no such folder; check the path after {self.kind}:")
         return self.folder
 

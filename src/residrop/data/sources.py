@@ -13,7 +13,7 @@ from residrop.common.errors import ConfigError, DataError
 from residrop.common.extras import extra
 from residrop.data.local import load_parquet, load_tree, stand_ins
 from residrop.data.remarks import named, remark
-from residrop.data.request import Found, Request
+from residrop.data.request import Found, Request, is_folder
 from residrop.data.splits import (
     Files,
     Images,
@@ -161,7 +161,11 @@ def load_test(
 
 
 def _found(source: str, request: Request) -> Found:
-    if request.split is not None and request.kind not in ("folder", "parquet", "imagenet"):
+    if (
+        request.split is not None
+        and "train" in request.wanted
+        and request.kind not in ("folder", "parquet", "imagenet")
+    ):
         raise ConfigError(f"split={request.split}: {request.kind} has a test set of its own; leave split out")
     try:
         with extra("train"):
@@ -202,19 +206,26 @@ def parse(source: str, download: bool = True, cache: Path | None = None, split: 
     kind, colon, rest = source.partition(":")
     if kind in _KINDS:
         size = None
-        if kind in ("folder", "parquet") and "?" in rest and not Path(rest).expanduser().is_dir():
+        if kind in ("folder", "parquet") and "?" in rest and not is_folder(_path(rest)):
             rest, _, option = rest.rpartition("?")
             size = _size(source, option)
         if colon and kind == "digits":
             raise DataError(f"source {source!r}: digits has no folder; write digits")
         if colon and not rest:
             raise DataError(f"source {source!r}: no folder after the colon; write {kind}:DIR")
-        return Request(kind, Path(rest).expanduser() if rest else None, size, download, cache, split=split)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+        return Request(kind, _path(rest) if rest else None, size, download, cache, split=split)
+    folder = _path(source)
+    if not is_folder(folder):
         names = ", ".join(_KINDS)
         raise DataError(f"source {source!r}: neither a folder nor a known name; known are {names}")
     return Request(_detect(folder, split), folder, None, download, cache, split=split)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # "~" of somebody unknown
+        return Path(text)
 
 
 def _size(source: str, option: str) -> int:
