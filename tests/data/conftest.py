@@ -9,6 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from residrop.data import remarks
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said(monkeypatch):
+    """Remarks are made once a process."""
+    monkeypatch.setattr(remarks, "_said", set())
+
 
 @pytest.fixture(autouse=True)
 def user_cache(tmp_path, monkeypatch):

@@ -36,6 +36,8 @@ OTHER = {
     "refresh": 3,
     "watch": ("discrepancy",),
     "data": "cifar10",
+    "split": 0.2,
+    "on_error": "skip",
     "validation": 7,
     "limit": 99,
     "normalization": "unit",
@@ -64,7 +66,7 @@ OTHER = {
     "eval_every": 2,
     "checkpoint_minutes": 1.0,
 }
-FREE = {"samples", "workers", "watch", "checkpoint_minutes", "device", "graphs"}
+FREE = {"samples", "workers", "watch", "checkpoint_minutes", "device", "graphs", "on_error"}
 
 
 def base(**changes):

@@ -27,6 +27,7 @@ commands:
   recalibrate  fit batch norm to prediction in one pass                residrop recalibrate runs/digits-001
   export       write a run as a file without residrop                  residrop export runs/digits-001 --to model.onnx
   analyze      what random presence does to a network                  residrop analyze survival runs/digits-001
+  check        read every image of a data source once                  residrop check folder:PATH
   recipes      list the papers' protocols, networks and rules          residrop recipes
   reproduce    tables and figures of the papers, beside ours           residrop reproduce swapout/table-2
   report       what was measured, as Markdown and one HTML page        residrop report
@@ -37,7 +38,8 @@ scikit-learn and take about a minute or a few on two cores.
 """
 
 _RESEARCH = ("reproduce", "report", "bench")
-_COMMANDS = ("train", "compare", "evaluate", "predict", "recalibrate", "export", "analyze", "recipes", *_RESEARCH)
+_ON_RUNS = ("train", "compare", "evaluate", "predict", "recalibrate", "export", "analyze")
+_COMMANDS = (*_ON_RUNS, "check", "recipes", *_RESEARCH)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

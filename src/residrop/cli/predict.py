@@ -29,7 +29,8 @@ class Predict:
 
     run: RunPath
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files (any format Pillow reads); resized and cropped to the size of the training images."""
+    """Image files (any format Pillow reads), upright and on white; resized and cropped to the size of the training
+    images."""
     samples: int = 30
     """Sampled passes; 0 is one pass in expectation."""
     weights: Weights = "model"

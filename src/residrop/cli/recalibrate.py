@@ -12,8 +12,9 @@ from residrop.common.output import check_target, console_for, write
 from residrop.data import Loader, load
 from residrop.inference.deploy.recalibrate import Mode, recalibrate
 from residrop.training import Run, load_run
+from residrop.training.listing import data_of
 from residrop.training.logbook import Meter
-from residrop.training.setup import choose_device, precision_context
+from residrop.training.setup import check_form, choose_device, precision_context
 
 __all__ = ["run"]
 
@@ -71,12 +72,18 @@ def run(arguments: Sequence[str], prog: str) -> int:
 def _training_images(run: Run, data: str | None, device: torch.device) -> Loader:
     """The images a run was trained on, shuffled, as they come at prediction: normalised, not augmented."""
     recipe, dataset = run.recipe(), run.dataset()
-    splits = load(data or recipe.data, validation=recipe.validation, seed=recipe.seed + 1, limit=recipe.limit)
-    if splits.classes != tuple(dataset["classes"]) or splits.channels != dataset["channels"]:
-        raise RunError(
-            f"{run.path} was trained on {len(dataset['classes'])} classes of {dataset['channels']}-channel images, "
-            f"{splits.name} has {len(splits.classes)} of {splits.channels}; give the matching --data"
-        )
+    source = data or recipe.data
+    splits = load(
+        source,
+        validation=recipe.validation,
+        seed=recipe.seed + 1,
+        limit=recipe.limit,
+        split=recipe.split,
+        on_error=recipe.on_error,
+        classes=dataset["classes"],
+        listed=data_of(run)["listed"] if data is None else None,
+    )
+    check_form(run, source, splits.channels, splits.size)
     return Loader(
         splits.train,
         batch_size=recipe.batch_size,

@@ -8,13 +8,15 @@ from residrop.common.extras import extra
 
 with extra("train"):
     from residrop.data.augment import Augmentation, augmentation, augmentations
+    from residrop.data.checking import Checked, check
     from residrop.data.loader import Loader
     from residrop.data.normalize import Normalization, NormalizationMode, fit
-    from residrop.data.sources import load, sources
+    from residrop.data.sources import load, load_test, sources
     from residrop.data.splits import Files, Images, Splits
 
 __all__ = [
     "Augmentation",
+    "Checked",
     "Files",
     "Images",
     "Loader",
@@ -23,7 +25,9 @@ __all__ = [
     "Splits",
     "augmentation",
     "augmentations",
+    "check",
     "fit",
     "load",
+    "load_test",
     "sources",
 ]

@@ -1,9 +1,10 @@
-"""Folders of parquet shards in the image layout of Hugging Face: `train-*.parquet`, `test-*.parquet`."""
+"""Folders of parquet shards with encoded images, in the layouts of the Hugging Face Hub."""
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,202 +13,360 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from residrop.common.errors import DataError
-from residrop.data.decode import DecodePool, DecodingError, open_rgb, to_chw
-from residrop.data.decoded import Decoded
-from residrop.data.splits import Images
+from residrop.common.errors import DataError, UsageError
+from residrop.data.decode import DecodePool, DecodingError, open_rgb, shrink_and_crop
+from residrop.data.pixels import Pixels, check_memory
+from residrop.data.remarks import remark
+from residrop.data.splits import unknown_class
 
-__all__ = ["Shards", "decode_shards", "find_shards"]
+__all__ = ["broken_rows", "decode_shards", "find_shards", "shard_labels", "test_shards"]
 
-_IMAGE, _LABEL = ("image", "img"), ("label", "fine_label")
-_TEST = ("test", "validation", "valid")  # the first that has shards is the test set
-_ROWS = 1024  # rows decoded at a time: bounds the encoded bytes held in memory
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The shard files of a folder, in order."""
-
-    train: tuple[Path, ...]
-    test: tuple[Path, ...]
+_IMAGE, _LABEL = ("image", "img"), ("label", "labels", "fine_label")
+_TEST = ("test", "validation", "valid", "val")  # the first that has labels is the test set
+_ROWS = 1024  # rows decoded at a time, and
+_BYTES = 1 << 28  # encoded bytes that are enough before that: together they bound what is held in memory
+_EXPANDED = 1 << 30  # bytes that a batch of Arrow may have: a shard can say thousands of times that a row is as another
+_NO_LABEL = -(1 << 63)  # stands for null
 
 
-@dataclass
-class _Part:
-    """One part of the source while it is decoded: `buffer` is uint8 [N, 3, S, S] once S is known."""
-
-    rows: int
-    labels: np.ndarray
-    size: int = 0
-    buffer: np.ndarray = field(default_factory=lambda: np.empty((0, 3, 0, 0), np.uint8))
-    coloured: bool = False
+# Shards
 
 
-def find_shards(folder: Path) -> Shards | None:
-    """Find the shards of `folder` or of its subfolder `data`; None if there is no training shard.
+def find_shards(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """Find the shards of every part, by its name: "train", "test", "validation", "valid" or "val"; empty if none.
+
+    They are called `train-*.parquet`, `train.parquet` or `train/*.parquet`, in `folder`, its subfolder `data` or the
+    only other subfolder that has them (the name of a configuration, such as `default`).
 
     Raises:
-        DataError: if there is no test shard, or a numbered shard ("00001-of-00003") is missing.
+        DataError: if a numbered shard ("00001-of-00003") is missing, or several configurations have shards.
+        OSError: if a folder cannot be listed.
     """
     for place in (folder, folder / "data"):
-        train = _complete(place, "train")
-        if not train:
-            continue
-        for name in _TEST:
-            test = _complete(place, name)
-            if test:
-                return Shards(train, test)
-        raise DataError(f"{place}: train-*.parquet but no test-*.parquet or validation-*.parquet; add the test set")
+        if found := _parts_in(place):
+            return found
+    others = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    found = {place.name: parts for place in others if (parts := _parts_in(place))}
+    if len(found) > 1:
+        names = ", ".join(found)
+        raise DataError(f"{folder}: shards of several configurations ({names}); name one, as parquet:{others[0]}")
+    return next(iter(found.values()), {})
+
+
+def _parts_in(place: Path) -> dict[str, tuple[Path, ...]]:
+    found: dict[str, tuple[Path, ...]] = {}
+    for part in ("train", *_TEST):
+        for where, pattern in ((place, f"{part}-*.parquet"), (place, f"{part}.parquet"), (place / part, "*.parquet")):
+            if files := tuple(sorted(where.glob(pattern))):
+                found[part] = files
+                break
+    for files in found.values():
+        for file in files:
+            numbered = re.fullmatch(r".*-\d+-of-(\d{1,9})(.*)\.parquet", file.name)
+            if numbered and len(files) != int(numbered[1]):
+                message = f"{file}: its name promises {int(numbered[1])} shards, the folder has {len(files)}"
+                raise DataError(f"{message}; fetch the others or remove strays")
+    return found
+
+
+def test_shards(parts: dict[str, tuple[Path, ...]], folder: Path) -> tuple[Path, ...] | None:
+    """The shards of the part to test on: the first one besides "train" that has labels; None if there is none."""
+    bare: list[str] = []
+    for name in _TEST:
+        if name in parts:
+            if any(_labelled(file) for file in parts[name]):
+                if bare:
+                    remark(f"{folder}: part {' and '.join(bare)} has no labels, so {name} is the test set")
+                return parts[name]
+            bare.append(name)
     return None
 
 
-def _complete(folder: Path, part: str) -> tuple[Path, ...]:
-    files = tuple(sorted(folder.glob(f"{part}-*.parquet")))
-    for file in files:
-        numbered = re.fullmatch(rf"{part}-\d+-of-(\d+)(.*)\.parquet", file.name)
-        if numbered and len(files) != int(numbered[1]):
-            message = f"{file}: its name promises {int(numbered[1])} shards, the folder has {len(files)}"
-            raise DataError(f"{message}; fetch the others or remove strays")
-    return files
+@contextlib.contextmanager
+def _reading(file: Path, where: Callable[[], str] = lambda: "not a complete parquet file") -> Iterator[None]:
+    """Turn what Arrow raises on damaged shards, of about every type there is, into one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__  # Arrow's run over several lines
+        raise DataError(f"{file}: {where()} ({reason}); fetch it again") from error
 
 
-def decode_shards(shards: Shards) -> Decoded:
-    """Decode all images of all shards.
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[pq.ParquetFile]:
+    with _reading(file):
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DataError(f"{file}: no regular file; remove it")  # opening a pipe would wait for ever
+        shard = pq.ParquetFile(file)
+        names = shard.schema_arrow.names
+        for name in {*_IMAGE, *_LABEL} & set(names):
+            if names.count(name) > 1:
+                raise DataError(f"{file}: {names.count(name)} columns are called {name}; keep one of them")
+    with shard:
+        yield shard
 
-    Columns: `image` (or `img`), a struct with the encoded `bytes`; `label` (or `fine_label`), whole numbers.
-    All images must be squares of one size. Class names come from the features in the schema's metadata; without
-    them the classes are the numbers from 0 to the largest training label.
+
+def _column(shard: pq.ParquetFile, usual: Sequence[str], feature: str) -> str | None:
+    """The first of the usual names that there is, else the only column whose Hugging Face feature is of this type."""
+    names = shard.schema_arrow.names
+    if found := next((name for name in usual if name in names), None):
+        return found
+    typed = [name for name, one in _features(shard).items() if name in names and one.get("_type") == feature]
+    return typed[0] if len(typed) == 1 else None
+
+
+def _features(shard: pq.ParquetFile) -> dict[str, dict[str, Any]]:
+    """What the schema's metadata says of the columns; empty if nothing that can be understood."""
+    try:
+        found = json.loads((shard.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: one for name, one in found.items() if isinstance(one, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+# Labels
+
+
+def _label_column(shard: pq.ParquetFile, file: Path) -> str:
+    label = _column(shard, _LABEL, "ClassLabel")
+    if label is None:
+        names = ", ".join(shard.schema_arrow.names)
+        raise DataError(f"{file}: columns {names}; needs one called {' or '.join(_LABEL)}; rename the columns")
+    return label
+
+
+def _labelled(file: Path) -> bool:
+    """Whether any row has a label: the Hub's test sets without them say -1, or null, or have no such column."""
+    with _open(file) as shard:
+        if _column(shard, _LABEL, "ClassLabel") is None:
+            return False
+    labels, _ = _labels_of(file)
+    return not labels.size or bool((labels >= 0).any())
+
+
+def _labels_of(file: Path) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """The labels of a shard, int64, and the names that they stand for; None if numbers are all there is."""
+    with _open(file) as shard, _reading(file, lambda: "its labels cannot be read"):
+        label = _label_column(shard, file)
+        rows, kind = shard.metadata.num_rows, shard.schema_arrow.field(label).type
+        check_memory(16 * rows, f"{file}: labels of {rows} rows")
+        words = kind.value_type if pa.types.is_dictionary(kind) else kind
+        named = pa.types.is_string(words) or pa.types.is_large_string(words)
+        if not named and not pa.types.is_integer(kind):
+            raise DataError(f"{file}: column {label} is {kind}; needs whole numbers from 0 on, or names")
+        column = pa.chunked_array(
+            [batch.column(0) for batch in shard.iter_batches(batch_size=65536, columns=[label])], kind
+        )
+        if column.null_count == len(column):
+            return np.full(len(column), _NO_LABEL), () if named else None
+        if named:
+            coded = column if pa.types.is_dictionary(kind) else column.dictionary_encode()
+            coded = coded.unify_dictionaries().combine_chunks()
+            if isinstance(coded, pa.ChunkedArray):
+                coded = coded.chunk(0)
+            return _numbers(coded.indices), tuple(str(name) for name in coded.dictionary.to_pylist())
+        names = _features(shard).get(label, {}).get("names")
+        if not isinstance(names, list):
+            return _numbers(column), None
+        names = tuple(str(name) for name in names)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"{file}: two classes are called {twice!r}; give every class a name of its own")
+        return _numbers(column), names
+
+
+def _numbers(column: Any) -> np.ndarray:
+    return column.cast(pa.int64()).fill_null(_NO_LABEL).to_numpy(zero_copy_only=False)
+
+
+def shard_labels(files: Sequence[Path], classes: Sequence[str] | None = None) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Read the labels of all shards of a part, by name.
+
+    Every shard has names of its own: in the schema's metadata (ClassLabel), or as the labels themselves (strings).
+    Labels of a shard without names are called by their numbers.
+
+    Args:
+        files: the shards.
+        classes: what the labels shall mean. None: the names of the first shard; sorted, if they are strings; or the
+            numbers from 0 to the largest label.
 
     Returns:
-        Parts "train" and "test"; one channel if every image is grey, otherwise three.
+        Labels int64 `Tensor[N]` that mean the classes, and the classes.
 
     Raises:
-        DataError: naming the shard and row, if a shard, an image or a label is damaged or out of range.
+        DataError: naming the shard and row, if a label is missing, out of range or unknown; or if there are no rows.
     """
-    named = _class_names(shards.train[0])
-    train = _Part(_count(shards.train), np.empty(0, np.int64))
-    test = _Part(_count(shards.test), np.empty(0, np.int64))
-    train.labels, test.labels = np.empty(train.rows, np.int64), np.empty(test.rows, np.int64)
-    with DecodePool(train.rows + test.rows, "decoding") as pool:
-        # Without names there cannot be more classes than images; the bound keeps one wild label from making millions.
-        _decode_part(shards.train, train, len(named) or train.rows, pool)
-        classes = named or tuple(str(number) for number in range(int(train.labels.max()) + 1))
-        test.size = train.size
-        _decode_part(shards.test, test, len(classes), pool)
-    channels = 3 if train.coloured or test.coloured else 1
-    parts = {name: _images(part, channels) for name, part in (("train", train), ("test", test))}
-    return Decoded(parts, classes)
+    found = [_labels_of(file) for file in files]
+    rows = sum(len(labels) for labels, _ in found)
+    if rows == 0:
+        raise DataError(f"{files[0]}: no rows; fetch the shard again")
+    if classes is None:
+        classes = _classes(files, found, rows)
+    index = {name: number for number, name in enumerate(classes)}
+    mapped = [
+        _mapped(labels, names, index, file) for file, (labels, names) in zip(files, found, strict=True) if len(labels)
+    ]
+    return torch.from_numpy(np.concatenate(mapped)), tuple(classes)
 
 
-def _images(part: _Part, channels: int) -> Images:
-    return Images(torch.from_numpy(part.buffer[:, :channels]).contiguous(), torch.from_numpy(part.labels))
+def _classes(files: Sequence[Path], found: list[tuple[np.ndarray, tuple[str, ...] | None]], rows: int) -> list[str]:
+    first = found[0][1]
+    if first is None:
+        # There cannot be more classes than images; the bound keeps one wild label from making millions.
+        for file, (labels, _) in zip(files, found, strict=True):
+            _check_range(labels, rows, file)
+        return [str(number) for number in range(max(int(labels.max(initial=0)) for labels, _ in found) + 1)]
+    with _open(files[0]) as shard:
+        numbers = pa.types.is_integer(shard.schema_arrow.field(_label_column(shard, files[0])).type)
+    return list(first) if numbers else sorted({name for _, names in found for name in names or ()})
 
 
-def _decode_part(files: tuple[Path, ...], part: _Part, num_classes: int, pool: DecodePool) -> None:
-    offset = 0
-    for file, first, encoded, labels in _batches(files):
-        _check_labels(labels, num_classes, file, first)
-        part.labels[offset : offset + len(encoded)] = labels
-        if part.buffer.shape[0] == 0:
-            if part.size == 0:
-                part.size = _decode(encoded[0], file, first)[0].shape[1]
-            part.buffer = np.empty((part.rows, 3, part.size, part.size), np.uint8)
-
-        def work(i: int, data: bytes, offset: int = offset, file: Path = file, first: int = first) -> None:
-            pixels, grey = _decode(data, file, first + i)
-            _, height, width = pixels.shape
-            if (height, width) != (part.size, part.size):
-                raise DataError(
-                    f"{file}, row {first + i}: image of {width}x{height} pixels, expected {part.size}x{part.size} "
-                    "as the first training image has; make all images squares of one size"
-                )
-            part.buffer[offset + i] = pixels
-            if not grey:
-                part.coloured = True  # only ever set, so threads need no lock
-
-        pool.run(work, encoded)
-        offset += len(encoded)
-
-
-def _decode(data: Any, file: Path, row: int) -> tuple[np.ndarray, bool]:
-    if not isinstance(data, bytes):
-        raise DataError(f"{file}, row {row}: no image bytes; store the encoded image in the shard, not a path")
-    try:
-        image, grey = open_rgb(data)
-    except DecodingError as error:
-        raise DataError(f"{file}, row {row}: image {error}; replace the shard") from error
-    return to_chw(image), grey
-
-
-def _check_labels(labels: np.ndarray, num_classes: int, file: Path, first: int) -> None:
-    bad = (labels < 0) | (labels >= num_classes)
+def _check_range(labels: np.ndarray, count: int, file: Path) -> None:
+    bad = (labels < 0) | (labels >= count)
     if bad.any():
         row = int(bad.argmax())
-        message = f"{file}, row {first + row}: label {labels[row]} is out of range, allowed: 0 to {num_classes - 1}"
+        if labels[row] == _NO_LABEL:
+            raise DataError(f"{file}, row {row}: no label; every image needs one")
+        message = f"{file}, row {row}: label {labels[row]} is out of range, allowed: 0 to {count - 1}"
         raise DataError(f"{message}; correct the label or the class names")
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())  # Arrow's messages run over several lines
+def _mapped(labels: np.ndarray, names: tuple[str, ...] | None, index: dict[str, int], file: Path) -> np.ndarray:
+    if names is None and list(index) == [str(number) for number in range(len(index))]:
+        _check_range(labels, len(index), file)
+        return labels
+    _check_range(labels, 1 << 62 if names is None else len(names), file)
+    different, where = np.unique(labels, return_inverse=True)
+    called = [str(number) if names is None else names[number] for number in different.tolist()]
+    table = np.array([index.get(name, -1) for name in called], np.int64)
+    if (table < 0).any():
+        row = int((table[where] < 0).argmax())
+        raise DataError(unknown_class(f"{file}, row {row}", called[int(where[row])], list(index)))
+    return table[where]
 
 
-def _open(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a complete parquet file ({_line(error)}); fetch it again") from error
+# Images
 
 
-def _count(files: tuple[Path, ...]) -> int:
-    rows = 0
+def decode_shards(files: Sequence[Path], rows: int, size: int | None, skip: bool) -> dict[str, torch.Tensor]:
+    """Decode all images of the shards of a part.
+
+    Columns: `image` (or `img`, or the only one whose feature is Image), encoded images as binary or as a struct with
+    `bytes`.
+
+    Args:
+        files: the shards.
+        rows: how many images they have.
+        size: resize the shorter edge to so many pixels and cut out the central square; None for images that are squares
+            of one size.
+        skip: leave out images that cannot be decoded.
+
+    Returns:
+        As of `Pixels.tensors`.
+
+    Raises:
+        DataError: naming the shard and row, if a shard or image is damaged, or of another size.
+    """
+    pixels, offset = Pixels(rows, skip), 0
+    where = f"{files[0].parent}: {rows} images"
+    if size:
+        pixels.start(size, where)
+    with DecodePool(rows, "decoding") as pool:
+        for file, first, encoded in _batches(files):
+            if offset + len(encoded) > rows:
+                raise DataError(f"{file}: more images than labels; fetch it again")
+
+            def work(i: int, data: Any, offset: int = offset, file: Path = file, first: int = first) -> None:
+                row = f"{file}, row {first + i}"
+                try:
+                    image, grey = open_rgb(_checked(data))
+                except DecodingError as error:
+                    pixels.fail(offset + i, f"{row}: image {error}; replace the shard")
+                    return
+                if size:
+                    image = shrink_and_crop(image, size)
+                elif image.size != (pixels.size or image.height,) * 2:
+                    side = pixels.size or image.height
+                    raise DataError(
+                        f"{row}: image of {image.width}x{image.height} pixels, expected {side}x{side} as the first "
+                        "image of the part has; make all images squares of one size, or resize them with ?size=N"
+                    )
+                if not pixels.size:
+                    pixels.start(image.height, where)
+                pixels.put(offset + i, image, grey)
+
+            start = 0
+            while not pixels.size and start < len(encoded):  # alone, until one has said which size they have
+                work(start, encoded[start])
+                start += 1
+            pool.run(lambda i, data, work=work, start=start: work(start + i, data), encoded[start:])
+            offset += len(encoded)
+    if offset != rows:
+        raise DataError(f"{files[-1]}: fewer images than labels; fetch it again")
+    if not pixels.size:
+        raise DataError(f"{files[0]}: no image can be decoded; fetch the shards again")
+    return pixels.tensors()
+
+
+def broken_rows(files: Sequence[Path], rows: int, title: str) -> dict[str, str]:
+    """Decode all images and keep nothing of them but where those lie that cannot be read, with the reason."""
+    found: dict[str, str] = {}
+    with DecodePool(rows, title) as pool:
+        for file, first, encoded in _batches(files):
+
+            def work(i: int, data: Any, file: Path = file, first: int = first) -> None:
+                try:
+                    open_rgb(_checked(data))
+                except DecodingError as error:
+                    found[f"{file}, row {first + i}"] = str(error)
+
+            pool.run(work, encoded)
+    return found
+
+
+def _checked(data: Any) -> bytes:
+    if not isinstance(data, bytes):
+        raise DecodingError("has no image bytes: the shard holds a path, or nothing, in place of the encoded image")
+    return data
+
+
+def _batches(files: Sequence[Path]) -> Iterator[tuple[Path, int, list[Any]]]:
+    """Yield (shard, number of the first row in it, encoded images)."""
     for file in files:
-        with _open(file) as shard:
-            rows += shard.metadata.num_rows
-    if rows == 0:
-        raise DataError(f"{files[0]}: no rows; fetch the shard again")
-    return rows
+        first, encoded, held = 0, list[Any](), 0
+        with _open(file) as shard, _reading(file, lambda: f"damaged after row {first + len(encoded)}"):  # noqa: B023
+            image, largest = _image_column(shard, file), _largest_group(shard)
+            check_memory(largest, f"{file}: its largest row group")
+            rows = max(1, min(_ROWS, _EXPANDED // max(1, largest)))
+            for batch in shard.iter_batches(batch_size=rows, columns=[image]):
+                values = batch.column(0)
+                if pa.types.is_struct(values.type):
+                    values = values.flatten()[values.type.get_field_index("bytes")]
+                encoded.extend(values.to_pylist())
+                held += values.nbytes
+                if len(encoded) >= _ROWS or held >= _BYTES:
+                    yield file, first, encoded
+                    first, encoded, held = first + len(encoded), [], 0
+            if encoded:
+                yield file, first, encoded
 
 
-def _batches(files: tuple[Path, ...]) -> Iterator[tuple[Path, int, list[Any], np.ndarray]]:
-    """Yield (shard, number of the first row in it, encoded images, int64 labels)."""
-    for file in files:
-        with _open(file) as shard:
-            image, label = _columns(shard.schema_arrow, file)
-            first = 0
-            try:
-                for batch in shard.iter_batches(batch_size=_ROWS, columns=[image, label]):
-                    images, column = batch.column(image), batch.column(label)
-                    if column.null_count:
-                        row = first + column.is_null().to_pylist().index(True)
-                        raise DataError(f"{file}, row {row}: no label; every image needs one")
-                    encoded = [None if value is None else value["bytes"] for value in images.to_pylist()]
-                    yield file, first, encoded, column.to_numpy(zero_copy_only=False).astype(np.int64)
-                    first += len(encoded)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file}: damaged after row {first} ({_line(error)}); fetch it again") from error
+def _largest_group(shard: pq.ParquetFile) -> int:
+    """Bytes of the largest row group, as its columns say."""
+    groups = (shard.metadata.row_group(number) for number in range(shard.metadata.num_row_groups))
+    return max((group.total_byte_size for group in groups), default=0)
 
 
-def _columns(schema: pa.Schema, file: Path) -> tuple[str, str]:
-    image = next((name for name in _IMAGE if name in schema.names), None)
-    label = next((name for name in _LABEL if name in schema.names), None)
-    if image is None or label is None:
-        wanted = "image (or img) and label (or fine_label)"
-        raise DataError(f"{file}: columns {', '.join(schema.names)}; needs {wanted}; rename the columns")
+def _image_column(shard: pq.ParquetFile, file: Path) -> str:
+    schema = shard.schema_arrow
+    image = _column(shard, _IMAGE, "Image")
+    if image is None:
+        names = ", ".join(schema.names)
+        raise DataError(f"{file}: columns {names}; needs one called {' or '.join(_IMAGE)}; rename the columns")
     kind = schema.field(image).type
-    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise DataError(f"{file}: column {image} is {kind}; needs struct<bytes, path> with encoded images")
-    if not pa.types.is_integer(schema.field(label).type):
-        raise DataError(f"{file}: column {label} is {schema.field(label).type}; needs whole numbers from 0 on")
-    return image, label
-
-
-def _class_names(file: Path) -> tuple[str, ...]:
-    """Read the names out of the schema's Hugging Face features; empty if there are none."""
-    with _open(file) as shard:
-        schema = shard.schema_arrow
-        _, label = _columns(schema, file)
-    try:
-        about = json.loads((schema.metadata or {})[b"huggingface"])
-        return tuple(str(name) for name in about["info"]["features"][label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return ()
+    inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):
+        raise DataError(f"{file}: column {image} is {kind}; needs encoded images, as binary or struct<bytes, path>")
+    return image

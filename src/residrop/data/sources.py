@@ -1,48 +1,39 @@
 """From the name of a source to its images: `load` is the door of this package."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from residrop.common.checks import check_choice
 from residrop.common.errors import ConfigError, DataError
 from residrop.common.extras import extra
-from residrop.data.decoded import Decoded, decoded_or_build, fingerprint, user_cache
-from residrop.data.folders import Tree, decode_tree, find_tree, tree_files
-from residrop.data.splits import Images, Splits, balanced_limit, hold_out, select, svhn_validation, take_apart
+from residrop.data.local import load_parquet, load_tree, stand_ins
+from residrop.data.remarks import named, remark
+from residrop.data.request import Found, Request, is_folder
+from residrop.data.splits import (
+    Files,
+    Images,
+    Splits,
+    balanced_limit,
+    hold_out,
+    renumber,
+    select,
+    svhn_validation,
+    take_apart,
+)
 from residrop.data.standard import CIFAR_FOLDERS, cifar, digits, svhn
 
-__all__ = ["load", "sources"]
+__all__ = ["OnError", "load", "load_test", "parse", "sources"]
+
+OnError = Literal["stop", "skip"]
 
 _SVHN_VALIDATION = 6000  # ten classes, of each 400 out of train and 200 out of extra
-_IN_MEMORY_BYTES = 1 << 30  # an image folder that decodes to more streams through workers
 _DEFAULT_SIZE = 32  # pixels, of folder:DIR
 _LAYOUTS = "train-*.parquet and test-*.parquet, train/<class>/ and test/<class>/, cifar-10-batches-py/"
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A source taken apart: `folder` is None where none was named."""
-
-    kind: str
-    folder: Path | None
-    size: int
-    download: bool
-    cache: Path | None
-
-    def root(self) -> Path:
-        """Return the folder of a torchvision set."""
-        return self.folder or self.cache or user_cache()
-
-    def existing(self) -> Path:
-        """Return the folder of a source that must have one."""
-        if self.folder is None:
-            raise DataError(f"{self.kind}: no folder named; write {self.kind}:DIR")
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder; check the path after {self.kind}:")
-        return self.folder
 
 
 def sources() -> dict[str, str]:
@@ -56,24 +47,39 @@ def load(
     validation: int = 0,
     seed: int = 1,
     limit: int | None = None,
+    split: float | None = None,
+    on_error: OnError = "stop",
+    classes: Sequence[str] | None = None,
+    listed: Sequence[str] | None = None,
     download: bool = True,
     cache: Path | None = None,
 ) -> Splits:
     """Load the images of a source.
 
+    Labels are matched by the names of classes wherever these are known: a shard or test part may number them in another
+    order, or lack some.
+
     Args:
         source: a name of `sources()`, with the folder after a colon where one is needed ("parquet:DIR",
             "folder:DIR?size=64"; optional for "cifar10:DIR" and its like), or the path of a folder, whose layout
-            is then found out. A name wins over a folder of that name.
+            is then found out. A name wins over a folder of that name. `?size=N` resizes the shorter edge to N pixels
+            and cuts out the central square: of "folder" N is 32 by default, of "parquet" images stay as they are.
         validation: number of images taken out of the training set for choices, drawn by `seed`. For svhn it must be
             0 or 6000, drawn by class as in Huang et al.
         seed: the same seed draws the same validation set and the same limited set.
         limit: keep only so many training images (after the validation set is taken out), their class counts as
             equal as possible; a draw by `seed`. At least 1; None keeps all.
+        split: of a "folder" or "parquet" without a test part: share of every class to hold out as such, in (0, 1).
+            The draw does not depend on `seed`.
+        on_error: "stop" at an image of a "folder" or "parquet" that cannot be read, or "skip" such images, which a
+            remark counts and names; those that are read batch by batch are all decoded once for that.
+        classes: the class names that labels shall mean, in order, as of a run that is continued. Default: as the
+            training part has them.
+        listed: of a run that is continued, `Splits.listed`: the same images come in the same order, and others take
+            the places of those that are gone.
         download: whether a missing torchvision set may be downloaded.
-        cache: folder for downloads and decoded images. Default: downloads go to the user's cache folder
-            (`$XDG_CACHE_HOME/residrop` or `~/.cache/residrop`); decoded images go beside the source, or to the
-            user's cache folder if that place must not be written.
+        cache: folder for downloads and decoded images. Default: the user's cache folder
+            (`$XDG_CACHE_HOME/residrop` or `~/.cache/residrop`). Nothing is written beside the source.
 
     Returns:
         The splits. Pixels are uint8 `Tensor[N, C, H, W]`, 0..255, labels int64 `Tensor[N]`. "imagenet" gives `Files`,
@@ -81,41 +87,30 @@ def load(
 
     Raises:
         DataError: for an unknown source, and for a missing, incomplete or corrupt one; the message names the file.
-        ConfigError: if `validation`, `limit` or the size of "folder:DIR?size=N" is out of range.
+        ConfigError: if `validation`, `limit`, `split`, `on_error` or the size of "folder:DIR?size=N" is out of range.
     """
     if validation < 0:
         raise ConfigError(f"validation={validation}: must be at least 0; 0 holds out no images")
-    request = _parse(source, download, cache)
+    check_choice("on_error", on_error, OnError)
+    request = replace(
+        parse(source, download, cache, split),
+        classes=None if classes is None else tuple(classes),
+        skip=on_error == "skip",
+        listed=None if listed is None else tuple(listed),
+    )
     if request.kind == "svhn" and validation not in (0, _SVHN_VALIDATION):
         raise ConfigError(
             f"validation={validation}: svhn allows 0 or {_SVHN_VALIDATION}, 400 of train and 200 of extra per class"
         )
-    try:
-        with extra("train"):
-            loaded = _KINDS[request.kind][1](request)
-    except OSError as error:  # a folder that may not be listed, a file that vanished meanwhile
-        raise DataError(f"source {source!r}: cannot be read ({error}); check path and permissions") from error
-    if isinstance(loaded, Decoded):
-        splits = _from_decoded(loaded, request, validation, seed)
-    else:
-        splits = _from_files(loaded, request)
-        if validation:
-            train, held_out = take_apart(splits.train, hold_out(len(splits.train), validation, seed))
-            splits = replace(splits, train=train, validation=held_out)
-    if limit is not None:
-        splits = replace(splits, train=select(splits.train, balanced_limit(splits.train.labels, limit, seed)))
-    return splits
-
-
-def _from_decoded(decoded: Decoded, request: _Request, validation: int, seed: int) -> Splits:
-    train, test = decoded.parts["train"], decoded.parts["test"]
-    more = decoded.parts.get("extra")
-    if more is not None:
-        pixels = torch.cat([train.pixels, more.pixels])
-        whole = Images(pixels, torch.cat([train.labels, more.labels]))
-    else:
-        whole = train
-    _, channels, _, size = whole.pixels.shape
+    found = _found(source, request)
+    if request.size is None and request.kind == "folder":
+        size = f"{_DEFAULT_SIZE}x{_DEFAULT_SIZE}"
+        remark(f"{request.folder}: images are resized and cut to {size} pixels; folder:PATH?size=N takes another size")
+    train, test = found.parts["train"], found.parts["test"]
+    more = found.parts.get("extra")
+    whole = train
+    if isinstance(train, Images) and isinstance(more, Images):
+        whole = Images(torch.cat([train.pixels, more.pixels]), torch.cat([train.labels, more.labels]))
     remaining, held_out = whole, None
     if validation:
         if more is not None:
@@ -123,22 +118,85 @@ def _from_decoded(decoded: Decoded, request: _Request, validation: int, seed: in
         else:
             index = hold_out(len(whole), validation, seed)
         remaining, held_out = take_apart(whole, index)
-    return Splits(_name(request), decoded.classes, remaining, test, held_out, channels, size)
+    if limit is not None:
+        remaining = select(remaining, balanced_limit(remaining.labels, limit, seed))
+    remaining = stand_ins(remaining, found.gone, drop=False)
+    held_out = None if held_out is None else stand_ins(held_out, found.gone, drop=True)
+    channels, size = _shape(test)
+    return Splits(_name(request), found.classes, remaining, test, held_out, channels, size, found.listed)
 
 
-def _from_files(parts: tuple[Tree, int, int], request: _Request) -> Splits:
-    tree, size, shorter = parts
-    train, test = tree_files(tree, size, shorter)
-    return Splits(_name(request), tree.classes, train, test, None, 3, size)
+def load_test(
+    source: str,
+    classes: Sequence[str],
+    *,
+    size: int | None = None,
+    split: float | None = None,
+    on_error: OnError = "stop",
+    listed: Sequence[str] | None = None,
+    cache: Path | None = None,
+) -> Images | Files:
+    """Load nothing but the test images of a source, for a network that is trained.
+
+    Args:
+        source: as of `load`.
+        classes: what the network's outputs mean; labels are matched by name, and the source may lack some.
+        size: of the images it was trained on, in pixels: of a "folder" the default, as nothing else would do.
+        split: as of `load`, where the source has no test part.
+        on_error: as of `load`.
+        listed: images that the network was trained on (`Splits.listed`), none of which `split` shall hold out.
+        cache: as of `load`.
+
+    Raises:
+        DataError: as of `load`, and for an image of a class that is not among `classes`.
+        ConfigError: if `split` or `on_error` is out of range.
+    """
+    check_choice("on_error", on_error, OnError)
+    request = parse(source, True, cache, split)
+    if request.size is None and request.kind == "folder":
+        request = replace(request, size=size)
+    trained = None if listed is None else tuple(listed)
+    request = replace(request, wanted=("test",), classes=tuple(classes), skip=on_error == "skip", listed=trained)
+    return _found(source, request).parts["test"]
 
 
-def _name(request: _Request) -> str:
+def _found(source: str, request: Request) -> Found:
+    if (
+        request.split is not None
+        and "train" in request.wanted
+        and request.kind not in ("folder", "parquet", "imagenet")
+    ):
+        raise ConfigError(f"split={request.split}: {request.kind} has a test set of its own; leave split out")
+    try:
+        with extra("train"):
+            found = _KINDS[request.kind][1](request)
+    except OSError as error:  # a folder that may not be listed, a file that vanished meanwhile
+        raise DataError(f"source {source!r}: cannot be read ({error}); check path and permissions") from error
+    present = set(found.parts["test"].labels.tolist())
+    if lacking := [name for number, name in enumerate(found.classes) if number not in present]:
+        remark(f"{_name(request)}: the test set has no images of class {named(lacking)}")
+    for name, part in found.parts.items():
+        if not len(part):
+            raise DataError(f"{_name(request)}: not one image of its {name} part can be read; check the source")
+    channels = max(_shape(part)[0] for part in found.parts.values())
+    for name, part in found.parts.items():
+        if isinstance(part, Images) and part.pixels.shape[1] < channels:
+            found.parts[name] = Images(part.pixels.expand(-1, channels, -1, -1).contiguous(), part.labels)
+    return found
+
+
+def _shape(part: Images | Files) -> tuple[int, int]:
+    """Channels and size in pixels."""
+    return (3, part.size) if isinstance(part, Files) else (part.pixels.shape[1], part.pixels.shape[-1])
+
+
+def _name(request: Request) -> str:
     if request.kind in ("parquet", "folder") and request.folder is not None:
         return request.folder.resolve().name or request.kind
     return request.kind
 
 
-def _parse(source: str, download: bool, cache: Path | None) -> _Request:
+def parse(source: str, download: bool = True, cache: Path | None = None, split: float | None = None) -> Request:
     """Take a source apart.
 
     Raises:
@@ -147,20 +205,27 @@ def _parse(source: str, download: bool, cache: Path | None) -> _Request:
     """
     kind, colon, rest = source.partition(":")
     if kind in _KINDS:
-        size = _DEFAULT_SIZE
-        if kind == "folder" and "?" in rest:
+        size = None
+        if kind in ("folder", "parquet") and "?" in rest and not is_folder(_path(rest)):
             rest, _, option = rest.rpartition("?")
             size = _size(source, option)
         if colon and kind == "digits":
             raise DataError(f"source {source!r}: digits has no folder; write digits")
         if colon and not rest:
             raise DataError(f"source {source!r}: no folder after the colon; write {kind}:DIR")
-        return _Request(kind, Path(rest).expanduser() if rest else None, size, download, cache)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+        return Request(kind, _path(rest) if rest else None, size, download, cache, split=split)
+    folder = _path(source)
+    if not is_folder(folder):
         names = ", ".join(_KINDS)
         raise DataError(f"source {source!r}: neither a folder nor a known name; known are {names}")
-    return _Request(_detect(folder), folder, _DEFAULT_SIZE, download, cache)
+    return Request(_detect(folder, split), folder, None, download, cache, split=split)
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # "~" of somebody unknown
+        return Path(text)
 
 
 def _size(source: str, option: str) -> int:
@@ -170,64 +235,65 @@ def _size(source: str, option: str) -> int:
     return int(match[1])
 
 
-def _detect(folder: Path) -> str:
+def _detect(folder: Path, split: float | None) -> str:
     from residrop.data.parquet import find_shards  # loads pyarrow
 
-    if find_shards(folder) is not None:
+    if find_shards(folder):
         return "parquet"
     if (folder / "train").is_dir() and any(entry.is_dir() for entry in (folder / "train").iterdir()):
         return "folder"
     for kind, name in CIFAR_FOLDERS.items():
         if folder.name == name or (folder / name).is_dir():
             return kind
-    raise DataError(f"{folder}: no known layout; understood are {_LAYOUTS}")
+    if split is not None:
+        return "folder"
+    raise DataError(f"{folder}: no known layout; understood are {_LAYOUTS}, and <class>/ with --split 0.2")
 
 
-def _load_digits(request: _Request) -> Decoded:
-    return digits()
+# Kinds of sources
 
 
-def _load_cifar(request: _Request) -> Decoded:
+def _renumbered(parts: dict[str, Images], names: tuple[str, ...], request: Request) -> Found:
+    """Parts whose labels mean `names`, as the request wants them."""
+    if request.classes is None:
+        return Found(dict(parts), names)
+    again = {
+        name: Images(part.pixels, renumber(part.labels, names, request.classes, request.kind))
+        for name, part in parts.items()
+    }
+    return Found(dict(again), request.classes)
+
+
+def _load_digits(request: Request) -> Found:
+    return _renumbered(*digits(), request)
+
+
+def _load_cifar(request: Request) -> Found:
     root = request.root()
     if root.name == CIFAR_FOLDERS[request.kind]:
         root = root.parent  # the folder of the batches was named, torchvision wants the one above
-    return cifar(request.kind, root, request.download)
+    return _renumbered(*cifar(request.kind, root, request.download, request.wanted), request)
 
 
-def _load_svhn(request: _Request) -> Decoded:
-    return svhn(request.root(), request.download, request.cache)
+def _load_svhn(request: Request) -> Found:
+    wanted = (*request.wanted, "extra") if "train" in request.wanted else request.wanted
+    return _renumbered(*svhn(request.root(), request.download, request.cache, wanted), request)
 
 
-def _load_parquet(request: _Request) -> Decoded:
-    from residrop.data.parquet import decode_shards, find_shards  # loads pyarrow
-
-    folder = request.existing()
-    shards = find_shards(folder)
-    if shards is None:
-        raise DataError(f"{folder}: no train-*.parquet; name the folder that holds the shards")
-    mark = fingerprint(folder, shards.train + shards.test)
-    return decoded_or_build(folder, "parquet", mark, lambda: decode_shards(shards), request.cache)
+def _load_folder(request: Request) -> Found:
+    return load_tree(request, request.size or _DEFAULT_SIZE)
 
 
-def _load_folder(request: _Request) -> Decoded | tuple[Tree, int, int]:
-    folder, size = request.existing(), request.size
-    tree = find_tree(folder)
-    if (len(tree.train) + len(tree.test)) * 3 * size * size >= _IN_MEMORY_BYTES:
-        return tree, size, 0
-    mark = fingerprint(folder, tree.train + tree.test, f"{size}")
-    return decoded_or_build(folder, f"folder{size}", mark, lambda: decode_tree(tree, size), request.cache)
+def _load_imagenet(request: Request) -> Found:
+    return load_tree(request, 224, 256, ("val",))
 
 
-def _load_imagenet(request: _Request) -> tuple[Tree, int, int]:
-    return find_tree(request.existing(), ("val",)), 224, 256
-
-
-_KINDS: dict[str, tuple[str, Callable[[_Request], Decoded | tuple[Tree, int, int]]]] = {
+_KINDS: dict[str, tuple[str, Callable[[Request], Found]]] = {
     "digits": ("handwritten digits of scikit-learn, 8x8 grey, 1,797 images, nothing to download", _load_digits),
     "cifar10": ("CIFAR-10, 32x32 colour, 50,000 + 10,000 images; cifar10:DIR names the folder", _load_cifar),
     "cifar100": ("CIFAR-100, 32x32 colour, 50,000 + 10,000 images; cifar100:DIR names the folder", _load_cifar),
     "svhn": ("SVHN with extra, 32x32 colour, 604,388 + 26,032 images; svhn:DIR names the folder", _load_svhn),
-    "parquet": ("parquet:DIR, shards train-*.parquet and test-*.parquet in the Hugging Face layout", _load_parquet),
+    "parquet": ("parquet:DIR?size=N, shards of the Hugging Face Hub, train-*.parquet and test-*.parquet", load_parquet),
     "folder": ("folder:DIR?size=N, images in train/<class> and test/<class>, cut to N x N (32)", _load_folder),
     "imagenet": ("imagenet:DIR, images in train/<wnid> and val/<wnid>, 224x224, read batch by batch", _load_imagenet),
 }

@@ -1,5 +1,7 @@
 """What a data source gives (`Images`, `Files`, `Splits`), and how its training part is divided further."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from residrop.common.errors import ConfigError, DataError
+from residrop.data.remarks import named
 from residrop.data.seeds import generator_for
 
 __all__ = [
@@ -15,9 +18,12 @@ __all__ = [
     "Splits",
     "balanced_limit",
     "hold_out",
+    "renumber",
     "select",
+    "stratified",
     "svhn_validation",
     "take_apart",
+    "unknown_class",
 ]
 
 _VALIDATION, _LIMIT, _SVHN = 1, 2, 3  # first words of the seeds: one purpose never repeats another's draw
@@ -72,6 +78,7 @@ class Splits:
         validation: images held out of the training set for choices, or None if none were asked for.
         channels: 1 (grey) or 3 (RGB).
         size: side of the square images in pixels.
+        listed: of `Files`, the names below their folder of all that `train` and `validation` were drawn from.
     """
 
     name: str
@@ -81,6 +88,34 @@ class Splits:
     validation: Images | Files | None
     channels: int
     size: int
+    listed: tuple[str, ...] | None = None
+
+
+def renumber(labels: Tensor, names: Sequence[str], classes: Sequence[str], where: str) -> Tensor:
+    """Turn labels that mean `names` into labels that mean `classes`, by name.
+
+    Args:
+        labels: int64 `Tensor[N]`, values 0..len(names)-1.
+        names: what the labels mean.
+        classes: what they shall mean; names that no label uses need not be among them.
+        where: what to call the source in the message.
+
+    Raises:
+        DataError: if a name that occurs is not among `classes`.
+    """
+    index = {name: number for number, name in enumerate(classes)}
+    table = torch.tensor([index.get(name, -1) for name in names], dtype=torch.int64)
+    found = table[labels]
+    if bool((found < 0).any()):
+        name = names[int(labels[int((found < 0).int().argmax())])]
+        raise DataError(unknown_class(where, name, classes))
+    return found
+
+
+def unknown_class(where: str, name: str, classes: Sequence[str]) -> str:
+    """The message about a name that is not among the classes."""
+    known = named(classes)
+    return f"{where}: class {name!r} is not among the classes ({known}); correct the name or leave its images out"
 
 
 def select(images: Images | Files, index: Tensor) -> Images | Files:
@@ -110,6 +145,35 @@ def hold_out(total: int, count: int, seed: int) -> Tensor:
         raise ConfigError(f"{message}; choose a smaller number")
     order = torch.randperm(total, generator=generator_for(_VALIDATION, seed))
     return order[:count].sort().values
+
+
+def stratified(labels: Tensor, names: Sequence[str], share: float, keys: Sequence[str]) -> Tensor:
+    """Draw which images become the test set of a source that has none: the same share of every class.
+
+    Of every class those are drawn whose hash is smallest. So the draw is the same in every run, whatever its seed and
+    the order of classes, and an image that comes or goes later moves at most one other between training and test.
+
+    Args:
+        labels: int64 `Tensor[N]`, values 0..len(names)-1.
+        names: of the classes.
+        share: of every class, in (0, 1), rounded to whole images; of two images or more at least one on either side.
+        keys: N texts that are hashed, such as file names; no two of one class are equal.
+
+    Returns:
+        Ascending int64 tensor of image numbers.
+
+    Raises:
+        ConfigError: if `share` is out of range.
+    """
+    if not 0.0 < share < 1.0:
+        raise ConfigError(f"split={share}: must lie between 0 and 1; 0.2 takes a fifth of every class for testing")
+    hashes = [hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest() for key in keys]
+    chosen: list[int] = []
+    for label in range(len(names)):
+        members = (labels == label).nonzero().flatten().tolist()
+        count = min(max(round(share * len(members)), 1), len(members) - 1) if len(members) > 1 else 0
+        chosen.extend(sorted(members, key=lambda number: hashes[number])[:count])
+    return torch.tensor(sorted(chosen), dtype=torch.int64)
 
 
 def svhn_validation(train: Tensor, extra: Tensor, seed: int, *, per_train: int = 400, per_extra: int = 200) -> Tensor:

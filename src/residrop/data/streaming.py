@@ -71,7 +71,8 @@ class _FileSet(Dataset[_Decoded]):
         try:
             image, _ = open_rgb(self._paths[index])
         except DecodingError as error:
-            return f"{self._paths[index]}: image {error}; replace or remove the file"
+            advice = "replace or remove the file and continue with --resume; residrop check finds all such files"
+            return f"{self._paths[index]}: image {error}; {advice}"
         generator = generator_for(self._seed, self._epoch, index)
         image = self._resize(image, generator)
         if self._augmentation is not None and self._augmentation.flip and _coin(generator):

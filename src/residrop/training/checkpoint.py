@@ -3,6 +3,7 @@
 recipe.json                the resolved recipe
 versions.json              software and machine
 dataset.json               classes, image size, digest of the training images
+files.json.gz              names of the training images, if they are read batch by batch
 normalization.safetensors  statistics of the training pixels
 metrics.jsonl              one line per epoch
 survival.jsonl             survival rates that were measured along the way (recipes with a budget)

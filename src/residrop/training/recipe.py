@@ -72,7 +72,14 @@ class Recipe:
 
     # --- data ---
     data: str = "digits"
-    """digits, cifar10, cifar100, svhn, folder:PATH, imagenet:PATH, parquet:PATH, or the PATH of a folder."""
+    """digits, cifar10, cifar100, svhn, folder:PATH, imagenet:PATH, parquet:PATH, or the PATH of a folder. Images of a
+    folder are resized and cut to 32x32 pixels; folder:PATH?size=N (or parquet:PATH?size=N) makes them NxN."""
+    split: float | None = None
+    """Folders and parquet without a test part only: share of every class to hold out for testing, such as 0.2. It is
+    the same share for every seed."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At an image of a folder or parquet shard that cannot be read: stop, or skip all such images, which are counted
+    and named (of images too large to keep in memory, all are decoded once for that)."""
     validation: int = 0
     """Number of training images held out for validation."""
     limit: int | None = None
@@ -155,6 +162,8 @@ class Recipe:
         for name, value in [*shares, *((f"lr_drops[{i}]", drop) for i, drop in enumerate(self.lr_drops))]:
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it is a share (rate, momentum) and lies in [0, 1]")
+        if self.split is not None and not 0.0 < self.split < 1.0:
+            raise ConfigError(f"split is {self.split}; it is the share of every class to test on, between 0 and 1")
         parse_timing(self.survival_timing, training=1)
         self._check_budget()
         if self.compile and (self.budget is not None or self.watch):
@@ -243,9 +252,12 @@ class Recipe:
 
         Of `data` only the kind counts, since folders move; what is in them is compared by `data_digest`.
         """
-        free = {"samples", "workers", "watch", "checkpoint_minutes", "data", "device", "graphs"}
+        free = {"samples", "workers", "watch", "checkpoint_minutes", "data", "device", "graphs", "on_error"}
+        # recipes are known by hashes that are older than these fields
+        if self.split is None:
+            free.add("split")
         if not self.compile:
-            free.add("compile")  # recipes are known by hashes that are older than this field
+            free.add("compile")
         if self.select == "last":  # with "best", evaluated epochs are the candidates
             free.add("eval_every")
         fields = {key: value for key, value in self.to_dict().items() if key not in free}

@@ -19,6 +19,7 @@ from residrop.engines.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate
 from residrop.training.checkpoint import Run, build_network, survival_of
 from residrop.training.distributed import ALONE, Ranks, process_group
+from residrop.training.listing import data_of, save_listing
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import run_epochs, stop_signals
 from residrop.training.measuring import first_weights
@@ -93,7 +94,9 @@ def train(
     with process_group(recipe.device) as ranks:
         recipe = ranks.from_main(lambda: resolve(recipe))
         ranks.from_main(lambda: check_same(recipe, out, resume))  # said before minutes of decoding, not after
-        ready = _same_data(ranks, ranks.in_turn(lambda: prepare(recipe, ranks)))
+        going_on = resume and (out / "recipe.json").exists()
+        before = ranks.from_main(lambda: data_of(Run(out)) if going_on else None)
+        ready = _same_data(ranks, ranks.in_turn(lambda: prepare(recipe, ranks, before)))
         run = ranks.from_main(lambda: _directory(out, recipe, ready, resume))
         state = _state(recipe, ready, ranks, run, resume)
         quiet = quiet or not ranks.main
@@ -219,7 +222,10 @@ def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
 
 def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
     if not (resume and (out / "recipe.json").exists()):
-        return Run.create(out, recipe, ready.dataset, ready.normalization)
+        run = Run.create(out, recipe, ready.dataset, ready.normalization)
+        if ready.listed is not None:
+            save_listing(run, ready.listed)
+        return run
     run = Run.open(out)
     if run.dataset().get("digest") != ready.dataset["digest"]:
         raise RunError(f"{out} was started on other training images than those of data {recipe.data!r}; give those")

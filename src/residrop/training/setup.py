@@ -13,17 +13,20 @@ import torch
 from torch import nn
 
 from residrop.common.errors import ConfigError, RunError
-from residrop.data import Files, Images, Loader, Normalization, Splits, augmentation, fit, load
+from residrop.data import Files, Images, Loader, Normalization, Splits, augmentation, fit, load, load_test
 from residrop.rules.catalogue import entry_of
 from residrop.training.checkpoint import Run, build_network
 from residrop.training.distributed import ALONE, Ranks
+from residrop.training.listing import data_of
 from residrop.training.recipe import Recipe
 
 __all__ = [
     "Prepared",
+    "check_form",
     "choose_device",
     "data_digest",
     "evaluation_batch",
+    "form_of",
     "loader_for",
     "loader_of_run",
     "make_optimizer",
@@ -82,14 +85,13 @@ def precision_context(
 
 def loader_for(
     recipe: Recipe,
-    splits: Splits,
+    images: Images | Files,
     part: str,
     normalization: Normalization,
     device: torch.device,
     ranks: Ranks = ALONE,
 ) -> Loader:
-    """A rank's batches of one part (train, validation, test) of the data; only those of train are augmented."""
-    images = getattr(splits, part)
+    """A rank's batches of the images of one part (train, validation, test); only those of train are augmented."""
     return Loader(
         images,
         batch_size=recipe.batch_size if part == "train" else evaluation_batch(recipe.batch_size, images, device),
@@ -113,16 +115,39 @@ def evaluation_batch(batch_size: int, images: Images | Files, device: torch.devi
 
 
 def loader_of_run(run: Run, data: str | None = None, device: torch.device | None = None) -> Loader:
-    """The test images of a run (of another `data` source if given), normalised as in its training."""
-    recipe = run.recipe()
-    splits = load(data or recipe.data, validation=0)
-    names = tuple(run.dataset()["classes"])
-    if splits.classes != names or splits.channels != run.dataset()["channels"]:
+    """The test images of a run (of another `data` source if given), normalised as in its training.
+
+    Nothing but these is read, and their labels are matched with the run's classes by name.
+    """
+    recipe, dataset = run.recipe(), run.dataset()
+    source = data or recipe.data
+    images = load_test(
+        source,
+        dataset["classes"],
+        size=dataset["size"],
+        split=recipe.split,
+        on_error=recipe.on_error,
+        listed=None if data else data_of(run)["listed"],
+    )
+    if isinstance(images, Images) and images.pixels.shape[1] < dataset["channels"]:
+        images = Images(images.pixels.expand(-1, dataset["channels"], -1, -1), images.labels)
+    check_form(run, source, *form_of(images))
+    return loader_for(recipe, images, "test", run.normalization(), device or choose_device(recipe.device))
+
+
+def form_of(images: Images | Files) -> tuple[int, int]:
+    """Channels and size in pixels."""
+    return (3, images.size) if isinstance(images, Files) else (images.pixels.shape[1], images.pixels.shape[-1])
+
+
+def check_form(run: Run, source: str, channels: int, size: int) -> None:
+    """RunError if images are not of the channels and size that a run was trained on."""
+    wanted = run.dataset()["channels"], run.dataset()["size"]
+    if (channels, size) != wanted:
         raise RunError(
-            f"{run.path} was trained on {len(names)} classes of {run.dataset()['channels']}-channel images, "
-            f"{splits.name} has {len(splits.classes)} of {splits.channels}; give the matching --data"
+            f"{run.path} was trained on {wanted[0]}-channel images of {wanted[1]}x{wanted[1]} pixels, {source} has "
+            f"{channels} of {size}x{size}; give the matching --data (folder: and parquet: take ?size={wanted[1]})"
         )
-    return loader_for(recipe, splits, "test", run.normalization(), device or choose_device(recipe.device))
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
@@ -162,16 +187,18 @@ class Prepared:
     normalization: Normalization
     loaders: dict[str, Loader]
     dataset: dict[str, Any]
+    listed: tuple[str, ...] | None = None  # as of `Splits`
 
 
 def _compilers() -> tuple[str, ...]:
     return os.environ.get("CXX", "g++"), "g++", "clang++"
 
 
-def prepare(recipe: Recipe, ranks: Ranks = ALONE) -> Prepared:
+def prepare(recipe: Recipe, ranks: Ranks = ALONE, before: dict[str, Any] | None = None) -> Prepared:
     """Load a recipe's data and check that its network can be built for them; nothing is written.
 
-    Every rank gets all images and reads its share of each batch.
+    Every rank gets all images and reads its share of each batch. `before` is `data_of` the run that is continued, whose
+    classes and list of images count.
 
     Raises:
         UsageError: anything about the recipe or its data that would stop a training.
@@ -184,10 +211,19 @@ def prepare(recipe: Recipe, ranks: Ranks = ALONE) -> Prepared:
             f"batch_size is {recipe.batch_size}, the images of an update on all {ranks.size} processes; "
             "give each at least one"
         )
-    splits = load(recipe.data, validation=recipe.validation, seed=recipe.seed + 1, limit=recipe.limit)
+    splits = load(
+        recipe.data,
+        validation=recipe.validation,
+        seed=recipe.seed + 1,
+        limit=recipe.limit,
+        split=recipe.split,
+        on_error=recipe.on_error,
+        classes=before["classes"] if before else None,
+        listed=before["listed"] if before else None,
+    )
     normalization = fit(splits.train, recipe.normalization)
     parts = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
-    loaders = {name: loader_for(recipe, splits, name, normalization, device, ranks) for name in parts}
+    loaders = {name: loader_for(recipe, getattr(splits, name), name, normalization, device, ranks) for name in parts}
     steps = loaders["train"].steps_per_epoch
     if steps == 0:
         raise ConfigError(f"{len(splits.train)} training image(s) make no batch of at least two; give more images")
@@ -196,9 +232,10 @@ def prepare(recipe: Recipe, ranks: Ranks = ALONE) -> Prepared:
         "channels": splits.channels,
         "size": splits.size,
         "steps": recipe.epochs * steps,
-        "digest": data_digest(splits),
+        # the images of a list are those of the run by its construction, but for those that are gone
+        "digest": before["digest"] if before and before["listed"] else data_digest(splits),
     }
     with torch.device("meta"):
         network = build_network(recipe, dataset).eval()
         network(torch.empty(2, splits.channels, splits.size, splits.size))  # refuses images it cannot read
-    return Prepared(device, normalization, loaders, dataset)
+    return Prepared(device, normalization, loaders, dataset, splits.listed)
