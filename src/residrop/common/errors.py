@@ -10,6 +10,8 @@ __all__ = [
     "RankError",
     "RunError",
     "SaidElsewhere",
+    "SpreadError",
+    "SpreadWarning",
     "UsageError",
 ]
 
@@ -20,6 +22,10 @@ class UsageError(ValueError):
 
 class ConfigError(UsageError):
     """A rate, name, option or combination of options that residrop does not accept."""
+
+
+class SpreadError(ConfigError):
+    """Times that differ too much from step to step to tell what a block costs."""
 
 
 class DataError(UsageError):
@@ -52,3 +58,7 @@ class Interrupted(Exception):
 
 class InactiveWarning(UserWarning):
     """Rules are in place but change nothing: all rates are 1, or no training forward ever drew."""
+
+
+class SpreadWarning(UserWarning):
+    """Times were too uncertain for a budget of time, and FLOPs took their place."""

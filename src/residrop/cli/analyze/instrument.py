@@ -45,16 +45,19 @@ def analyze(
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[], None]]:
-    """A live bar on a terminal, nothing elsewhere; gives what is to be called after each of `total` steps."""
+def progress(total: int, what: str) -> Iterator[Callable[..., None]]:
+    """A live bar on a terminal, nothing elsewhere; gives what is to be called after each of `total` steps.
+
+    It is called with nothing, or with the number of steps that are done.
+    """
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda done=None: bar.advance(task) if done is None else bar.update(task, completed=done)
 
 
 def costs_with_bar(target: Target, unit: Unit) -> Costs:
     """The costs of a target's blocks, with a live bar while they are timed."""
-    with progress(5 * len(target.rates) if unit == "time" else 0, "timing blocks") as tell:
-        return costs_of(target.model, unit, target.x, tell=tell)
+    with progress(100, "timing blocks (%)") as tell:
+        return costs_of(target.model, unit, target.x, on_progress=lambda share: tell(int(100 * share)))
