@@ -1,13 +1,20 @@
 """Costs of blocks, and survival rates from budgets on real models."""
 
+from random import Random
+
 import pytest
+import timm
 import torch
+from torchvision.models import VisionTransformer
 
 import residrop
 from residrop import sampler_of, survival_for
 from residrop.blocks.attach import rules_of
-from residrop.common.errors import ConfigError
+from residrop.blocks.residual import Residual
+from residrop.common.errors import ConfigError, SpreadError, SpreadWarning
 from residrop.theory import costs_of, discrepancy, sensitivity
+from residrop.theory.costs import Costs
+from residrop.theory.costs import _groups as groups_of
 
 
 @pytest.fixture
@@ -35,15 +42,87 @@ def test_flops_are_complete(model, batch):
     assert costs.branches[1] > costs.branches[2] > 0  # a transition costs less
 
 
-def test_time_is_measured_and_leaves_nothing_behind(model, batch):
+class Clock:
+    """A clock on which time passes in the six branches of ResNet-14 only, and where the machine does other things.
+
+    `noise` gives the seconds that other things take during a branch.
+    """
+
+    def __init__(self, monkeypatch, model, noise=lambda: 0.0):
+        self.now, self.ran, self.noise = 0.0, 0, noise
+        monkeypatch.setattr("residrop.theory.costs.perf_counter", lambda: self.now)
+        blocks = [module for module in model.modules() if isinstance(module, Residual)]
+        self.seconds = [1.0, 1.0, 3.0, 2.0, 5.0, 4.0]
+        for block, seconds in zip(blocks, self.seconds, strict=True):
+            block.branch.register_forward_hook(lambda *_, seconds=seconds: self.work(seconds))
+
+    def work(self, seconds):
+        self.now += seconds + self.noise()
+        self.ran += 1
+
+
+@pytest.fixture
+def tiny():
+    return torch.randn(2, 3, 8, 8), torch.arange(2)
+
+
+def test_time_is_measured_and_leaves_nothing_behind(model, tiny, monkeypatch):
+    clock, shares = Clock(monkeypatch, model), []
     before, step = {k: v.clone() for k, v in model.state_dict().items()}, sampler_of(model).step
-    costs = costs_of(model, "time", batch[0], repeats=2)
-    assert len(costs.branches) == 6
-    assert min(costs.branches) > 0.0
-    assert costs.fixed >= 0.0
+    costs = costs_of(model, "time", tiny[0], repeats=3, on_progress=shares.append)
+    assert costs.branches == pytest.approx(clock.seconds)
+    assert costs.spread == pytest.approx([0.0] * 6)
+    assert costs.fixed == pytest.approx(0.0)
+    assert shares == pytest.approx([*(number / 60 for number in range(1, 16)), 1.0])  # five kinds of blocks
     assert sampler_of(model).step == step
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_busy_machine_alters_little_and_says_how_much(model, tiny, monkeypatch, seed):
+    """Costs of 0 for some blocks, and of 1.5 for others, is what this gave before."""
+    random = Random(seed)
+    clock = Clock(monkeypatch, model, lambda: random.uniform(1.0, 10.0) * (random.random() < 0.1))
+    costs = costs_of(model, "time", tiny[0])
+    assert costs.branches[0] == costs.branches[1]  # one structure, one cost
+    for cost, wanted, error in zip(costs.branches, clock.seconds, costs.spread, strict=True):
+        assert abs(cost - wanted) <= max(4 * error, 0.1)
+    rates = survival_for(model, "0.5 of time", batches=[tiny])
+    assert spent(rates, Costs(tuple(clock.seconds), 0.0, "time")) == pytest.approx(8.0, rel=0.1)
+
+
+def test_a_machine_too_busy_is_refused_or_flops_are_taken(model, tiny, monkeypatch):
+    random = Random(0)
+    clock = Clock(monkeypatch, model, lambda: random.uniform(0.0, 100.0))
+    with pytest.raises(SpreadError, match=r"a block takes .* ± .* ms of a step of .* ms, .* ask for flops"):
+        costs_of(model, "time", tiny[0], repeats=4)
+    assert clock.ran > 4 * 4 * 5 * 9  # it tried for long
+    monkeypatch.setattr("residrop.theory.costs._MOST", 1)
+    with pytest.warns(SpreadWarning, match=r"uncertain.*; the budget is 0.5 of flops now"):
+        rates = survival_for(model, "0.5 of time", batches=[tiny])
+    assert rates == survival_for(model, "0.5 of flops", batches=[tiny])
+
+
+def test_blocks_of_one_structure_share_their_cost_whatever_library_they_are_of(batch):
+    resnet = residrop.create("resnet-20", rule="stochastic-depth")
+    assert groups_of(resnet, batch[0]) == [[0, 1, 2], [3], [4, 5], [6], [7, 8]]
+    next(resnet.blocks[1].branch.parameters()).requires_grad_(False)
+    assert groups_of(resnet, batch[0])[:2] == [[0, 2], [1]]  # one gradient less is computed
+    vit = VisionTransformer(16, 8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32)
+    residrop.apply(vit, survival=0.5)
+    assert groups_of(vit, batch[0]) == [[0, 2, 4], [1, 3, 5]]
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, drop_path_rate=0.2)
+    residrop.apply(vit, survival="from_model")
+    assert groups_of(vit, torch.randn(2, 3, 32, 32)) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_branches_that_hold_all_that_is_trained_can_be_timed(model, tiny, monkeypatch):
+    """Without any of them there is no gradient, which must be no error."""
+    clock = Clock(monkeypatch, model)
+    model.requires_grad_(False)
+    model.blocks[5].branch.requires_grad_(True)
+    assert costs_of(model, "time", tiny[0], repeats=2).branches == pytest.approx(clock.seconds)
 
 
 @pytest.mark.parametrize("rule", ["uniform", "linear", "sensitivity", "max_regularization"])

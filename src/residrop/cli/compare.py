@@ -89,10 +89,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
     headings = ("rule", "parameters", "deterministic", "sampled", "time", "expected depth")
     console.print(table_of(title, headings, map(_cells, rows), left=("rule",)))
     console.print("errors on the test images; time is training time relative to constant depth")
-    draw_curves(out / "curves.png", curves, f"{base.network}, {base.data}")
-    console.print(f"curves: {out / 'curves.png'}")
-    write_json(out / "compare.json", rows)
     write(args.json, rows)
+    try:
+        write_json(out / "compare.json", rows)
+        draw_curves(out / "curves.png", curves, f"{base.network}, {base.data}")
+    except OSError as error:
+        why = f"{out} cannot be written ({error.strerror}); make that possible, then repeat with --resume --out {out}"
+        raise RunError(why) from None
+    console.print(f"curves: {out / 'curves.png'}")
     return 0
 
 

@@ -11,6 +11,8 @@ __all__ = [
     "RunError",
     "SaidElsewhere",
     "SharedBlockWarning",
+    "SpreadError",
+    "SpreadWarning",
     "UsageError",
 ]
 
@@ -21,6 +23,10 @@ class UsageError(ValueError):
 
 class ConfigError(UsageError):
     """A rate, name, option or combination of options that residrop does not accept."""
+
+
+class SpreadError(ConfigError):
+    """Times that differ too much from step to step to tell what a block costs."""
 
 
 class DataError(UsageError):
@@ -57,3 +63,7 @@ class SharedBlockWarning(UserWarning):
 
 class InactiveWarning(UserWarning):
     """Rules are in place but change nothing: all rates are 1, or no training forward ever drew."""
+
+
+class SpreadWarning(UserWarning):
+    """Times were too uncertain for a budget of time, and FLOPs took their place."""

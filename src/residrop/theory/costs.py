@@ -1,11 +1,14 @@
 """What each block costs on this machine, and survival rates that spend a budget of it."""
 
 import re
-import time
-from collections.abc import Callable, Iterable, Sequence
-from statistics import median
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from random import Random
+from statistics import stdev
+from time import perf_counter
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from residrop.blocks.attach import rules_of, sampler_of, using
 from residrop.blocks.observe import branch_flops
-from residrop.common.errors import ConfigError
+from residrop.common.checks import check_whole
+from residrop.common.errors import ConfigError, SpreadError, SpreadWarning
+from residrop.rules.base import Rule
 from residrop.schedule import budgets
 from residrop.schedule.sampler import Plan
 from residrop.theory.discrepancy import discrepancy
@@ -24,6 +29,8 @@ __all__ = ["Costs", "costs_of", "read_budget", "survival_for"]
 
 Unit = Literal["blocks", "flops", "time"]
 Mode = Literal["uniform", "linear", "sensitivity", "max_regularization"]
+_RESAMPLES = 100
+_MOST = 4  # times the rounds that were asked for, where these leave too much uncertain
 
 
 class Costs(NamedTuple):
@@ -33,11 +40,13 @@ class Costs(NamedTuple):
         branches: what each branch adds, one number per rule.
         fixed: what is left without any branch.
         unit: "blocks" (1 each), "flops" (of a forward) or "time" (seconds of forward and backward).
+        spread: for "time", the standard error of each number in `branches` (from resampled rounds); None if exact.
     """
 
     branches: tuple[float, ...]
     fixed: float
     unit: Unit
+    spread: tuple[float, ...] | None = None
 
     @property
     def total(self) -> float:
@@ -50,23 +59,25 @@ def costs_of(
     unit: Unit,
     x: Tensor | None = None,
     *,
-    repeats: int = 5,
-    tell: Callable[[], None] | None = None,
+    repeats: int = 10,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Costs:
     """The cost of each branch and of the rest, for a batch.
 
-    Time is measured: how much longer forward and backward take than without one block, block by block, taking turns, of
-    each the shortest of `repeats`. A machine that does other things at all times makes it uncertain nevertheless.
+    Time is measured: how much longer forward and backward take than without all the branches of one structure, which
+    share the difference. Steps with and without them take turns, and of either kind the lowest decile counts, so that
+    a machine that now and then does other things alters little. What is left of that is stated as `Costs.spread`.
 
     Args:
         model: a model with rules, not compiled.
         unit: see `Costs`.
         x: the batch, on the device of the model; for "flops" and "time".
-        repeats: for "time".
-        tell: for "time", called after each of L * `repeats` pairs of steps, for a progress bar.
+        repeats: for "time", how often each structure is left out, at least 2; up to four times as often where that
+            leaves too much uncertain.
+        on_progress: for "time", called with the share that is done, in (0, 1].
 
     Raises:
-        ConfigError: an unknown unit, no batch, or no rules.
+        ConfigError: an unknown unit, no batch, or no rules; or times that differ too much from step to step.
     """
     count = len(rules_of(model))
     if unit not in ("blocks", "flops", "time") or count == 0:
@@ -84,37 +95,90 @@ def costs_of(
         with kept_as_is(model, training=False), torch.no_grad(), gated(model, torch.ones(count)), counter:
             model(x)
         return Costs(branches, float(counter.get_total_flops()) - sum(branches), unit)
-    return _timed(model, x, count, repeats, tell)
+    check_whole("repeats", repeats, least=2)
+    return _timed(model, x, repeats, on_progress or (lambda share: None))
 
 
-def _timed(model: nn.Module, x: Tensor, count: int, repeats: int, tell: Callable[[], None] | None) -> Costs:
+def _timed(model: nn.Module, x: Tensor, repeats: int, tell: Callable[[float], None]) -> Costs:
     draws = sampler_of(model).expectation().draws
-    rules = rules_of(model)
-    if any(rule.site.granularity != "block" or not rule.rates for rule in rules):
+    if any(rule.site.granularity != "block" or not rule.rates for rule in rules_of(model)):
         raise ConfigError("time per block is measured by leaving blocks out; give every block a block-level rule")
+    groups = _groups(model, x)
+    sizes = [len(group) for group in groups]
+    whole, each, spread, doubt = 0.0, list[float](), list[float](), None
 
-    def step(absent: int | None) -> float:
-        plan = Plan(tuple(d._replace(alive=number != absent) for number, d in enumerate(draws)))
-        started = time.perf_counter()
+    def step(absent: Collection[int]) -> float:
+        plan = Plan(tuple(d._replace(alive=number not in absent) for number, d in enumerate(draws)))
+        started = perf_counter()
         with using(model, plan):
-            model(x).sum().backward()
+            total = model(x).sum()
+        if total.requires_grad:  # not where all that is trained lies in branches that are absent
+            total.backward()
         if x.device.type != "cpu":
             torch.accelerator.synchronize(x.device)
-        return time.perf_counter() - started
+        return perf_counter() - started
 
-    full: list[list[float]] = [[] for _ in range(count)]
-    without: list[list[float]] = [[] for _ in range(count)]
+    rounds: list[list[tuple[float, float]]] = []  # of each round and group: a step with all blocks, and without it
     with kept_as_is(model, training=True), torch.enable_grad():
-        step(None)
-        for _ in range(repeats):
-            for absent in range(count):
-                full[absent].append(step(None))
-                without[absent].append(step(absent))
-                if tell is not None:
-                    tell()
-    whole = median(map(min, full))  # each the least of as many steps as below, so that neither is favoured
-    branches = tuple(max(1e-9, whole - min(found)) for found in without)
-    return Costs(branches, max(0.0, whole - sum(branches)), "time")
+        for absent in ((), *groups):  # whatever is made at a first call
+            step(absent)
+        while len(rounds) < _MOST * repeats:
+            rounds.append([])
+            for absent in groups:
+                rounds[-1].append((step(()), step(absent)))
+                tell((len(rounds) - 1 + len(rounds[-1]) / len(groups)) / (_MOST * repeats))
+            if len(rounds) % repeats == 0:
+                whole, each, spread = _estimate(rounds, sizes)
+                if (doubt := _doubt(whole, each, spread, sizes)) is None:
+                    break
+    tell(1.0)
+    if doubt is not None:
+        raise SpreadError(doubt)
+    place = {number: group for group, numbers in enumerate(groups) for number in numbers}
+    branches, errors = ([values[place[number]] for number in range(len(draws))] for values in (each, spread))
+    return Costs(tuple(branches), max(0.0, whole - sum(branches)), "time", tuple(errors))
+
+
+def _groups(model: nn.Module, x: Tensor) -> list[list[int]]:
+    """The numbers of the rules, those of one structure and as much work together, in the order of the first of each."""
+    found: dict[Any, list[int]] = {}
+    modules, rules = dict(model.named_modules()), [name for name, one in model.named_modules() if isinstance(one, Rule)]
+    for number, (name, flops) in enumerate(zip(rules, branch_flops(model, x), strict=True)):
+        block, _, branch = f".{name}".removesuffix(".rule").partition(".residrop_rules.")
+        parts = [one for one in modules[block[1:]].modules() if not isinstance(one, (Rule, nn.Identity))]
+        parts = [one for one in parts if type(one).__name__ not in ("DropPath", "StochasticDepth")]  # rules' work now
+        tensors = [tensor for one in parts for tensor in (*one.parameters(False), *one.buffers(False))]
+        shapes = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
+        found.setdefault((branch, flops, tuple(map(type, parts)), shapes), []).append(number)
+    return list(found.values())
+
+
+_Rounds = Sequence[Sequence[tuple[float, float]]]
+
+
+def _estimate(rounds: _Rounds, sizes: Sequence[int]) -> tuple[float, list[float], list[float]]:
+    """The time of a whole step, and of every group of that size the cost of a branch and its standard error."""
+    whole, each = _deciles(rounds, sizes)
+    again = [_deciles(Random(number).choices(rounds, k=len(rounds)), sizes)[1] for number in range(_RESAMPLES)]
+    return whole, each, [stdev(found) for found in zip(*again, strict=True)]
+
+
+def _deciles(rounds: _Rounds, sizes: Sequence[int]) -> tuple[float, list[float]]:
+    pairs = np.array(rounds)  # [rounds, groups, 2]
+    whole, without = np.quantile(pairs[..., 0], 0.1), np.quantile(pairs[..., 1], 0.1, axis=0)
+    return float(whole), ((whole - without) / np.array(sizes)).tolist()
+
+
+def _doubt(whole: float, each: Sequence[float], spread: Sequence[float], sizes: Sequence[int]) -> str | None:
+    """What is wrong with costs that are known neither to a quarter of themselves nor to a tenth of a mean block."""
+    mean = sum(cost * size for cost, size in zip(each, sizes, strict=True)) / sum(sizes)
+    for cost, error in zip(each, spread, strict=True):
+        if not (cost > 0.0 and error <= max(cost / 4, mean / 10)):
+            return (
+                f"a block takes {1e3 * cost:.3g} ± {1e3 * error:.1g} ms of a step of {1e3 * whole:.3g} ms, which is "
+                "too uncertain; measure larger batches, while the machine does nothing else, or ask for flops"
+            )
+    return None
 
 
 def read_budget(budget: str | float) -> tuple[float, Unit]:
@@ -145,6 +209,7 @@ def survival_for(
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     least: float = 0.0,
     per_cost: bool = False,
+    on_progress: Callable[[float], None] | None = None,
 ) -> tuple[float, ...]:
     """Survival rates under which a training step costs a share of the full one, on average.
 
@@ -158,9 +223,13 @@ def survival_for(
         loss: for "sensitivity" and "max_regularization".
         least: smallest rate, for "sensitivity".
         per_cost: for "sensitivity", whether scores count per unit of cost.
+        on_progress: for shares of time, called with the share of the measurement that is done, in (0, 1].
 
     Returns:
         One rate per rule, to be given as `survival=` of `create` or `apply`.
+
+    Warns:
+        SpreadWarning: times differ too much from step to step, and the budget is taken as a share of FLOPs.
 
     Raises:
         ConfigError: a budget or rule that is not understood, that cannot be met (the nearest is named), or no batch.
@@ -169,7 +238,12 @@ def survival_for(
         raise ConfigError(f"rule is {rule!r}; choose 'uniform', 'linear', 'sensitivity' or 'max_regularization'")
     share, unit = read_budget(budget)
     batches = list(batches)
-    costs = costs_of(model, unit, batches[0][0] if batches else None)
+    x = batches[0][0] if batches else None
+    try:
+        costs = costs_of(model, unit, x, on_progress=on_progress)
+    except SpreadError as error:
+        warnings.warn(f"{error}; the budget is {share:g} of flops now", SpreadWarning, stacklevel=2)
+        unit, costs = "flops", costs_of(model, "flops", x)
     left = share * costs.total - costs.fixed
     if left < 0.0:
         raise ConfigError(

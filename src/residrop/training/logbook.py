@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from residrop.common.files import replacing
+from residrop.common.pictures import save_png
 
 __all__ = ["Logbook", "Meter", "draw_curves"]
 
@@ -117,7 +118,7 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], tit
         0.0, -0.14, "solid: test, dashed: train, circle: lowest validation error", transform=axes.transAxes, fontsize=8
     )
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        save_png(figure, temporary)
 
 
 class _Speed(ProgressColumn):

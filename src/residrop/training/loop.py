@@ -185,10 +185,14 @@ def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch:
     if due(recipe, epoch):
         timed = "time" in str(recipe.budget)
         if timed:
-            meter.line("timing every block for the budget; this takes some ten steps a block")
+            meter.line("timing blocks for the budget; this takes some twenty steps for every kind of block")
         autocast = precision_context(recipe, next(state.model.parameters()).device) if timed else nullcontext
+
+        def told(share: float) -> None:
+            meter.step(state.update, f"timing blocks, {share:.0%}", 0.0)
+
         with autocast():  # time is that of the steps to come
-            state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks))
+            state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks, told))
         state.seconds += state.survival[-1]["seconds"]
         book.append("survival", state.survival[-1])
         rates = state.survival[-1]["rates"]

@@ -5,6 +5,7 @@ they were, so a training goes on afterwards as if nothing had been but for the r
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,10 +28,17 @@ def due(recipe: Recipe, epoch: int) -> bool:
     return recipe.budget is not None and (epoch == 0 or (recipe.refresh > 0 and epoch % recipe.refresh == 0))
 
 
-def rates_now(recipe: Recipe, model: nn.Module, loader: Loader, epoch: int, ranks: Ranks) -> dict[str, Any]:
+def rates_now(
+    recipe: Recipe,
+    model: nn.Module,
+    loader: Loader,
+    epoch: int,
+    ranks: Ranks,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
     """Spend the recipe's budget on the blocks of a network as it stands, and give it these rates.
 
-    Rank 0 measures, all ranks take its word.
+    Rank 0 measures, all ranks take its word. `on_progress` is told the share of the timing that is done.
 
     Returns:
         A line of `survival.jsonl`: `epoch` (done so far), `rates`, and the `seconds` it took.
@@ -48,6 +56,7 @@ def rates_now(recipe: Recipe, model: nn.Module, loader: Loader, epoch: int, rank
             batches=loader.fixed_batches(_BATCHES, _IMAGES),
             least=recipe.least,
             per_cost=recipe.per_cost,
+            on_progress=on_progress,
         )
     )
     set_survival(model, rates)

@@ -88,6 +88,7 @@ def _measure(options: AnalyzeSurvival, target: Target) -> Found:
         "inputs": target.inputs,
         "unit": unit,
         "costs": list(costs.branches),
+        "costs_spread": None if costs.spread is None else list(costs.spread),
         "fixed": costs.fixed,
         "scores": scores.scores.tolist(),
         "removal_losses": removal.tolist(),
@@ -100,10 +101,11 @@ def _measure(options: AnalyzeSurvival, target: Target) -> Found:
 def _tables(found: Found) -> list[Table]:
     """What is known of every block, and one row per budget and mode."""
     whole = found["fixed"] + sum(found["costs"])
-    columns = (found["scores"], found["removal_losses"], found["curvature"], found["costs"])
+    errors = [f" ± {error / whole:.4f}" for error in found["costs_spread"] or ()] or [""] * len(found["costs"])
+    columns = (found["scores"], found["removal_losses"], found["curvature"], found["costs"], errors)
     blocks = [
-        (str(number), f"{score:+.4g}", f"{-removal:+.4g}", f"{curvature:.4g}", f"{cost / whole:.4f}")
-        for number, (score, removal, curvature, cost) in enumerate(zip(*columns, strict=True), start=1)
+        (str(number), f"{score:+.4g}", f"{-removal:+.4g}", f"{curvature:.4g}", f"{cost / whole:.4f}{error}")
+        for number, (score, removal, curvature, cost, error) in enumerate(zip(*columns, strict=True), start=1)
     ]
     of_blocks = ("block", "S (SenseMode)", "loss change without it", "discrepancy h", f"cost ({found['unit']})")
     headings = ("budget", "mode", "expected blocks", "never", "always", "regulariser", "rates")
