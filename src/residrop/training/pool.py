@@ -1,6 +1,5 @@
 """Several trainings at once, each in a process of its own; what was finished before is not trained again."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from residrop.common.errors import Interrupted, RunError, UsageError
+from residrop.training.checkpoint import Run
 from residrop.training.recipe import Recipe
 from residrop.training.run import check_same, train
 
@@ -97,9 +97,9 @@ def train_all(
     found: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes.items():
         check_same(recipe, out / name, resume=True)
-        if (out / name / "evaluation.json").exists():
-            found[name] = json.loads((out / name / "evaluation.json").read_text())
-            on_finished(name, found[name])
+        if (finished_before := Run(out / name).evaluation()) is not None:
+            found[name] = finished_before
+            on_finished(name, finished_before)
     todo = {name: recipe for name, recipe in recipes.items() if name not in found}
     if not todo:
         return {name: found[name] for name in recipes}
