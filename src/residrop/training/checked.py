@@ -47,7 +47,7 @@ def _digest(value: Any) -> str:
     def feed(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(f"tensor {value.dtype} {list(value.shape)};".encode())
-            found.update(memoryview(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()))
+            found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
             found.update(f"mapping {len(value)};".encode())
             for key in sorted(value, key=repr):

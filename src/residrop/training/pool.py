@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from residrop.common.errors import Interrupted, RunError, UsageError
 from residrop.training.checkpoint import Run
+from residrop.training.orphans import leave_with_parent
 from residrop.training.recipe import Recipe
 from residrop.training.run import check_same, train
 
@@ -37,15 +36,12 @@ def _start(threads: int, stopping: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    leave_with_parent(_note_orphan)
 
 
-def _leave_with(parent: int) -> None:
+def _note_orphan() -> None:
     global _orphan
-    while os.getppid() == parent:
-        time.sleep(2.0)
     _orphan = True
-    os.kill(os.getpid(), signal.SIGTERM)  # ends what waits for work; a training saves its state first
 
 
 def _train(recipe: Recipe, path: Path) -> dict[str, Any] | str | None:

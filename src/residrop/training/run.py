@@ -1,6 +1,7 @@
 """A whole training: from a recipe to an evaluated run directory."""
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from residrop.engines.distributed import data_parallel
 from residrop.engines.distributed.ranks import broadcast
 from residrop.engines.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate
-from residrop.training.checked import write_record
+from residrop.training.checked import unwritable, write_record
 from residrop.training.checkpoint import Run, build_network, survival_of
 from residrop.training.distributed import ALONE, Ranks, process_group
+from residrop.training.lock import held
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import run_epochs, stop_signals
 from residrop.training.measuring import first_weights
@@ -91,8 +93,9 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     console = console or Console(stderr=True, markup=False)
-    with process_group(recipe.device) as ranks:
+    with process_group(recipe.device) as ranks, ExitStack() as stack:
         recipe = ranks.from_main(lambda: resolve(recipe))
+        ranks.from_main(lambda: stack.enter_context(held(out)))
         ranks.from_main(lambda: check_same(recipe, out, resume))  # said before minutes of decoding, not after
         ready = _same_data(ranks, ranks.in_turn(lambda: prepare(recipe, ranks)))
         run = ranks.from_main(lambda: _directory(out, recipe, ready, resume))
@@ -203,7 +206,7 @@ def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Con
     loader = others.pop("train")
     ranks, total = state.ranks, ready.dataset["steps"]
     lines = {"survival": state.survival, "instruments": state.instruments}
-    book = Logbook(run.path if ranks.main else None, state.history, lines)
+    book = ranks.agree(lambda: Logbook(run.path if ranks.main else None, state.history, lines))
     try:
         with (
             Meter(total, state.update, recipe.rule, console=console, quiet=quiet) as meter,
@@ -213,7 +216,12 @@ def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Con
     finally:
         book.close()
         if state.history and ranks.main:
-            draw_curves(run.path / "curves.png", {recipe.rule: state.history}, f"{recipe.network}, {recipe.rule}")
+            curves = run.path / "curves.png"
+            try:
+                draw_curves(curves, {recipe.rule: state.history}, f"{recipe.network}, {recipe.rule}")
+            except OSError as error:  # no reason to lose the training, or to hide another error
+                if not quiet:
+                    console.print(f"without curves: {unwritable(curves, error)}", highlight=False, soft_wrap=True)
 
 
 def check_same(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -50,8 +50,8 @@ class State:
     def save(self, run: Run) -> None:
         """Write everything needed to resume, on any number of ranks; called by all."""
         sums = self.ranks.total(self.sums)
-        if self.ranks.main:
-            run.save_state(
+        self.ranks.from_main(
+            lambda: run.save_state(
                 {
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -61,6 +61,7 @@ class State:
                     "gradient": self.gradient.cpu(),
                 }
             )
+        )
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
         """Continue from what `save` wrote to `path`; RunError if it is something else."""
