@@ -1,7 +1,9 @@
 """`residrop export` as a user meets it."""
 
 import json
+import os
 import sys
+import threading
 
 import pytest
 import torch
@@ -49,6 +51,38 @@ def test_export_of_recalibrated_weights_and_sampled(cli, small_run, tmp_path):
         torch.testing.assert_close(program(x), load_run(small_run, "recalibrated")[1](x), rtol=1e-4, atol=1e-5)
         passes = [sampled(x, torch.full((3, 2), number, dtype=torch.int32)) for number in (1, 2)]
     assert not torch.equal(*passes)
+
+
+SLOW = [pytest.param(ending, marks=pytest.mark.slow) for ending in ("onnx", "pt2")]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", *SLOW])
+def test_export_follows_links_and_writes_to_fifos(cli, small_run, ending, tmp_path):
+    folder = tmp_path / "real"
+    folder.mkdir()
+    (tmp_path / f"link.{ending}").symlink_to(folder / "file")
+    os.mkfifo(tmp_path / f"fifo.{ending}")
+    got = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / f"fifo.{ending}").read_bytes()), daemon=True)
+    reader.start()
+    for name in ("link", "fifo"):
+        code, _, err = cli("export", small_run, "--to", tmp_path / f"{name}.{ending}")
+        assert code == 0, err
+    reader.join(20)
+    assert (tmp_path / f"link.{ending}").is_symlink()
+    assert (tmp_path / f"fifo.{ending}").is_fifo()
+    assert len(got[0]) == pytest.approx((folder / "file").stat().st_size, rel=0.01)
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_file_that_does_not_agree_replaces_nothing(cli, small_run, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_text("the last one")
+    monkeypatch.setattr("residrop.inference.deploy.export._TOLERANCE", -1.0)
+    code, _, err = cli("export", small_run, "--to", path)
+    assert code == 2
+    assert "was not kept: its outputs differ" in err
+    assert path.read_text() == "the last one"
 
 
 def test_onnx_without_its_libraries_says_what_to_install(cli, small_run, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """`residrop evaluate`: both kinds of inference, adaptive sampling, error against the number of samples."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from residrop.blocks.attach import expected_depth_of
 from residrop.cli.pictures import panels
 from residrop.cli.shared import Device, Json, RunPath, Weights, open_run, parse, show, table_of
 from residrop.common.checks import check_whole
-from residrop.common.errors import ConfigError, RunError
+from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
 from residrop.inference import AdaptiveEvaluation, ErrorCurve, error_curve, evaluate, evaluate_adaptive
 from residrop.inference.sampled.adaptive import check_confidence
@@ -58,8 +57,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
         raise ConfigError(f"samples is 0, but {what} needs sampled passes; give at least 1")
     check_target(args.json)
     run, model = open_run(args.run, args.weights)
-    if args.curve and not os.access(args.run, os.W_OK):
-        raise RunError(f"{args.run} cannot be written, where --curve draws samples.png; make it writable")
+    if args.curve:
+        check_target(args.run / "samples.png", "--curve:")
     recipe, device = run.recipe(), choose_device(args.device)
     model.to(device)
     loader = loader_of_run(run, args.data, device)
@@ -89,12 +88,13 @@ def run(arguments: Sequence[str], prog: str) -> int:
         facts |= _facts(adaptive)
     if curve is not None:
         facts["curve"] = str(args.run / "samples.png")
-        _draw(args.run / "samples.png", curve, f"{recipe.network}, {recipe.rule}, {Path(recipe.data).name}")
     console = console_for(args.json)
     show(console, f"{args.run}: {recipe.network}, {recipe.rule}", found, facts)
     if curve is not None:
         console.print(_table(curve))
     write(args.json, outcome.to_dict() | values)
+    if curve is not None:
+        _draw(args.run / "samples.png", curve, f"{recipe.network}, {recipe.rule}, {Path(recipe.data).name}")
     return 0
 
 
@@ -131,7 +131,7 @@ def _table(curve: ErrorCurve) -> Table:
 def _draw(path: Path, curve: ErrorCurve, title: str) -> None:
     """Figure 2 of Swapout: error against the number of samples, and the expectation's as a line."""
     label = f"sampled, mean ± standard error of {curve.repetitions}"
-    with panels(path, 1, title) as (axes,):
+    with panels(path, 1, title, "--curve:") as (axes,):
         axes.errorbar(curve.samples, curve.error, yerr=curve.error_se, capsize=2, linewidth=1.6, label=label)
         axes.axhline(
             curve.deterministic, color="C3", linestyle="--", linewidth=1.6, label="deterministic (expectation)"

@@ -38,6 +38,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     """Export a run's network."""
     args = parse(Export, arguments, prog)
     check_target(args.json)
+    check_target(args.to, "--to")
     run, model = open_run(args.run, args.weights)
     dataset = run.dataset()
     size = (2, dataset["channels"], dataset["size"], dataset["size"])

@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from residrop.common.errors import ConfigError
-from residrop.common.files import replacing
+from residrop.common.output import writing
+from residrop.common.pictures import save_png
 
 __all__ = ["panels"]
 
 
 @contextmanager
-def panels(path: Path, count: int, title: str) -> Iterator[list[Any]]:
-    """Axes side by side, two in a row if there are many, saved as a PNG in the end.
+def panels(path: Path, count: int, title: str, option: str = "--picture") -> Iterator[list[Any]]:
+    """Axes side by side, two in a row if there are many, saved in the end as the PNG that `option` asks for.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -35,9 +35,5 @@ def panels(path: Path, count: int, title: str) -> Iterator[list[Any]]:
         if one.get_legend_handles_labels()[0]:
             one.legend(frameon=False, fontsize=9)
     figure.suptitle(title)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); make its folder writable") from None
+    with writing(path, option) as temporary:
+        save_png(figure, temporary)

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from residrop.cli.shared import parse, table_of
 from residrop.common.errors import ConfigError
-from residrop.common.files import replacing
-from residrop.common.output import console_for
+from residrop.common.output import check_target, console_for, writing
 from residrop.research import ledger
 from residrop.research.papers.status import overview
 from residrop.research.report import as_markdown, as_page, collect
@@ -49,6 +48,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give --ledger the folder of the ledger, or run directories")
     page = args.html or (None if args.markdown else Path("report.html"))
+    check_target(args.markdown, "--markdown")
+    check_target(page, "--html")
     found = collect(folder, args.runs)
     console = console_for(None)
     if folder is not None:
@@ -81,9 +82,5 @@ def _summary(folder: Path, console: Console) -> None:
 
 
 def _write(path: Path, text: str, option: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{option} {path} cannot be written ({error.strerror}); give another file") from None
+    with writing(path, option) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a name of a run may be no UTF-8

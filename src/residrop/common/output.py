@@ -1,45 +1,86 @@
-"""Where results of commands go: tables to the terminal, JSON to a file or to standard output."""
+"""Where results of commands go: tables to the terminal, JSON to standard output, and whatever a file is named for."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from residrop.common.errors import ConfigError
-from residrop.common.files import write_json
+from residrop.common.files import as_json, replacing
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["check_target", "console_for", "write"]
+__all__ = ["check_target", "console_for", "write", "writing"]
+
+
+@contextmanager
+def writing(target: Path | str, option: str) -> Generator[Path, None, None]:
+    """A temporary file for what `option TARGET` asks for, put in place by `replacing`; folders are made.
+
+    Raises:
+        ConfigError: the target cannot be written.
+    """
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary:
+            yield temporary
+    except OSError as error:
+        raise _refusal(target, option, error.strerror or type(error).__name__) from None
 
 
 def write(target: str | None, value: object) -> None:
     """Write what `--json TARGET` asks for: nothing (None), to standard output ("-") or to a file."""
     if target == "-":
-        print(json.dumps(value, indent=2))
+        print(as_json(value))
     elif target is not None:
-        path = Path(target)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not path.is_file():  # a pipe or device is written to, never replaced
-                path.write_text(json.dumps(value, indent=2) + "\n")
-            else:
-                write_json(path.resolve(), value)
-        except OSError as error:
-            raise ConfigError(f"--json {target} cannot be written ({error.strerror}); give another file") from None
+        with writing(target, "--json") as temporary:
+            temporary.write_text(as_json(value) + "\n")
 
 
-def check_target(target: str | None) -> None:
-    """Refuse a file for --json that cannot be written, before hours of work whose result it should hold."""
-    if target in (None, "-"):
+def check_target(target: Path | str | None, option: str = "--json") -> None:
+    """Refuse a file that cannot be written, before hours of work whose result it should hold.
+
+    Raises:
+        ConfigError: what `option` names is a folder, too long a name, or may not be written.
+    """
+    if target is None or target == "-":
         return
-    path = Path(target)
-    place = next((folder for folder in path.absolute().parents if folder.exists()), path)
-    if path.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"--json {target} cannot be written; give another file")
+    try:
+        obstacle = _obstacle(Path(target))
+    except OSError as error:
+        obstacle = error.errno
+    if obstacle:
+        raise _refusal(target, option, os.strerror(obstacle))
+
+
+def _obstacle(path: Path) -> int | None:
+    """What would keep `replacing` from writing there, as a number of the system's errors."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    else:
+        if stat.S_ISDIR(mode):
+            return errno.EISDIR
+        if not os.access(path, os.W_OK):
+            return errno.EACCES
+    if not stat.S_ISREG(mode):  # a device or FIFO is written to where it is
+        return None
+    target = Path(os.path.realpath(path))
+    place = next(folder for folder in target.parents if folder.exists())
+    if any(len(os.fsencode(part)) > os.pathconf(place, "PC_NAME_MAX") for part in target.parts):
+        return errno.ENAMETOOLONG
+    return None if os.access(place, os.W_OK | os.X_OK) else errno.EACCES
+
+
+def _refusal(target: Path | str, option: str, why: str) -> ConfigError:
+    return ConfigError(f"{option} {target} cannot be written ({why}); give another file")
 
 
 def console_for(target: str | None) -> Console:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from residrop.common.errors import RunError
-from residrop.common.files import replacing, write_json
+from residrop.common.files import as_json, replacing, write_json
 
 __all__ = [
     "load_state",
@@ -103,7 +103,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 def write_record(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object with its checksum; RunError if the file cannot be written."""
-    plain = json.loads(json.dumps(values, allow_nan=False))
+    plain = json.loads(as_json(values))
     try:
         write_json(path, {**plain, _CHECKSUM: _digest(plain)})
     except OSError as error:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from residrop.common.files import replacing
+from residrop.common.files import as_json, replacing
+from residrop.common.pictures import save_png
 from residrop.training.checked import unwritable, writing
 
 __all__ = ["Logbook", "Meter", "draw_curves"]
@@ -95,14 +95,7 @@ class Logbook:
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    """As a line of JSON, which knows neither NaN nor infinity."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(one) for one in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps({name: plain(value) for name, value in values.items()}, allow_nan=False) + "\n"
+    return json.dumps(json.loads(as_json(values))) + "\n"  # without NaN
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:
@@ -144,7 +137,7 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], tit
         0.0, -0.14, "solid: test, dashed: train, circle: lowest validation error", transform=axes.transAxes, fontsize=8
     )
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        save_png(figure, temporary)
 
 
 class _Speed(ProgressColumn):

@@ -1,7 +1,9 @@
 """The report: its numbers are the ledger's, full and shortened schedules stand apart, the page needs nothing else."""
 
 import json
+import os
 import re
+import threading
 from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
@@ -555,6 +557,31 @@ def test_files_are_written(place, cli, options, written):
     found = {str(path.relative_to(place.parent)) for path in place.parent.rglob("*") if path.is_file()}
     assert found == {"results/bench.json", *written}
     assert "depth-dropout" in out
+
+
+def test_links_and_fifos_are_no_files_to_replace(place, cli):
+    folder = place.parent
+    (folder / "r.html").symlink_to("page")
+    os.mkfifo(folder / "r.md")
+    got = []
+    reader = threading.Thread(target=lambda: got.append((folder / "r.md").read_text()), daemon=True)
+    reader.start()
+    assert cli("--markdown", "r.md", "--html", "r.html")[0] == 0
+    reader.join(20)
+    assert (folder / "r.html").is_symlink()
+    assert (folder / "r.md").is_fifo()
+    assert "</html>" in (folder / "page").read_text()
+    assert got[0].startswith("#")
+
+
+@pytest.mark.parametrize("option", ["--markdown", "--html"])
+def test_a_full_device_is_one_line_and_stays_a_device(place, cli, option):
+    """Through a link, or a failing test run by root would replace the device itself."""
+    (place.parent / "link").symlink_to("/dev/full")
+    code, _, err = cli(option, "link")
+    refused = f"residrop: error: {option} link cannot be written (No space left on device); give another file"
+    assert (code, err) == (2, refused)
+    assert (place.parent / "link").is_char_device()
 
 
 def test_links_lead_from_the_markdown_to_the_other_files(place, cli):

@@ -1,6 +1,5 @@
 """What all instruments do: measure a target, print tables, draw a picture, write JSON."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,16 +29,18 @@ def analyze(
 ) -> int:
     """Measure the target of the options, print the tables, draw the picture, write JSON; returns the exit code."""
     check_target(options.json)
+    check_target(options.picture, "--picture")
     options.check()
     target = find_target(options)
+    picture = options.picture or (target.run.path if target.run else Path()) / f"analyze-{instrument}.png"
+    check_target(picture, "--picture")
     found = measure(options, target)
     console = console_for(options.json)
     for table in tables(found):
         console.print(table)
-    picture = options.picture or (target.run.path if target.run else Path()) / f"analyze-{instrument}.png"
+    write(options.json, {"instrument": instrument, **found})
     draw(found, picture)
     console.print(f"drawn: {picture}")
-    write(options.json, _plain({"instrument": instrument, **found}))
     return 0
 
 
@@ -57,12 +58,3 @@ def costs_with_bar(target: Target, unit: Unit) -> Costs:
     """The costs of a target's blocks, with a live bar while they are timed."""
     with progress(5 * len(target.rates) if unit == "time" else 0, "timing blocks") as tell:
         return costs_of(target.model, unit, target.x, tell=tell)
-
-
-def _plain(value: Any) -> Any:
-    """The same for JSON, which has no NaN and no infinity: None takes their place."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

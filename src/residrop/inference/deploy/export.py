@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from residrop.common.errors import ConfigError
+from residrop.common.files import replacing
 from residrop.inference.deploy.fold import fold
 
 __all__ = ["Exported", "export"]
@@ -76,7 +77,7 @@ def export(
 
     Args:
         model: a network, or any model that `residrop.fold` takes; in any mode, left as it is.
-        path: file to write.
+        path: file to write; an existing one is kept unless the new one agrees with the model.
         example: an input Tensor[n, ...]; only n may differ later.
         metadata: facts to keep with the weights, such as class names; values that JSON knows.
         sampled: write a sampled pass in place of the expectation (onnx and pt2).
@@ -84,6 +85,7 @@ def export(
     Raises:
         ConfigError: another ending, a missing library, a model that cannot be traced or has draws that no graph can
             hold, or a file whose outputs are not the model's.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     kind = _checked(path, example, sampled)
@@ -99,14 +101,13 @@ def export(
         module = fold(model, example)
         inputs, facts = {"images": _two_rows(example)}, dict(metadata or {})
     words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-    with _quiet(), torch.no_grad():
-        difference = {"onnx": _onnx, "pt2": _pt2, "safetensors": _safetensors}[kind](module, path, inputs, words)
-    if not difference <= _TOLERANCE:
-        path.unlink(missing_ok=True)
-        raise ConfigError(
-            f"{path} was not kept: its outputs differ from the model's by {difference:.1e} of the largest one; "
-            "report it with the versions of torch and onnxruntime"
-        )
+    with replacing(path) as file, _quiet(), torch.no_grad():
+        difference = {"onnx": _onnx, "pt2": _pt2, "safetensors": _safetensors}[kind](module, file, inputs, words)
+        if not difference <= _TOLERANCE:
+            raise ConfigError(
+                f"{path} was not kept: its outputs differ from the model's by {difference:.1e} of the "
+                "largest one; report it with the versions of torch and onnxruntime"
+            )
     checked_by = {"onnx": "onnxruntime", "pt2": "torch.export", "safetensors": "torch"}[kind]
     return Exported(path, kind, difference, checked_by)
 
@@ -181,10 +182,8 @@ def _differences(module: nn.Module, inputs: Mapping[str, Tensor], run: Any) -> f
 
 def _pt2(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], words: Mapping[str, str]) -> float:
     program = _program(module, inputs)
-    archive = io.BytesIO()
-    torch.export.save(program, archive, extra_files={"metadata.json": json.dumps(dict(words))})
-    _replace(path, archive.getvalue())
-    loaded = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(words))})
+    loaded = torch.export.load(path).module()
     return _differences(module, inputs, lambda given: loaded(*given.values()))
 
 
@@ -201,12 +200,7 @@ def _onnx(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], words: Ma
             verbose=False,
         )
     program.model.metadata_props.update(words)
-    temporary = path.with_name(f".{path.stem}.tmp.onnx")
-    try:
-        program.save(str(temporary), external_data=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    program.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(given: Mapping[str, Tensor]) -> Tensor:
@@ -219,12 +213,7 @@ def _safetensors(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], wo
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     layers = {name: repr(one) for name, one in module.named_modules() if name and type(one) is not nn.Module}
     structure = {"modules": json.dumps(layers), "code": str(getattr(module, "code", ""))}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(state, temporary, metadata={**structure, **words})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_file(state, path, metadata={**structure, **words})
     before = {name: value.clone() for name, value in module.state_dict().items()}
     wanted = {len(given["images"]): module(*given.values()) for given in (inputs, _more_rows(inputs))}
     try:
@@ -232,12 +221,3 @@ def _safetensors(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], wo
         return _differences(lambda x: wanted[len(x)], inputs, lambda given: module(*given.values()))  # pyright: ignore
     finally:
         module.load_state_dict(before)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from residrop.common.errors import RunError
 from residrop.common.files import replacing
+from residrop.common.pictures import save_png
 from residrop.inference import error_curve
 from residrop.research.papers.claims import Measured
 from residrop.research.papers.instruments import trace
@@ -268,7 +269,7 @@ def draw(path: Path, figure: Figure, lines: Sequence[Line], stamp: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            canvas.savefig(temporary, format="png")
+            save_png(canvas, temporary)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}); choose another --runs") from None
 
