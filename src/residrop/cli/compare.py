@@ -13,11 +13,11 @@ from rich.console import Console
 from residrop.cli.shared import Fields, Json, Quiet, RecipeName, free_directory, parse, peek, resumed, table_of
 from residrop.common.errors import ConfigError, RunError, UsageError
 from residrop.common.files import write_json
+from residrop.common.lock import held
 from residrop.common.output import check_target, console_for, write
 from residrop.rules.catalogue import entry_of
 from residrop.training import Interrupted, Outcome, Recipe, preset, train
 from residrop.training.checked import read_record, write_record
-from residrop.training.lock import held
 from residrop.training.logbook import draw_curves
 from residrop.training.presets import short_name
 from residrop.training.run import check_same

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from residrop.common.errors import ConfigError, SaidElsewhere, UsageError
+from residrop.common.orphans import leave_with_parent
 from residrop.common.torchrun import world_size
-from residrop.training.orphans import leave_with_parent
 
 __all__ = ["ALONE", "Ranks", "Votes", "process_group"]
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from residrop.common.errors import Interrupted, RunError, UsageError
+from residrop.common.orphans import leave_with_parent
 from residrop.training.checkpoint import Run
-from residrop.training.orphans import leave_with_parent
 from residrop.training.recipe import Recipe
 from residrop.training.run import check_same, train
 

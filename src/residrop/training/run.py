@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import expected_depth_of, rules_of, set_survival
 from residrop.common.errors import Interrupted, RankError, RunError
+from residrop.common.lock import held
 from residrop.data import Loader
 from residrop.engines.compiling import compile, replays
 from residrop.engines.distributed import data_parallel
@@ -21,7 +22,6 @@ from residrop.inference import Evaluation, evaluate
 from residrop.training.checked import unwritable, write_record
 from residrop.training.checkpoint import Run, build_network, survival_of
 from residrop.training.distributed import ALONE, Ranks, process_group
-from residrop.training.lock import held
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import run_epochs, stop_signals
 from residrop.training.measuring import first_weights

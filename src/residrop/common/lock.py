@@ -48,8 +48,8 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _remove(made: list[Path]) -> None:
-    with contextlib.suppress(OSError):  # the first that is not empty keeps those above it
-        for one in made:
+    for one in made:
+        with contextlib.suppress(OSError):  # it is not empty, which keeps those above it, too
             one.rmdir()
 
 
