@@ -1,12 +1,11 @@
 """`residrop train` as a user meets it."""
 
-import json
 import shutil
 
 import pytest
 
 from command_line import KEYS, SMALL, assert_refused, everything, strictly
-from residrop.training import Recipe, loop, preset
+from residrop.training import Recipe, Run, loop, preset
 
 
 def test_help_of_train_has_every_field_of_the_recipe(cli):
@@ -32,7 +31,7 @@ def test_train_writes_runs_numbered_from_one(cli, place):
     assert sorted(path.name for path in (place / "runs").iterdir()) == ["digits-001", "digits-002"]
     found = strictly((place / "001.json").read_text())
     assert found.keys() >= KEYS
-    assert found == strictly((place / "runs/digits-001/evaluation.json").read_text())
+    assert found == Run(place / "runs/digits-001").evaluation()
     assert found["rule"] == "stochastic-depth"
     assert found["parameters"] == 75_002
     assert found["samples"] == 2
@@ -46,7 +45,7 @@ def test_train_takes_the_recipe_and_overrides_its_fields(cli, place):
     assert code == 0
     assert strictly(out)["rule"] == "swapout"
     assert "epoch   2/2" in err
-    recipe = Recipe.from_dict(json.loads((place / "deep/er/run/recipe.json").read_text()))
+    recipe = Run(place / "deep/er/run").recipe()
     base = preset("digits/swapout").recipe
     assert recipe == base.replace(
         network="resnet-ours-8", limit=200, epochs=2, precision="fp32", samples=2, survival="linear(1, 0.5)"
@@ -57,7 +56,7 @@ def test_recipe_may_be_a_file_and_names_the_run(cli, place):
     (place / "own").mkdir()
     (place / "own" / "wide.toml").write_text('base = "digits/swapout"\nlr = 0.07\nnetwork = "resnet-ours-8"\n')
     assert cli("train", "--recipe", "own/wide.toml", *SMALL[2:], "--lr-factor", "0.5", "--quiet")[0] == 0
-    recipe = Recipe.from_dict(json.loads((place / "runs/wide-001/recipe.json").read_text()))
+    recipe = Run(place / "runs/wide-001").recipe()
     assert (recipe.lr, recipe.lr_factor, recipe.network, recipe.rule) == (0.07, 0.5, "resnet-ours-8", "swapout")
     code, out, _ = cli("recipes", "own/wide.toml")
     assert code == 0

@@ -19,7 +19,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from residrop.errors import UsageError
+from residrop.common.errors import UsageError
 from residrop.training import Interrupted, Recipe
 from residrop.training.pool import train_all
 
@@ -110,12 +110,13 @@ def test_trainings_are_finished_and_told_one_by_one(start, tmp_path):
 def test_complete_runs_start_no_process(tiny, tmp_path, monkeypatch):
     recipe = tiny()
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "evaluation.json").write_text(json.dumps({"deterministic_error": 1.0}))
+    complete = {"deterministic_error": 1.0, "sampled_error": None, "train_seconds": 1.0, "details": {}, "run": {}}
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(complete))
     monkeypatch.setattr(pool, "ProcessPoolExecutor", None)
     told = []
     found = train_all({"a": recipe}, tmp_path, on_finished=lambda name, found: told.append((name, found)))
-    assert found == {"a": {"deterministic_error": 1.0}}
-    assert told == [("a", {"deterministic_error": 1.0})]
+    assert found == {"a": complete}
+    assert told == [("a", complete)]
 
 
 def test_errors_are_named_and_others_finish(tiny, tmp_path, monkeypatch):

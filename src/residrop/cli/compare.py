@@ -1,8 +1,8 @@
 """`residrop compare`: several rules, with the same data, seeds and schedule."""
 
-import json
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ import tyro
 from rich.console import Console
 
 from residrop.cli.shared import Fields, Json, Quiet, RecipeName, free_directory, parse, peek, resumed, table_of
-from residrop.common.errors import ConfigError, RunError
+from residrop.common.errors import ConfigError, RunError, UsageError
 from residrop.common.files import write_json
+from residrop.common.lock import held
 from residrop.common.output import check_target, console_for, write
 from residrop.rules.catalogue import entry_of
 from residrop.training import Interrupted, Outcome, Recipe, preset, train
+from residrop.training.checked import read_record, write_record
 from residrop.training.logbook import draw_curves
 from residrop.training.presets import short_name
 from residrop.training.run import check_same
@@ -49,11 +51,18 @@ class Compare:
 def run(arguments: Sequence[str], prog: str) -> int:
     """Train every rule with every seed, print the table, draw the curves."""
     args = parse(Compare, arguments, prog, _start(arguments))
-    base, seeds = args.settings.recipe(), range(args.settings.seed, args.settings.seed + args.seeds)
-    out = args.out or free_directory(f"compare-{short_name(args.recipe)}")
+    base = args.settings.recipe()
     check_target(args.json)
     if not args.rules or args.seeds < 1:
         raise ConfigError(f"{len(args.rules)} rules and {args.seeds} seeds were given; compare at least one of each")
+    with ExitStack() as stack:
+        out = args.out or stack.enter_context(free_directory(f"compare-{short_name(args.recipe)}"))
+        stack.enter_context(held(out))
+        return _compare(args, base, out)
+
+
+def _compare(args: Compare, base: Recipe, out: Path) -> int:
+    seeds = range(base.seed, base.seed + args.seeds)
     recipes = [_for_rule(base, rule) for rule in dict.fromkeys(args.rules)]
     if (out / "settings.json").exists() and not args.resume:
         raise RunError(f"{out} already holds a comparison; continue it with --resume, or choose another --out")
@@ -61,13 +70,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         prepare(recipe)
         for seed in seeds:
             check_same(recipe.replace(seed=seed), out / f"{recipe.rule}-seed{seed}", args.resume)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        saved = {"settings": base.to_dict(), "rules": list(args.rules), "seeds": args.seeds}
-        write_json(out / "settings.json", saved)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
+    saved = {"settings": base.to_dict(), "rules": list(args.rules), "seeds": args.seeds}
+    write_record(out / "settings.json", saved)
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     curves: dict[str, list[dict[str, Any]]] = {}
     for recipe in recipes:
         outcomes: list[Outcome] = []
@@ -79,8 +85,13 @@ def run(arguments: Sequence[str], prog: str) -> int:
                 outcomes.append(train(recipe.replace(seed=seed), path, resume=args.resume, quiet=args.quiet))
             except Interrupted:
                 raise Interrupted(f"stopped; continue with residrop compare --resume --out {out}") from None
-        rows.append(_row(recipe.rule, outcomes))
-        curves[recipe.rule] = outcomes[0].history
+            except UsageError as error:  # it diverged, say; the others are compared without it
+                failed.append(f"{path.name}: {error}")
+        if outcomes:
+            rows.append(_row(recipe.rule, outcomes))
+            curves[recipe.rule] = outcomes[0].history
+    if not rows:
+        raise RunError(f"all {len(failed)} trainings failed; {failed[0]}")
     constant = next((row["train_seconds"] for row in rows if row["rule"] == "constant"), None)
     for row in rows:
         row["relative_time"] = row["train_seconds"] / constant if constant else None
@@ -97,6 +108,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         why = f"{out} cannot be written ({error.strerror}); make that possible, then repeat with --resume --out {out}"
         raise RunError(why) from None
     console.print(f"curves: {out / 'curves.png'}")
+    if failed:
+        for line in failed:
+            console.print(f"failed: {line}")
+        raise RunError(f"{len(failed)} of {len(recipes) * len(seeds)} trainings failed; {failed[0]}")
     return 0
 
 
@@ -105,10 +120,12 @@ def _start(arguments: Sequence[str]) -> Compare:
     saved = resumed(arguments, "settings.json")
     if saved:
         try:
-            found = json.loads(saved.read_text())
+            found = read_record(saved, {"settings": dict, "rules": [str], "seeds": int})
             settings = Fields.from_recipe(Recipe.from_dict(found["settings"]))
             return Compare(settings=settings, rules=tuple(found["rules"]), seeds=found["seeds"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except RunError:
+            raise
+        except (ValueError, TypeError) as error:
             what = f"{saved} is damaged ({error}); give all options of the comparison, or start it anew"
             raise RunError(what) from None
     name = peek(arguments, "--recipe") or "digits"

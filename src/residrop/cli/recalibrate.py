@@ -56,10 +56,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             args.mode,
             on_progress=lambda share: meter.step(int(1000 * share), "", 0.0),
         )
-    try:
-        run.save_weights(RECALIBRATED, model)
-    except OSError as error:
-        raise RunError(f"{args.run} cannot be written ({error.strerror}); make the run directory writable") from None
+    run.save_weights(RECALIBRATED, model)
     out = console_for(args.json)
     out.print(f"{done.layers} batch norms have new statistics from {done.images} images ({done.mode})")
     out.print(f"largest change: {done.largest_change:.2f} standard deviations, in {done.where}")

@@ -1,8 +1,10 @@
 """What several commands share: reading options, opening runs, showing evaluations."""
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -118,14 +120,33 @@ class Fields(Recipe):
 # Runs
 
 
-def free_directory(name: str) -> Path:
-    """The first of runs/NAME-001, runs/NAME-002, ... that does not exist."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-    taken = {path.name for path in Path("runs").glob(f"{stem}-*")}
-    number = 1
-    while f"{stem}-{number:03d}" in taken:
-        number += 1
-    return Path("runs") / f"{stem}-{number:03d}"
+@contextmanager
+def free_directory(name: str) -> Iterator[Path]:
+    """Make the first of runs/NAME-001, runs/NAME-002, ... that does not exist; it is removed if it stays empty.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    stem, runs = re.sub(r"[^A-Za-z0-9._-]+", "-", name), Path("runs")
+    new = not runs.exists()
+    for number in count(1):
+        path = runs / f"{stem}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if runs.is_dir():
+                continue  # of another training, which may have begun just now
+            raise RunError("runs is a file here, where runs are kept; choose another --out") from None
+        except OSError as error:
+            raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+        break
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # not empty
+            path.rmdir()
+            if new:
+                runs.rmdir()
 
 
 def open_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:

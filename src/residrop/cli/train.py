@@ -1,6 +1,7 @@
 """`residrop train`: one network, then its evaluation both ways."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,9 +43,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     start = Run.open(saved.parent).recipe() if saved else preset(name).recipe
     args = parse(Train, arguments, prog, Train(settings=Fields.from_recipe(start), recipe=name))
     recipe = args.settings.recipe()
-    with process_group(recipe.device) as ranks:
+    with process_group(recipe.device) as ranks, ExitStack() as stack:
         ranks.from_main(lambda: check_target(args.json))
-        place = ranks.from_main(lambda: args.out or free_directory(short_name(args.recipe)))
+        place = ranks.from_main(lambda: args.out or stack.enter_context(free_directory(short_name(args.recipe))))
         outcome = train(recipe, place, resume=args.resume, quiet=args.quiet)
     if not ranks.main:
         return 0

@@ -1,4 +1,4 @@
-"""Run directories: what a run leaves on disk, written atomically and read without unpickling code.
+"""Run directories: what a run leaves on disk, written atomically, read without unpickling code, and verified.
 
 recipe.json                the resolved recipe
 versions.json              software and machine
@@ -14,6 +14,7 @@ last.pt                    everything needed to resume
 best.safetensors           weights of the epoch with the lowest validation error
 model.safetensors          weights to report on
 evaluation.json            final evaluation, both ways
+run.lock                   held, and there, while a process writes: who it is
 """
 
 import contextlib
@@ -22,19 +23,26 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from residrop.blocks.attach import rules_of, set_survival
 from residrop.common.errors import RunError
-from residrop.common.files import replacing, write_json
 from residrop.data import Normalization
+from residrop.data.normalize import NormalizationMode
 from residrop.models import create, reads_flat_rows
 from residrop.schedule.timing import parse as parse_timing
+from residrop.training.checked import (
+    load_state,
+    load_tensors,
+    read_lines,
+    read_record,
+    save_state,
+    save_tensors,
+    write_record,
+)
 from residrop.training.recipe import Recipe
 
 __all__ = ["Run", "build_network", "load_run", "survival_of", "versions"]
@@ -42,15 +50,14 @@ __all__ = ["Run", "build_network", "load_run", "survival_of", "versions"]
 
 _SURVIVAL = "survival_rates"  # in the metadata of weights
 _UNMEASURED = 0.5  # the survival rate before there is another
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunError(f"{path} does not exist; is {path.parent} a run directory of residrop train?") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); restore it or train anew") from None
+_DATASET = {"classes": [str], "channels": int, "size": int, "normalization": str, "steps": int, "digest": str}
+_EVALUATION = {
+    "deterministic_error": int | float,
+    "sampled_error": int | float | None,
+    "train_seconds": int | float,
+    "details": dict,
+    "run": dict,
+}
 
 
 def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
@@ -98,14 +105,13 @@ class Run:
             raise RunError(f"{path} already holds a run; continue it with --resume, or choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path)
-            write_json(path / "versions.json", versions())
-            write_json(path / "dataset.json", {**dataset, "normalization": normalization.mode})
-            tensors = {"mean": normalization.mean, "std": normalization.std}
-            run._save_tensors("normalization.safetensors", tensors)
-            write_json(path / "recipe.json", recipe.to_dict())  # last: its presence makes the directory a run
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+        run = cls(path)
+        write_record(path / "versions.json", versions())
+        write_record(path / "dataset.json", {**dataset, "normalization": normalization.mode})
+        save_tensors(path / "normalization.safetensors", {"mean": normalization.mean, "std": normalization.std})
+        write_record(path / "recipe.json", recipe.to_dict())  # last: its presence makes the directory a run
         return run
 
     @classmethod
@@ -120,95 +126,103 @@ class Run:
     def recipe(self) -> Recipe:
         """The resolved recipe."""
         path = self.path / "recipe.json"
+        values = read_record(path)
         try:
-            return Recipe.from_dict(_read_json(path))
-        except RunError:
-            raise
+            return Recipe.from_dict(values)
         except (TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path} is no recipe ({error}); restore it or train anew") from None
 
     def versions(self) -> dict[str, str]:
         """Software and machine of the run."""
-        return _read_json(self.path / "versions.json")
+        return read_record(self.path / "versions.json")
 
     def dataset(self) -> dict[str, Any]:
         """`classes` (names), `channels`, `size` (pixels), `steps` (updates of the training), `digest` of the images."""
         path = self.path / "dataset.json"
-        found = _read_json(path)
-        if not isinstance(found, dict) or not {"classes", "channels", "size", "normalization"} <= found.keys():
+        found = read_record(path, _DATASET)
+        if not found["classes"] or min(found["channels"], found["size"], found["steps"]) < 1:
             raise RunError(f"{path} does not describe a data set; restore it or train anew")
         return found
 
     def normalization(self) -> Normalization:
         """The pixel statistics of the training images."""
-        tensors = self._load_tensors("normalization.safetensors")
-        return Normalization(mode=self.dataset()["normalization"], mean=tensors["mean"], std=tensors["std"])
+        path, dataset = self.path / "normalization.safetensors", self.dataset()
+        restore = "restore it or train anew"
+        tensors, _ = load_tensors(path, restore, restore)
+        mean, std = (tensors.get(name, torch.empty(0)) for name in ("mean", "std"))
+        found = Normalization(dataset["normalization"], mean, std)
+        channels, size = dataset["channels"], dataset["size"]
+        shapes = [(some, *whole) for some in (1, channels) for whole in ((1, 1), (size, size))]
+        if (
+            found.mode not in get_args(NormalizationMode)
+            or any(part.dtype != torch.float32 or tuple(part.shape) not in shapes for part in (mean, std))
+            or not bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
+        ):
+            raise RunError(f"{path} does not fit the images that dataset.json describes; {restore}")
+        return found
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """The final evaluation, as `Outcome.to_dict` has it; None while the run is not finished."""
+        path = self.path / "evaluation.json"
+        again = f"delete it, and evaluate the run again with residrop train --resume --out {self.path}"
+        return read_record(path, _EVALUATION, again) if path.exists() else None
+
+    def history(self) -> list[dict[str, Any]]:
+        """The metrics of the epochs so far, as `metrics.jsonl` has them."""
+        path = self.path / "metrics.jsonl"
+        lines = read_lines(path)
+        for number, line in enumerate(lines, start=1):
+            wrong = [name for name, value in line.items() if not isinstance(value, int | float | None)]
+            if line.get("epoch") != number or wrong:
+                what = f"{wrong[0]} is no number" if wrong else f"epoch is {line.get('epoch')!r}"
+                raise RunError(f"{path} is damaged (line {number}: {what}); restore it or train anew")
+        return lines
 
     def train_seconds(self) -> float:
         """Time spent training so far, evaluation excluded."""
-        path = self.path / "metrics.jsonl"
-        seconds = 0.0
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line of a run cut short
-                seconds += float(json.loads(line)["seconds"])
-        return seconds
+        return float(sum(line.get("seconds") or 0.0 for line in self.history()))
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Save everything needed to resume."""
-        with replacing(self.path / "last.pt") as temporary:
-            torch.save(state, temporary)
+        save_state(self.path / "last.pt", state)
 
     def load_state(self) -> dict[str, Any] | None:
         """The state to resume from; None if the run was stopped before it saved one."""
         path = self.path / "last.pt"
-        if not path.exists():
-            return None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise RunError(f"{path} is damaged ({type(error).__name__}); delete it to start this run anew") from None
-        if not isinstance(state, dict):
-            raise RunError(f"{path} is not the state of a run; delete it to start this run anew")
-        return state
+        return load_state(path, "delete it to start this run anew") if path.exists() else None
 
     def save_weights(self, name: str, model: nn.Module) -> None:
         """Save a model's `state_dict` as `name`.safetensors, with its survival rates if these come from a budget."""
         rates = None
         if self.recipe().budget is not None:
             rates = {_SURVIVAL: json.dumps(survival_of(model))}
-        self._save_tensors(f"{name}.safetensors", model.state_dict(), rates)
+        save_tensors(self.path / f"{name}.safetensors", model.state_dict(), rates)
+
+    def read_weights(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `name`.safetensors holds: the weights, and texts about them; RunError if missing or damaged."""
+        path = self.path / f"{name}.safetensors"
+        missing, again = "the run did not get that far (continue it with --resume)", "write it again"
+        if name == "model":
+            again = "continue the run with --resume to write it again"
+        elif name == "best":
+            again = f"restore it, or delete {self.path / 'last.pt'} to train this run anew"
+            missing = f"only runs with a validation set have it; if this one had it, {again}"
+        return load_tensors(path, missing, again)
 
     def load_weights(self, name: str, model: nn.Module) -> None:
         """Load `name`.safetensors into a model; RunError if missing, damaged or of another network."""
-        tensors = self._load_tensors(f"{name}.safetensors")
+        path = self.path / f"{name}.safetensors"
+        tensors, about = self.read_weights(name)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise RunError(f"{self.path / name}.safetensors does not fit the recipe's network: {first}") from None
+            raise RunError(f"{path} does not fit the recipe's network: {first}") from None
         if self.recipe().budget is not None:
-            self._load_survival(self.path / f"{name}.safetensors", model)
-
-    def _load_survival(self, path: Path, model: nn.Module) -> None:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_SURVIVAL, "")
-        try:
-            set_survival(model, json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise RunError(f"{path} does not say its survival rates ({error}); train anew") from None
-
-    def _save_tensors(self, name: str, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
-        with replacing(self.path / name) as temporary:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, about)
-
-    def _load_tensors(self, name: str) -> dict[str, Tensor]:
-        path = self.path / name
-        if not path.exists():
-            raise RunError(f"{path} does not exist; the run did not get that far (continue it with --resume)")
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} is damaged ({error}); continue the run with --resume to write it again") from None
+            try:
+                set_survival(model, json.loads(about.get(_SURVIVAL, "")))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise RunError(f"{path} does not say its survival rates ({error}); train anew") from None
 
 
 def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:

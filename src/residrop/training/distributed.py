@@ -8,7 +8,8 @@ has left.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,11 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from residrop.common.errors import ConfigError, SaidElsewhere, UsageError
+from residrop.common.orphans import leave_with_parent
 from residrop.common.torchrun import world_size
 
 __all__ = ["ALONE", "Ranks", "Votes", "process_group"]
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # ranks that are gone are noticed at once, as their connections are closed
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,13 @@ class Ranks:
     Attributes:
         rank: number of this process.
         size: number of processes; all methods are the plain thing if it is 1.
+        group: the group of their messages (None: the default one), in which a rank may wait for days: rank 0 decodes
+            data and measures alone, and the default group gives up after minutes.
     """
 
     rank: int = 0
     size: int = 1
+    group: Any = field(default=None, compare=False)
 
     @property
     def main(self) -> bool:
@@ -58,7 +65,7 @@ class Ranks:
         except UsageError as error:
             own = error
         every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, None if own is None else str(own))
+        dist.all_gather_object(every, None if own is None else str(own), group=self.group)
         failed = [rank for rank, text in enumerate(every) if text is not None]
         if own is not None and failed[0] == self.rank:
             raise own
@@ -75,13 +82,13 @@ class Ranks:
         """What `work` gives on rank 0, where alone it is done, on every rank. Errors as of `agree`."""
         found: list[Any] = [self.agree(lambda: work() if self.main else None)]
         if self.size > 1:
-            dist.broadcast_object_list(found, src=0)
+            dist.broadcast_object_list(found, src=0, group=self.group)
         return found[0]
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 ALONE = Ranks()
@@ -91,7 +98,7 @@ ALONE = Ranks()
 def process_group(device: str) -> Iterator[Ranks]:
     """The processes that torchrun started (one without it); nccl if they train on GPUs, one each, else gloo.
 
-    A process group that exists already is used, and left as it is.
+    A process group that exists already is used, and left as it is. Processes of torchrun end when torchrun has gone.
 
     Args:
         device: as in a recipe: "auto", "cpu", "cuda", ...
@@ -100,7 +107,8 @@ def process_group(device: str) -> Iterator[Ranks]:
         ConfigError: there are fewer GPUs than processes, or `device` is a single GPU.
     """
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        with _patient() as ranks:
+            yield ranks
         return
     size = world_size()
     if size == 1:
@@ -117,11 +125,27 @@ def process_group(device: str) -> Iterator[Ranks]:
                 f"start at most {gpus} with --nproc-per-node, or give --device cpu"
             )
         torch.cuda.set_device(local)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave_with_parent()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        with _patient() as ranks:
+            yield ranks
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _patient() -> Iterator[Ranks]:
+    """The ranks of the default group, with a group of their own for messages that are waited for."""
+    if dist.get_world_size() == 1:
+        yield ALONE
+        return
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        dist.destroy_process_group(group)
 
 
 class Votes:

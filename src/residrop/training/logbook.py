@@ -1,5 +1,6 @@
 """What a run tells: metrics as JSON lines and TensorBoard events, curves as a picture, progress on the terminal."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from residrop.common.files import replacing
+from residrop.common.files import as_json, replacing
 from residrop.common.pictures import save_png
+from residrop.training.checked import unwritable, writing
 
 __all__ = ["Logbook", "Meter", "draw_curves"]
 
@@ -26,7 +28,8 @@ _SCALARS = (
 class Logbook:
     """Appends one line of metrics per epoch to `metrics.jsonl` and the same scalars to TensorBoard.
 
-    Lines of other files of the run, such as `survival.jsonl`, come in between.
+    Lines of other files of the run, such as `survival.jsonl`, come in between. Methods raise RunError if a file cannot
+    be written. What is not finite is written as null.
 
     Args:
         path: the run directory; None keeps the lines in memory only (on ranks that do not write).
@@ -50,11 +53,15 @@ class Logbook:
 
         self._path = path
         for name, lines in {"metrics": self.history, **others}.items():
-            if lines or name == "metrics":
-                with replacing(path / f"{name}.jsonl") as temporary:
-                    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            file = path / f"{name}.jsonl"
+            if lines or name == "metrics" or file.exists():  # also those written before there was a state
+                with writing(file) as temporary:
+                    temporary.write_text("".join(map(_line, lines)))
         last = self.history[-1]["epoch"] if self.history else 0
-        self._events = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1)
+        try:
+            self._events = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1)
+        except OSError as error:
+            raise unwritable(path / "tensorboard", error) from None
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Record the metrics of an epoch (counted from 1)."""
@@ -62,21 +69,33 @@ class Logbook:
         if self._path is None or self._events is None:
             return
         self.append("metrics", line)
-        for name in _SCALARS:
-            if line.get(name) is not None:
-                self._events.add_scalar(name, line[name], line["epoch"])
-        self._events.flush()
+        try:
+            for name in _SCALARS:
+                if line.get(name) is not None:
+                    self._events.add_scalar(name, line[name], line["epoch"])
+            self._events.flush()
+        except OSError as error:
+            raise unwritable(self._path / "tensorboard", error) from None
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Record a line of the file `name`.jsonl."""
         if self._path is not None:
-            with (self._path / f"{name}.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            file = self._path / f"{name}.jsonl"
+            try:
+                with file.open("a") as lines:
+                    lines.write(_line(line))
+            except OSError as error:
+                raise unwritable(file, error) from None
 
     def close(self) -> None:
         """Flush and close the event file."""
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # every line was flushed when it was written
+                self._events.close()
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(json.loads(as_json(values))) + "\n"  # without NaN
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> None:

@@ -75,7 +75,7 @@ def run_epochs(
 
     Raises:
         Interrupted: `stopped` was set; the state is saved.
-        RunError: the loss is not finite.
+        RunError: the loss or a weight is not finite, or a file cannot be written; the state saved before is kept.
     """
     steps = loader.steps_per_epoch
     autocast = precision_context(recipe, next(state.model.parameters()).device)
@@ -125,10 +125,13 @@ def updates(recipe: Recipe, state: State, loader: Loader, epoch: int, start: int
 
 def _check_finite(state: State, epoch: int) -> None:
     loss = float(state.ranks.total(state.sums)[0])
+    tensors = (*state.model.parameters(), *state.model.buffers())  # the last update shows in no loss
+    finite = bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
 
     def check() -> None:
-        if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} in epoch {epoch + 1}; try a smaller lr, a warmup, or --precision fp32")
+        if not math.isfinite(loss) or not finite:
+            what = "weights are not finite" if math.isfinite(loss) else f"loss is {loss}"
+            raise RunError(f"the {what} in epoch {epoch + 1}; try a smaller lr, a warmup, or --precision fp32")
 
     state.ranks.agree(check)
 
@@ -194,7 +197,7 @@ def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch:
         with autocast():  # time is that of the steps to come
             state.survival.append(rates_now(recipe, state.model, loader, epoch, state.ranks, told))
         state.seconds += state.survival[-1]["seconds"]
-        book.append("survival", state.survival[-1])
+        state.ranks.agree(lambda: book.append("survival", state.survival[-1]))
         rates = state.survival[-1]["rates"]
         meter.line(f"survival rates from budget {recipe.budget}: {', '.join(f'{rate:.2f}' for rate in rates)}")
     if epoch == 0:
@@ -202,9 +205,12 @@ def _measure(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch:
 
 
 def _watch(recipe: Recipe, state: State, loader: Loader, book: Logbook, epoch: int) -> None:
-    if recipe.watch and state.ranks.main:
+    def look() -> None:
         state.instruments.append(watched(recipe, state.model, loader, epoch))
         book.append("instruments", state.instruments[-1])
+
+    if recipe.watch:
+        state.ranks.from_main(look)
 
 
 def _status(recipe: Recipe, state: State, epoch: int, steps: int, expected: float) -> tuple[str, float]:
@@ -263,12 +269,11 @@ def _end_epoch(
     state.epoch_seconds = state.depth = 0.0
     state.sums.zero_()
     state.gradient.zero_()
-    book.write(line)
+    state.ranks.agree(lambda: book.write(line))
     state.history = book.history
     if line.get("validation_error", math.inf) < state.best:
         state.best = line["validation_error"]
-        if state.ranks.main:
-            run.save_weights("best", state.model)
+        state.ranks.from_main(lambda: run.save_weights("best", state.model))
     state.save(run)
     errors = "  ".join(
         f"{name} error {line[f'{name}_error']:5.2f}%" for name in ("train", *others) if f"{name}_error" in line

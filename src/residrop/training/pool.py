@@ -1,11 +1,8 @@
 """Several trainings at once, each in a process of its own; what was finished before is not trained again."""
 
-import json
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from residrop.common.errors import Interrupted, RunError, UsageError
+from residrop.common.orphans import leave_with_parent
+from residrop.training.checkpoint import Run
 from residrop.training.recipe import Recipe
 from residrop.training.run import check_same, train
 
@@ -37,15 +36,12 @@ def _start(threads: int, stopping: Event) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    leave_with_parent(_note_orphan)
 
 
-def _leave_with(parent: int) -> None:
+def _note_orphan() -> None:
     global _orphan
-    while os.getppid() == parent:
-        time.sleep(2.0)
     _orphan = True
-    os.kill(os.getpid(), signal.SIGTERM)  # ends what waits for work; a training saves its state first
 
 
 def _train(recipe: Recipe, path: Path) -> dict[str, Any] | str | None:
@@ -97,9 +93,9 @@ def train_all(
     found: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes.items():
         check_same(recipe, out / name, resume=True)
-        if (out / name / "evaluation.json").exists():
-            found[name] = json.loads((out / name / "evaluation.json").read_text())
-            on_finished(name, found[name])
+        if (finished_before := Run(out / name).evaluation()) is not None:
+            found[name] = finished_before
+            on_finished(name, finished_before)
     todo = {name: recipe for name, recipe in recipes.items() if name not in found}
     if not todo:
         return {name: found[name] for name in recipes}

@@ -1,5 +1,7 @@
 """A whole training: from a recipe to an evaluated run directory."""
 
+import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,14 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import expected_depth_of, rules_of, set_survival
 from residrop.common.errors import Interrupted, RankError, RunError
-from residrop.common.files import write_json
+from residrop.common.lock import held
 from residrop.data import Loader
 from residrop.engines.compiling import compile, replays
 from residrop.engines.distributed import data_parallel
 from residrop.engines.distributed.ranks import broadcast
 from residrop.engines.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate
+from residrop.training.checked import unwritable, write_record
 from residrop.training.checkpoint import Run, build_network, survival_of
 from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.listing import data_of, save_listing
@@ -91,8 +94,9 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     console = console or Console(stderr=True, markup=False)
-    with process_group(recipe.device) as ranks:
+    with process_group(recipe.device) as ranks, ExitStack() as stack:
         recipe = ranks.from_main(lambda: resolve(recipe))
+        ranks.from_main(lambda: stack.enter_context(held(out)))
         ranks.from_main(lambda: check_same(recipe, out, resume))  # said before minutes of decoding, not after
         going_on = resume and (out / "recipe.json").exists()
         before = ranks.from_main(lambda: data_of(Run(out)) if going_on else None)
@@ -183,8 +187,21 @@ def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool
     saved = ranks.from_main(run.load_state) if resume else None
     if saved is not None:
         ranks.agree(lambda: state.restore(saved, run.path / "last.pt"))
+        ranks.from_main(lambda: _check_restored(recipe, run, state, ready.dataset["steps"]))
     state.sync = data_parallel(state.model)
     return state
+
+
+def _check_restored(recipe: Recipe, run: Run, state: State, steps: int) -> None:
+    """RunError unless the counters agree and the best weights, which the run reports on, are there."""
+    path = run.path / "last.pt"
+    if not 0 < state.update <= steps or state.update * recipe.epochs // steps != len(state.history):
+        raise RunError(
+            f"{path} is not the state of this run (update {state.update} of {steps}, after {len(state.history)} "
+            "epochs); delete it to start this run anew"
+        )
+    if recipe.select == "best" and state.best < math.inf:
+        run.read_weights("best")
 
 
 def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Console, quiet: bool) -> None:
@@ -192,7 +209,7 @@ def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Con
     loader = others.pop("train")
     ranks, total = state.ranks, ready.dataset["steps"]
     lines = {"survival": state.survival, "instruments": state.instruments}
-    book = Logbook(run.path if ranks.main else None, state.history, lines)
+    book = ranks.agree(lambda: Logbook(run.path if ranks.main else None, state.history, lines))
     try:
         with (
             Meter(total, state.update, recipe.rule, console=console, quiet=quiet) as meter,
@@ -202,7 +219,12 @@ def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Con
     finally:
         book.close()
         if state.history and ranks.main:
-            draw_curves(run.path / "curves.png", {recipe.rule: state.history}, f"{recipe.network}, {recipe.rule}")
+            curves = run.path / "curves.png"
+            try:
+                draw_curves(curves, {recipe.rule: state.history}, f"{recipe.network}, {recipe.rule}")
+            except OSError as error:  # no reason to lose the training, or to hide another error
+                if not quiet:
+                    console.print(f"without curves: {unwritable(curves, error)}", highlight=False, soft_wrap=True)
 
 
 def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -236,7 +258,7 @@ def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Conso
     model, ranks = state.model, state.ranks
 
     def weights() -> list[float]:
-        if recipe.select == "best" and (run.path / "best.safetensors").exists():
+        if recipe.select == "best" and state.best < math.inf:
             run.load_weights("best", model)
         run.save_weights("model", model)
         return survival_of(model)
@@ -264,5 +286,5 @@ def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Conso
         history=state.history,
         rates=None if recipe.budget is None else rates,
     )
-    ranks.from_main(lambda: write_json(run.path / "evaluation.json", outcome.to_dict()))
+    ranks.from_main(lambda: write_record(run.path / "evaluation.json", outcome.to_dict()))
     return outcome

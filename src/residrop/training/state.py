@@ -17,7 +17,9 @@ from residrop.training.update import RecordedUpdate
 
 __all__ = ["State"]
 
-_COUNTERS = ("update", "seconds", "epoch_seconds", "depth", "best", "history", "survival", "instruments")
+_NUMBERS = ("update", "seconds", "epoch_seconds", "depth", "best")
+_LINES = {"history": ("epoch",), "survival": ("epoch", "rates"), "instruments": ("epoch",)}
+_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov")  # of the optimizer; lr is set at every update
 
 
 @dataclass
@@ -48,37 +50,66 @@ class State:
     def save(self, run: Run) -> None:
         """Write everything needed to resume, on any number of ranks; called by all."""
         sums = self.ranks.total(self.sums)
-        if self.ranks.main:
-            run.save_state(
+        self.ranks.from_main(
+            lambda: run.save_state(
                 {
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "sampler": sampler_of(self.model).state_dict(),
-                    **{name: getattr(self, name) for name in _COUNTERS},
+                    **{name: getattr(self, name) for name in (*_NUMBERS, *_LINES)},
                     "sums": sums.cpu(),
                     "gradient": self.gradient.cpu(),
                 }
             )
+        )
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
         """Continue from what `save` wrote to `path`; RunError if it is something else."""
         try:
+            _check(saved)
             self.model.load_state_dict(saved["model"])
             self._restore_optimizer(saved["optimizer"])
-            sampler_of(self.model).load_state_dict(saved["sampler"])
-            for name in _COUNTERS:
+            sampler = sampler_of(self.model)
+            if saved["sampler"] != {"seed": sampler.seed, "step": saved["update"]}:
+                raise ValueError(f"its draws are {saved['sampler']!r}")
+            sampler.load_state_dict(saved["sampler"])
+            for name in (*_NUMBERS, *_LINES):
                 setattr(self, name, saved[name])
-            self.sums.copy_(saved["sums"] if self.ranks.main else torch.zeros(3))
-            self.gradient.copy_(saved["gradient"])
+            _copy(self.sums, saved["sums"], "sums", keep=self.ranks.main)
+            _copy(self.gradient, saved["gradient"], "gradient")
             if self.survival:
                 set_survival(self.model, self.survival[-1]["rates"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise RunError(f"{path} is not the state of this run ({error}); delete it to start this run anew") from None
+            what = " ".join(str(error).split())[:300]
+            raise RunError(f"{path} is not the state of this run ({what}); delete it to start this run anew") from None
 
     def _restore_optimizer(self, saved: dict[str, Any]) -> None:
         """Momentum stays in the tensors that a CUDA graph may know."""
         before = {one: state["momentum_buffer"] for one, state in self.optimizer.state.items() if state}
+        options = [[group[name] for name in _OPTIONS] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved)
+        found = [[group[name] for name in _OPTIONS] for group in self.optimizer.param_groups]
+        if found != options:
+            raise ValueError(f"{', '.join(_OPTIONS)} of its optimizer are {found}, here {options}")
         for one, buffer in before.items():
-            buffer.copy_(self.optimizer.state[one]["momentum_buffer"])
+            _copy(buffer, self.optimizer.state[one]["momentum_buffer"], "momentum")
             self.optimizer.state[one]["momentum_buffer"] = buffer
+
+
+def _check(saved: dict[str, Any]) -> None:
+    """Raise ValueError unless numbers are numbers, and lines are lines."""
+    for name in _NUMBERS:
+        value = saved[name]
+        if isinstance(value, bool) or not isinstance(value, int if name == "update" else int | float) or value < 0:
+            raise ValueError(f"its {name} is {value!r}")
+    for name, keys in _LINES.items():
+        lines = saved[name]
+        if not isinstance(lines, list) or not all(isinstance(one, dict) and {*keys} <= one.keys() for one in lines):
+            raise ValueError(f"its {name} holds no lines")
+
+
+def _copy(target: Tensor, values: Any, what: str, keep: bool = True) -> None:
+    """Copy a saved tensor of the same shape; zeros unless `keep`."""
+    if not isinstance(values, Tensor) or values.shape != target.shape:
+        raise ValueError(f"its {what} is not of shape {tuple(target.shape)}")
+    target.copy_(values if keep else torch.zeros_like(values))

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,18 @@ RECIPE = {
     "samples": 3,
     "micro_batches": 3,
 }
-CHECKS = ["uninterrupted", "stopped", "epoch", "checkpoints", "budget", "errors", "votes", "shares", "joined"]
+CHECKS = [
+    "uninterrupted",
+    "stopped",
+    "epoch",
+    "checkpoints",
+    "budget",
+    "errors",
+    "votes",
+    "shares",
+    "joined",
+    "patience",
+]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +184,10 @@ def test_an_existing_process_group_is_used_and_left(found):
     assert names == ["allreduce", "barrier"]
 
 
+def test_ranks_wait_for_rank_0_longer_than_their_group_does(found):
+    assert found["patience"] == [7, 7]
+
+
 def arguments(out):
     """The recipe as options of `residrop train`."""
     pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in RECIPE.items()]
@@ -236,6 +252,40 @@ def test_ctrl_c_at_torchrun(tmp_path):
     assert said.count("stopped after update") == 1
     update = torch.load(out / "last.pt", weights_only=True)["update"]
     assert f"stopped after update {update};" in said
+
+
+@pytest.mark.slow
+def test_ranks_stop_when_torchrun_is_killed(one, tmp_path):
+    """Killed, torchrun tells its ranks nothing; they save, and hold the run no longer."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with open(tmp_path / "said", "w") as said:  # noqa: PTH123 - a pipe would be held by the ranks
+        running = subprocess.Popen([*command, *arguments(out), "--epochs", "100000"], stdout=said, stderr=said)
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() or not lines_of(out):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent_of(path) == running.pid]
+        assert len(ranks) == 2
+        running.kill()
+        running.wait()
+    while any(parent_of(Path("/proc") / str(rank)) is not None for rank in ranks):
+        assert time.monotonic() < deadline, (tmp_path / "said").read_text()[-2000:]
+        time.sleep(0.2)
+    text = (tmp_path / "said").read_text()
+    assert "Traceback" not in text, text[-3000:]
+    assert not (out / "run.lock").exists()
+    update = torch.load(out / "last.pt", weights_only=True)["update"]
+    assert f"stopped after update {update};" in text
+
+
+def parent_of(path):
+    """Number of the parent of a process, or None if the process is gone (or waits to be buried)."""
+    try:
+        state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return None if state == "Z" else int(parent)
 
 
 @pytest.mark.slow

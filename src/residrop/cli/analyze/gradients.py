@@ -1,6 +1,5 @@
 """Growth of gradients towards the input: Proposition 1 on Vanilla networks, measured on others; Figure 7 of runs."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from residrop.common.checks import check_rate, check_whole
 from residrop.common.errors import RunError
 from residrop.schedule.budgets import linear_at, uniform_at
 from residrop.theory import Growth, gradient_growth, growth, growth_rates, measure_growth
+from residrop.training import Run
 
 __all__ = ["run"]
 
@@ -104,8 +104,7 @@ def _course(path: Path) -> list[dict[str, float]]:
     file = path / "metrics.jsonl"
     if not file.exists():
         raise RunError(f"{file} does not exist; give directories that residrop train wrote")
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    known = [line for line in lines if line.get("first_gradient") is not None]
+    known = [line for line in Run(path).history() if line.get("first_gradient") is not None]
     return [{"epoch": line["epoch"], "first_gradient": line["first_gradient"], "lr": line["lr"]} for line in known]
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from residrop.blocks.attach import expected_depth_of, rules_of
 from residrop.research.papers.work import DATA, Training
 from residrop.theory.costs import read_budget
+from residrop.training.checked import read_lines
 from residrop.training.checkpoint import build_network
 from residrop.training.recipe import Recipe
 from residrop.training.setup import choose_device, make_optimizer, precision_context
@@ -76,8 +77,7 @@ class Estimator:
     def left(self, training: Training, runs: Path) -> float:
         """What is left of a run, by the epochs its directory has."""
         recipe = training.recipe.replace(data=training.full.data)
-        path = runs / training.name / "metrics.jsonl"
-        done = len(path.read_text().splitlines()) if path.exists() else 0
+        done = len(read_lines(runs / training.name / "metrics.jsonl"))
         return self.seconds(recipe) * max(0.0, 1.0 - done / recipe.epochs)
 
     def _work_of(self, recipe: Recipe) -> _Work:

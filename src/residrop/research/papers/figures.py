@@ -1,6 +1,5 @@
 """Figures of the papers from our runs, instruments and rows: their lines, entries for the ledger, and a picture."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -9,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from residrop.common.errors import RunError
-from residrop.common.files import replacing, write_json
+from residrop.common.files import replacing
 from residrop.common.pictures import save_png
 from residrop.inference import error_curve
 from residrop.research.papers.claims import Measured
@@ -18,6 +17,7 @@ from residrop.research.papers.rows import Curve, Figure, Variant
 from residrop.research.papers.timings import Bench
 from residrop.research.papers.work import Settings, Source, training
 from residrop.training import load_run
+from residrop.training.checked import read_record, write_record
 from residrop.training.checkpoint import Run
 from residrop.training.recipe import Recipe
 from residrop.training.setup import choose_device, loader_of_run, precision_context
@@ -25,6 +25,7 @@ from residrop.training.setup import choose_device, loader_of_run, precision_cont
 __all__ = ["Line", "draw", "entries_of", "lines_of"]
 
 _CPU_REPETITIONS, _CPU_BATCHES = 5, 8  # of curves by samples: 30 repetitions of 30 passes are for a GPU
+_SAMPLES = {"samples": [int], "error": [int | float], "error_se": list | None, "deterministic": int | float}
 
 
 class Line(NamedTuple):
@@ -100,10 +101,6 @@ def _runs_of(recipe: Recipe, context: Context) -> list[Run]:
     return [Run.open(path) for path in paths if (path / "evaluation.json").exists()]
 
 
-def _history(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-
-
 def _averaged(curve: Curve, recipe: Recipe, x: list[float], columns: Sequence[Sequence[float]], note: str = "") -> Line:
     """Mean over seeds, position by position."""
     rows = list(zip(*columns, strict=True))
@@ -116,7 +113,7 @@ def _by_epoch(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Contex
     columns: list[list[float]] = []
     x: list[float] = []
     for run in runs:
-        lines = [line for line in _history(run) if line.get(curve.plotted) is not None]
+        lines = [line for line in run.history() if line.get(curve.plotted) is not None]
         x = [float(line["epoch"]) for line in lines]
         columns.append([line[curve.plotted] for line in lines])
     return _averaged(curve, recipe, x, columns)
@@ -130,7 +127,7 @@ def _by_hours(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Contex
     steps = runs[0].dataset()["steps"] / runs[0].recipe().epochs
     x: list[float] = []
     seconds = 0.0
-    for line in _history(runs[0]):
+    for line in runs[0].history():
         seconds += line["seconds"]
         x.append(line["epoch"] * steps * each[0] / 3.6e6 if each else seconds / 3600.0)
     note = "epochs times the measured time of an iteration" if each else "measured along the first run"
@@ -152,7 +149,7 @@ def _at_the_end(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Cont
 
 def _at_last(runs: Sequence[Run]) -> Measured:
     """Errors of inference in expectation, one per run, with their standard errors over the test images."""
-    found = [json.loads((run.path / "evaluation.json").read_text()) for run in runs]
+    found = [found for run in runs if (found := run.evaluation()) is not None]
     errors = [one["details"]["deterministic"]["error_se"] for one in found]
     return Measured([one["deterministic_error"] for one in found], errors)
 
@@ -172,8 +169,8 @@ def _by_samples(curve: Curve, recipe: Recipe, runs: Sequence[Run], context: Cont
         batches = islice(loader.eval_batches(), _CPU_BATCHES if slow else None)
         with precision_context(runs[0].recipe(), device)():
             measured = error_curve(model.to(device), batches, curve.setting["samples"], repetitions)
-        write_json(path, measured.to_dict())
-    found = json.loads(path.read_text())
+        write_record(path, measured.to_dict())
+    found = read_record(path, _SAMPLES, "delete it, and it is measured again")
     errors = found["error_se"]
     by_error = curve.plotted == "error_by_samples"
     return Line(

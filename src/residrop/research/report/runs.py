@@ -1,11 +1,9 @@
 """Run directories in a report: their results, learning curves and first gradients."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from residrop.common.errors import RunError
 from residrop.research.report.blocks import Block, Chart, Grid, Section, Series, Text, number
 from residrop.training.checkpoint import Run
 from residrop.training.recipe import Recipe
@@ -23,7 +21,7 @@ class _Read(NamedTuple):
     name: str
     folder: str  # in which it lies, for runs of one name
     recipe: Recipe
-    history: list[Mapping[str, Any]]
+    history: Sequence[Mapping[str, Any]]
     results: Mapping[str, Any]  # empty while the run is not finished
 
 
@@ -53,25 +51,12 @@ def section_of_runs(paths: Sequence[Path]) -> Section:
 
 def _read(path: Path) -> _Read:
     run = Run.open(path)
-    metrics, evaluation = path / "metrics.jsonl", path / "evaluation.json"
-    where = metrics
-    try:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        history = [json.loads(line) for line in lines]
-        if not all(isinstance(line, dict) and "epoch" in line for line in history):
-            raise ValueError("it holds something else than a line for each epoch")
-        where = evaluation
-        results = json.loads(evaluation.read_text()) if evaluation.exists() else {}
-        if not isinstance(results, dict):
-            raise ValueError("it holds something else than a run's errors")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{where} cannot be read ({error}); restore it or train anew") from None
-    return _Read(path.name, path.parent.name, run.recipe(), history, results)
+    return _Read(path.name, path.parent.name, run.recipe(), run.history(), run.evaluation() or {})
 
 
 def _row(run: _Read) -> tuple[str, ...]:
     recipe = run.recipe
-    seconds = sum(line.get("seconds", 0.0) for line in run.history)
+    seconds = sum(line.get("seconds") or 0.0 for line in run.history)
     data = recipe.data if "/" not in recipe.data and ":" not in recipe.data else "a folder"
     return (
         run.name, recipe.network, recipe.rule, data, f"{len(run.history)} of {recipe.epochs}", str(recipe.seed),

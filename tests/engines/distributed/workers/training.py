@@ -3,6 +3,8 @@
 import json
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -162,6 +164,17 @@ def joined():
     ]
 
 
+def patience():
+    """Rank 0 takes longer than the default group waits."""
+    limit = dist.distributed_c10d._set_pg_timeout
+    try:
+        limit(timedelta(seconds=0.5))
+        with process_group("cpu") as ranks:
+            return everywhere(ranks.in_turn(lambda: time.sleep(2.0 * ranks.main) or 7))
+    finally:
+        limit(timedelta(minutes=30))
+
+
 def budget():
     """Rates measured on rank 0 are those of all, in training and in the evaluation of the best epoch."""
     recipe = RECIPE.replace(survival=None, budget="0.5", spend="sensitivity", refresh=1, validation=40, select="best")
@@ -182,6 +195,7 @@ CHECKS = {
     "votes": votes,
     "shares": shares,
     "joined": joined,
+    "patience": patience,
     "budget": budget,
 }
 
