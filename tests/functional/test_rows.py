@@ -407,8 +407,8 @@ def test_chain_writes_in_place():
         return real(x, **options)
 
     blocks = Chain(*(Residual(nn.Linear(4, 4), rule=StochasticDepth(0.5, granularity="row")) for _ in range(5)))
-    attach(blocks).plan(0)
-    with pytest.MonkeyPatch.context() as patch:
+    sampler = attach(blocks)
+    with using(blocks, sampler.plan(0)), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty_like", spy)
         x = torch.randn(8, 4)
         before = x.clone()

@@ -228,7 +228,7 @@ def test_warm_up_of_the_rates_reaches_plans_metrics_and_evaluation(tiny, tmp_pat
 @pytest.mark.filterwarnings("ignore::residrop.common.errors.InactiveWarning")  # rates of 1 are meant here
 def test_select_best_reports_the_weights_of_the_lowest_validation_error(tiny, tmp_path):
     # the second half of the training destroys the network
-    spoil = {"lr_drops": (0.5,), "lr_factor": 1e4, "epochs": 4, "validation": 60, "lr": 0.1, "limit": 400}
+    spoil = {"lr_drops": (0.5,), "lr_factor": 1e3, "epochs": 4, "validation": 60, "lr": 0.1, "limit": 400}
     recipe = tiny(select="best", survival="1", **spoil)
     outcome = train(recipe, tmp_path / "best", quiet=True)
     errors = [line["validation_error"] for line in outcome.history]

@@ -38,6 +38,19 @@ def overlooked(model: nn.Module, taken: Iterable[nn.Module], named: Iterable[str
     ]
 
 
+def _may_be_residual(module: nn.Module) -> bool:
+    """False for sequences, and for a single layer (with its norm and activation) that changes the shape."""
+    layers = [one for one in module.modules() if isinstance(one, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    if type(module) is nn.Sequential or not layers:
+        return False
+    layer = layers[0]
+    if len(layers) > 1:
+        return True
+    if isinstance(layer, nn.Linear):
+        return layer.in_features == layer.out_features
+    return layer.in_channels == layer.out_channels and max(layer.stride) == 1
+
+
 class _List(NamedTuple):
     """Modules of one class in a list: their names, class, number and share of the model's parameters."""
 
@@ -58,7 +71,7 @@ def _lists(module: nn.Module, name: str, around: set[nn.Module], done: set[nn.Mo
     groups: dict[type, dict[str, nn.Module]] = {}
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         for key, child in module.named_children():
-            if child not in around and type(child) is not nn.Sequential and next(child.children(), None) is not None:
+            if child not in around and _may_be_residual(child):
                 groups.setdefault(type(child), {})[key] = child
     listed: set[nn.Module] = set()
     for kind, members in groups.items():
