@@ -60,7 +60,8 @@ def check(source: str) -> list[Checked]:
 
 
 def _shards(folder: Path) -> list[Checked]:
-    from residrop.data.parquet import broken_rows, find_shards, shard_labels, test_shards  # loads pyarrow
+    from residrop.data.parquet import broken_rows, shard_labels, test_shards  # loads pyarrow
+    from residrop.data.shards import find_shards
 
     parts, found, classes = find_shards(folder), list[Checked](), None
     test = test_shards(parts, folder)

@@ -236,7 +236,7 @@ def _size(source: str, option: str) -> int:
 
 
 def _detect(folder: Path, split: float | None) -> str:
-    from residrop.data.parquet import find_shards  # loads pyarrow
+    from residrop.data.shards import find_shards  # loads pyarrow
 
     if find_shards(folder):
         return "parquet"
