@@ -36,7 +36,7 @@ def check(source: str) -> list[Checked]:
     Raises:
         DataError: as of `load`, for anything but a damaged image.
     """
-    request = parse(source)
+    request = parse(source, split=0.5)  # of any share: a folder without parts is one, too
     if request.kind == "parquet":
         return _shards(request.existing())
     if request.kind in ("folder", "imagenet"):

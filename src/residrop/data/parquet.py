@@ -194,7 +194,10 @@ def decode_shards(files: Sequence[Path], rows: int, size: int | None, skip: bool
                 try:
                     image, grey = open_rgb(_checked(data))
                 except DecodingError as error:
-                    pixels.fail(offset + i, f"{row}: image {error}; replace the shard")
+                    pixels.fail(
+                        offset + i,
+                        f"{row}: image {error}; replace the shard, or leave the image out with --on-error skip",
+                    )
                     return
                 if size:
                     image = shrink_and_crop(image, size)
