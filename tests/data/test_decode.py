@@ -223,6 +223,13 @@ def test_pipes_sockets_and_devices_are_never_opened(tmp_path, monkeypatch):
                 read_images([tmp_path / name], 8, 3)
 
 
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
+    with (tmp_path / "1.png").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(DecodingError, match=r"^is a file of 1024.0 GiB, more than any image"):
+        open_rgb(tmp_path / "1.png")
+
+
 def test_formats_that_start_programs_or_hold_no_pixels_are_not_read():
     assert {".jfif", ".avif", ".webp", ".jpg", ".png", ".tif"} <= suffixes()
     assert not {".eps", ".wmf", ".pdf", ".mpg", ".h5"} & suffixes()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import stat
 import sys
 import threading
@@ -39,6 +40,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _LARGE = 1 << 24  # pixels; of larger pictures one is decoded at a time, and their resized form is never made whole
+_FILE = 1 << 30  # bytes; the largest images that Pillow reads have fewer even without compression
 _BAR_FROM = 4000  # images; fewer are decoded before a bar would be read
 _CHUNK = 64  # images handed to a thread at once
 
@@ -89,10 +91,9 @@ def open_rgb(source: bytes | Path) -> tuple[Image.Image, bool]:
             pixels, or its values have no known range (floats, 32 bits, 16-bit grey of other formats than PNG).
     """
     try:
-        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
-            raise DecodingError("is no regular file")  # opening a pipe would wait for ever
+        data = _content(source) if isinstance(source, Path) else source
         with _without_warnings():
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
+            image = Image.open(io.BytesIO(data), formats=_formats())
         with image, _decoding_large if image.width * image.height > _LARGE else contextlib.nullcontext():
             image.load()
             return _upright(_rgb(image), image), image.mode in _GREY or _is_grey_16(image)
@@ -100,9 +101,17 @@ def open_rgb(source: bytes | Path) -> tuple[Image.Image, bool]:
         raise
     except Exception as error:  # Pillow's plugins raise about every type there is on damaged data
         reason = str(error) or type(error).__name__
-        if isinstance(source, bytes):
-            reason = reason.replace("cannot identify image file", "not an image:").split(" <_io.")[0]
+        reason = re.sub("cannot identify image file <.*", "not an image", reason)
         raise DecodingError(f"cannot be decoded ({' '.join(reason.split())})") from error
+
+
+def _content(file: Path) -> bytes:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DecodingError("is no regular file")  # opening a pipe would wait for ever
+    if status.st_size > _FILE:
+        raise DecodingError(f"is a file of {status.st_size / 2**30:.1f} GiB, more than any image that is read")
+    return file.read_bytes()
 
 
 def _is_grey_16(image: Image.Image) -> bool:
