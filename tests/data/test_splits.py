@@ -59,7 +59,7 @@ def test_stratified_takes_a_share_of_every_class_by_the_hash_of_its_keys():
         left = torch.tensor([i for i in range(63) if i != gone])
         again = left[stratified(labels[left], "abcd", 0.3, [keys[i] for i in left.tolist()])]
         assert len(set(again.tolist()) - set(index.tolist())) <= 1
-    with pytest.raises(ConfigError, match="split=0.0: must lie between"):
+    with pytest.raises(ConfigError, match=r"split=0.0: must lie between"):
         stratified(labels, "abcd", 0.0, keys)
 
 
