@@ -22,7 +22,8 @@ def find_shards(folder: Path) -> dict[str, tuple[Path, ...]]:
     """Find the shards of every part, by its name: "train", "test", "validation", "valid" or "val"; empty if none.
 
     They are called `train-*.parquet`, `train.parquet` or `train/*.parquet`, in `folder`, its subfolder `data` or the
-    only other subfolder that has them (the name of a configuration, such as `default`).
+    only other subfolder that has them (the name of a configuration, such as `default`). Shards of other names are for
+    training, as the Hub has it, if there are none that name their part.
 
     Raises:
         DataError: if a numbered shard ("00001-of-00003") is missing, or several configurations have shards.
@@ -36,6 +37,9 @@ def find_shards(folder: Path) -> dict[str, tuple[Path, ...]]:
     if len(found) > 1:
         names = ", ".join(found)
         raise DataError(f"{folder}: shards of several configurations ({names}); name one, as parquet:{others[0]}")
+    for place in (folder, folder / "data"):
+        if not found and (files := tuple(sorted(place.glob("*.parquet")))):
+            return {"train": files}
     return next(iter(found.values()), {})
 
 
