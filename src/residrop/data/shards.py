@@ -45,11 +45,13 @@ def find_shards(folder: Path) -> dict[str, tuple[Path, ...]]:
 
 def _parts_in(place: Path) -> dict[str, tuple[Path, ...]]:
     found: dict[str, tuple[Path, ...]] = {}
+    here = sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
     for part in ("train", *TEST):
-        for where, pattern in ((place, f"{part}-*.parquet"), (place, f"{part}.parquet"), (place / part, "*.parquet")):
-            if files := tuple(sorted(where.glob(pattern))):
-                found[part] = files
-                break
+        numbered = tuple(place / name for name in here if name.startswith(f"{part}-") and name.endswith(".parquet"))
+        alone = (place / f"{part}.parquet",) if f"{part}.parquet" in here else ()
+        inside = () if part not in here else tuple(sorted((place / part).glob("*.parquet")))
+        if files := numbered or alone or inside:
+            found[part] = files
     for files in found.values():
         for file in files:
             numbered = re.fullmatch(r".*-\d+-of-(\d{1,9})(.*)\.parquet", file.name)
