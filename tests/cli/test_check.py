@@ -62,9 +62,10 @@ def test_check_of_shards_and_of_other_sources(cli, place):
 
 
 def test_check_of_an_unsplit_folder(cli, folder):
-    code, out, _ = cli("check", f"folder:{folder}/train")
-    assert code == 0
-    assert "all" in out
+    for source in (f"folder:{folder}/train", f"{folder}/train"):
+        code, out, _ = cli("check", source)
+        assert code == 0
+        assert "all" in out
 
 
 def test_check_of_nothing_is_one_line(cli, place, folder):

@@ -195,17 +195,41 @@ def test_memory_of_thin_pictures_is_small(tmp_path, monkeypatch, shape):
     assert all(image.width * image.height <= 224 * 224 for image in made)  # not 224 x 4,480,000
 
 
-def test_large_pictures_are_read_without_a_raw_warning_or_refused(monkeypatch):
-    data = encoded(Image.new("L", (60, 60)))
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """Image files that Pillow warns of as large, one of them only after it is opened, and one with damaged tags."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert decoded(data).shape == (60, 60, 3)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-        with pytest.raises(
-            DecodingError, match=r"cannot be decoded \(Image size \(3600 pixels\) exceeds limit of 2000"
-        ):
-            open_rgb(data)
+    for part in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "set" / part / name).mkdir(parents=True)
+            Image.new("RGB", (60, 60)).save(tmp_path / "set" / part / name / "1.png")
+    icon = bytearray(encoded(Image.new("RGB", (60, 60)), "ICO", sizes=[(60, 60)]))
+    icon[6:8] = 8, 8  # says so of itself
+    (tmp_path / "set" / "train" / "a" / "2.ico").write_bytes(icon)
+    tiff = encoded(Image.new("RGB", (60, 60)), "TIFF", description="x" * 100)
+    at = tiff.index((270).to_bytes(2, "little"))
+    (tmp_path / "set" / "train" / "b" / "2.tif").write_bytes(tiff[: at + 4] + b"\xff\xff\0\0" + tiff[at + 8 :])
+    return tmp_path / "set"
+
+
+@pytest.mark.filterwarnings("error")
+def test_pillow_does_not_warn_a_user(large, monkeypatch):
+    paths = sorted((large / "train").rglob("*.*"))
+    with warnings.catch_warnings(record=True) as raw:
+        warnings.simplefilter("always")
+        for path in paths:
+            open_rgb(path)
+    assert len(raw) >= 5  # but not below
+    assert len(load(f"folder:{large}?size=8").train) == 4
+    assert read_images(paths, 8, 3).shape == (4, 3, 8, 8)
+    files = Files(tuple(paths), torch.zeros(4, dtype=torch.int64), 8)
+    assert len(list(Loader(files, batch_size=2, normalization=fit(files, "imagenet"), workers=0).eval_batches())) == 2
+
+
+def test_too_large_pictures_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DecodingError, match=r"cannot be decoded \(Image size \(3600 pixels\) exceeds limit of 2000"):
+        open_rgb(encoded(Image.new("L", (60, 60))))
 
 
 # What is opened
@@ -221,6 +245,13 @@ def test_pipes_sockets_and_devices_are_never_opened(tmp_path, monkeypatch):
                 open_rgb(tmp_path / name)
             with pytest.raises(DataError, match=r"\.png is no file"):
                 read_images([tmp_path / name], 8, 3)
+
+
+def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
+    with (tmp_path / "1.png").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(DecodingError, match=r"^is a file of 1024.0 GiB, more than any image"):
+        open_rgb(tmp_path / "1.png")
 
 
 def test_formats_that_start_programs_or_hold_no_pixels_are_not_read():

@@ -224,6 +224,18 @@ def test_layouts(tmp_path, pair, train, test, prefix):
     assert (splits.train.labels.tolist(), splits.test.labels.tolist()) == ([0, 1, 1, 0], [1, 0, 1])
 
 
+def test_shards_that_name_no_part_are_for_training(tmp_path, write_shard, random_pixels):
+    for place in ("", "data"):
+        pixels = random_pixels(4)
+        write_shard(tmp_path / "set" / place / "0000.parquet", pixels[:2], [0, 1])
+        write_shard(tmp_path / "set" / place / "0001.parquet", pixels[2:], [0, 1])
+        with pytest.raises(DataError, match=r"none for testing; add .* --split 0.2"):
+            load(f"{tmp_path}/set")
+        splits = load(f"{tmp_path}/set", split=0.5)
+        assert sorted(splits.test.labels.tolist()) == sorted(splits.train.labels.tolist()) == [0, 1]
+        shutil.rmtree(tmp_path / "set")
+
+
 def test_several_configurations_are_refused_by_name(tmp_path, pair):
     for name in ("cropped", "full"):
         pair(tmp_path / name / "train.parquet", tmp_path / name / "test.parquet")

@@ -1,11 +1,12 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from residrop.common.errors import ConfigError, DataError
-from residrop.data import Loader, augmentation, fit, load, sources
+from residrop.data import Loader, augmentation, check, fit, load, load_test, sources
 
 
 def rows(pixels):
@@ -94,6 +95,19 @@ def test_counts_out_of_range(options, match):
 def test_unknown_sources(source, match):
     with pytest.raises(DataError, match=match):
         load(source)
+
+
+@pytest.mark.parametrize("call", [load, check, lambda source: load_test(source, ("cat", "dog"))])
+@pytest.mark.parametrize("prefix", ["", "folder:", "parquet:"])
+def test_folder_that_may_not_be_listed_is_one_line(tmp_path, write_tree, monkeypatch, call, prefix):
+    folder = write_tree(tmp_path / "pets")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"pets': cannot be read \(\[Errno 13\] Permission denied: .*check path"):
+        call(f"{prefix}{folder}")
 
 
 def test_folder_of_no_known_layout(tmp_path):

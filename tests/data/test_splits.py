@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from residrop.common.errors import ConfigError, DataError
-from residrop.data.splits import Files, Images, balanced_limit, hold_out, select, svhn_validation, take_apart
+from residrop.data.splits import (
+    Files,
+    Images,
+    balanced_limit,
+    hold_out,
+    renumber,
+    select,
+    stratified,
+    svhn_validation,
+    take_apart,
+)
 
 
 def test_hold_out_depends_on_the_seed_only():
@@ -35,6 +45,30 @@ def test_select_files_keeps_paths_with_labels():
     assert [path.name for path in chosen.paths] == ["4", "1"]
     assert chosen.labels.tolist() == [4, 1]
     assert (chosen.size, chosen.shorter) == (8, 9)
+
+
+def test_stratified_takes_a_share_of_every_class_by_the_hash_of_its_keys():
+    labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 2 + [3])
+    keys = [f"{label}/{i}" for i, label in enumerate(labels.tolist())]
+    index = stratified(labels, "abcd", 0.3, keys)
+    assert labels[index].bincount(minlength=4).tolist() == [15, 3, 1, 0]
+    order = torch.randperm(63, generator=torch.Generator().manual_seed(0))
+    shuffled = stratified((3 - labels)[order], "dcba", 0.3, [keys[i] for i in order.tolist()])
+    assert {keys[i] for i in order[shuffled].tolist()} == {keys[i] for i in index.tolist()}
+    for gone in range(50):  # whichever goes, at most one comes in its place
+        left = torch.tensor([i for i in range(63) if i != gone])
+        again = left[stratified(labels[left], "abcd", 0.3, [keys[i] for i in left.tolist()])]
+        assert len(set(again.tolist()) - set(index.tolist())) <= 1
+    with pytest.raises(ConfigError, match=r"split=0.0: must lie between"):
+        stratified(labels, "abcd", 0.0, keys)
+
+
+def test_renumber_matches_names():
+    labels = torch.tensor([2, 0, 2])
+    assert renumber(labels, "abc", "cba", "here").tolist() == [0, 2, 0]
+    assert renumber(labels, "abc", "ca", "here").tolist() == [0, 1, 0]  # nothing is called b
+    with pytest.raises(DataError, match=r"^here: class 'c' is not among the classes \(a, b\); correct the name"):
+        renumber(labels, "abc", "ab", "here")
 
 
 def test_svhn_validation_takes_400_and_200_style_counts_of_every_class():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,11 @@ def test_damaged_image_is_named_in_the_main_process(files, workers):
     path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(DataError, match=rf"^{path}: image cannot be decoded .*; replace or remove"):
         list(loader(files, workers=workers).eval_batches())
+
+
+def test_batches_beyond_memory_are_refused_before_they_are_made(files):
+    with pytest.raises(DataError, match=r"a batch of 8 images at 99999x99999 pixels would take 1117.6 GiB of memory"):
+        loader(dataclasses.replace(files, size=99999), batch_size=500)
 
 
 def test_padded_crops_are_refused(files):

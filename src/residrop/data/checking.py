@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residrop.data.folders import list_folder, unreadable
+from residrop.data.request import readable
 from residrop.data.sources import load, parse
 from residrop.data.splits import renumber
 
@@ -36,31 +37,31 @@ def check(source: str) -> list[Checked]:
     Raises:
         DataError: as of `load`, for anything but a damaged image.
     """
-    request = parse(source)
-    if request.kind == "parquet":
-        return _shards(request.existing())
-    if request.kind in ("folder", "imagenet"):
-        found = list_folder(request.existing())
-        if found.keys() == {"train", "test"}:
-            test = found["test"]
-            renumber(test.labels, test.names, found["train"].names, str(test.folder))
-        broken = {name: unreadable(part.paths, f"checking {name}") for name, part in found.items()}
-        return [
-            Checked(
-                name,
-                len(part.paths),
-                len(part.names),
-                {str(part.paths[number]): reason for number, reason in broken[name].items()},
-            )
-            for name, part in found.items()
-        ]
+    request = parse(source, split=0.5)  # of any share: a folder without parts is one, too
+    if request.kind in ("folder", "imagenet", "parquet"):
+        with readable(source):
+            return (_shards if request.kind == "parquet" else _files)(request.existing())
     splits = load(source)
     parts = {"train": splits.train, "test": splits.test}
     return [Checked(name, len(part), len(splits.classes), {}) for name, part in parts.items()]
 
 
+def _files(folder: Path) -> list[Checked]:
+    found = list_folder(folder)
+    if found.keys() == {"train", "test"}:
+        test = found["test"]
+        renumber(test.labels, test.names, found["train"].names, str(test.folder))
+    checked: list[Checked] = []
+    for name, part in found.items():
+        broken = unreadable(part.paths, f"checking {name}")
+        where = {str(part.paths[number]): reason for number, reason in broken.items()}
+        checked.append(Checked(name, len(part.paths), len(part.names), where))
+    return checked
+
+
 def _shards(folder: Path) -> list[Checked]:
-    from residrop.data.parquet import broken_rows, find_shards, shard_labels, test_shards  # loads pyarrow
+    from residrop.data.parquet import broken_rows, shard_labels, test_shards  # loads pyarrow
+    from residrop.data.shards import find_shards
 
     parts, found, classes = find_shards(folder), list[Checked](), None
     test = test_shards(parts, folder)

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import logging
 import math
 import os
+import re
 import stat
 import sys
 import threading
@@ -20,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["DecodePool", "DecodingError", "open_rgb", "shrink_and_crop", "suffixes", "to_chw"]
+__all__ = ["DecodePool", "DecodingError", "open_rgb", "shrink_and_crop", "suffixes", "to_chw", "without_warnings"]
 
 _GREY = {"1", "L", "LA"}
 _COLOUR = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "RGBX", "RGBa", "La", "HSV", "LAB"}
@@ -39,10 +41,12 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _LARGE = 1 << 24  # pixels; of larger pictures one is decoded at a time, and their resized form is never made whole
+_FILE = 1 << 30  # bytes; the largest images that Pillow reads have fewer even without compression
 _BAR_FROM = 4000  # images; fewer are decoded before a bar would be read
 _CHUNK = 64  # images handed to a thread at once
 
-_warning = threading.Lock()
+# Pillow also logs errors that it raises, which would be printed where no logging is set up.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 _decoding_large = threading.Lock()
 
 
@@ -64,10 +68,10 @@ def suffixes() -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silence Pillow's remarks on large pictures and damaged tags; the lock is for filters, which threads share."""
-    with _warning, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def without_warnings() -> Iterator[None]:
+    """Silence Pillow's remarks on large pictures and damaged tags. For the caller of threads, not inside of one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
         yield
 
 
@@ -89,20 +93,28 @@ def open_rgb(source: bytes | Path) -> tuple[Image.Image, bool]:
             pixels, or its values have no known range (floats, 32 bits, 16-bit grey of other formats than PNG).
     """
     try:
-        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):
-            raise DecodingError("is no regular file")  # opening a pipe would wait for ever
-        with _without_warnings():
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
-        with image, _decoding_large if image.width * image.height > _LARGE else contextlib.nullcontext():
+        data = _content(source) if isinstance(source, Path) else source
+        with (
+            Image.open(io.BytesIO(data), formats=_formats()) as image,
+            _decoding_large if image.width * image.height > _LARGE else contextlib.nullcontext(),
+        ):
             image.load()
             return _upright(_rgb(image), image), image.mode in _GREY or _is_grey_16(image)
     except DecodingError:
         raise
     except Exception as error:  # Pillow's plugins raise about every type there is on damaged data
         reason = str(error) or type(error).__name__
-        if isinstance(source, bytes):
-            reason = reason.replace("cannot identify image file", "not an image:").split(" <_io.")[0]
+        reason = re.sub("cannot identify image file <.*", "not an image", reason)
         raise DecodingError(f"cannot be decoded ({' '.join(reason.split())})") from error
+
+
+def _content(file: Path) -> bytes:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DecodingError("is no regular file")  # opening a pipe would wait for ever
+    if status.st_size > _FILE:
+        raise DecodingError(f"is a file of {status.st_size / 2**30:.1f} GiB, more than any image that is read")
+    return file.read_bytes()
 
 
 def _is_grey_16(image: Image.Image) -> bool:
@@ -131,7 +143,7 @@ def _upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
     if not _TAGGED & image.info.keys():
         return pixels
     orientation: Any = 1
-    with _without_warnings(), contextlib.suppress(Exception):  # damaged tags of a picture that is fine
+    with contextlib.suppress(Exception):  # damaged tags of a picture that is fine
         orientation = image.getexif().get(_ORIENTATION, 1)
     return pixels.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else pixels
 
@@ -165,8 +177,7 @@ def _resized_window(image: Image.Image, full: tuple[int, int], window: tuple[int
         first, last = max(0, int(low) - reach), min(image.size[axis], math.ceil(high) + reach)
         part[axis], part[axis + 2] = first, last
         inner[axis], inner[axis + 2] = low - first, min(high, last) - first
-    with _without_warnings():  # of cropping a large picture
-        image = image.crop((part[0], part[1], part[2], part[3]))
+    image = image.crop((part[0], part[1], part[2], part[3]))
     for axis in (1, 0) if tall_shrinks else (0, 1):  # the order of Pillow's own passes
         size, box = list(image.size), [0.0, 0.0, *image.size]
         size[axis], box[axis], box[axis + 2] = window[axis + 2] - window[axis], inner[axis], inner[axis + 2]
@@ -198,8 +209,10 @@ class DecodePool:
             disable=total < _BAR_FROM or not sys.stderr.isatty(),
         )
         self._task = self._bar.add_task(title, total=total)
+        self._quiet = without_warnings()
 
     def __enter__(self) -> "DecodePool":
+        self._quiet.__enter__()
         self._bar.start()
         return self
 
@@ -208,6 +221,7 @@ class DecodePool:
     ) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._bar.stop()
+        self._quiet.__exit__(kind, error, trace)
 
     def run(self, work: Callable[[int, Any], None], items: Sequence[Any]) -> None:
         """Call ``work(i, items[i])`` for every i; of several errors the one of the smallest i is raised."""

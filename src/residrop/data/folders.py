@@ -149,7 +149,7 @@ def decode_files(paths: Sequence[Path], size: int, skip: bool) -> dict[str, torc
         try:
             image, grey = open_rgb(path)
         except DecodingError as error:
-            pixels.fail(i, f"{path}: image {error}; replace or remove the file")
+            pixels.fail(i, f"{path}: image {error}; replace or remove the file, or leave it out with --on-error skip")
         else:
             pixels.put(i, shrink_and_crop(image, size), grey)
 

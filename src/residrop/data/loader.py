@@ -9,6 +9,7 @@ from residrop.common.errors import ConfigError
 from residrop.data.augment import Augmentation, Draw
 from residrop.data.fused import fused_batch
 from residrop.data.normalize import Normalization
+from residrop.data.pixels import check_memory
 from residrop.data.seeds import generator_for
 from residrop.data.splits import Files, Images
 from residrop.data.streaming import check_streamable, stream
@@ -72,6 +73,7 @@ class Loader:
 
         Raises:
             ConfigError: if an argument is out of range or does not fit the images.
+            DataError: if a batch of `Files` does not fit into memory.
         """
         _check(images, batch_size, workers, normalization)
         self.num_images = len(images)
@@ -84,6 +86,9 @@ class Loader:
         self._augmentation = augmentation
         if isinstance(images, Files):
             check_streamable(augmentation)
+            number, size = min(batch_size, len(images)), images.size
+            wanted = 5 * 3 * number * size * size  # bytes, as they are decoded and as floats
+            check_memory(wanted, f"a batch of {number} images at {size}x{size} pixels")
             self._images: Images | Files = images
         else:
             if augmentation is not None and augmentation.crop == "resized":

@@ -46,7 +46,8 @@ def _kept(total: int, skipped: Tensor, names: Sequence[str], where: str) -> Tens
 
 def load_parquet(request: Request) -> Found:
     """Read parquet:DIR."""
-    from residrop.data.parquet import decode_shards, find_shards, shard_labels, test_shards  # loads pyarrow
+    from residrop.data.parquet import decode_shards, shard_labels, test_shards  # loads pyarrow
+    from residrop.data.shards import find_shards
 
     folder = request.existing()
     parts = find_shards(folder)

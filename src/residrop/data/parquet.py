@@ -1,10 +1,6 @@
-"""Folders of parquet shards with encoded images, in the layouts of the Hugging Face Hub."""
+"""Labels and images of parquet shards."""
 
-import contextlib
-import json
-import re
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +9,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from residrop.common.errors import DataError, UsageError
+from residrop.common.errors import DataError
 from residrop.data.decode import DecodePool, DecodingError, open_rgb, shrink_and_crop
 from residrop.data.pixels import Pixels, check_memory
 from residrop.data.remarks import remark
+from residrop.data.shards import IMAGE, LABEL, TEST, column_of, features_of, open_shard, reading
 from residrop.data.splits import unknown_class
 
-__all__ = ["broken_rows", "decode_shards", "find_shards", "shard_labels", "test_shards"]
+__all__ = ["broken_rows", "decode_shards", "shard_labels", "test_shards"]
 
-_IMAGE, _LABEL = ("image", "img"), ("label", "labels", "fine_label")
-_TEST = ("test", "validation", "valid", "val")  # the first that has labels is the test set
 _ROWS = 1024  # rows decoded at a time, and
 _BYTES = 1 << 28  # encoded bytes that are enough before that: together they bound what is held in memory
 _EXPANDED = 1 << 30  # bytes that a batch of Arrow may have: a shard can say thousands of times that a row is as another
 _NO_LABEL = -(1 << 63)  # stands for null
 
 
-# Shards
-
-
-def find_shards(folder: Path) -> dict[str, tuple[Path, ...]]:
-    """Find the shards of every part, by its name: "train", "test", "validation", "valid" or "val"; empty if none.
-
-    They are called `train-*.parquet`, `train.parquet` or `train/*.parquet`, in `folder`, its subfolder `data` or the
-    only other subfolder that has them (the name of a configuration, such as `default`).
-
-    Raises:
-        DataError: if a numbered shard ("00001-of-00003") is missing, or several configurations have shards.
-        OSError: if a folder cannot be listed.
-    """
-    for place in (folder, folder / "data"):
-        if found := _parts_in(place):
-            return found
-    others = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
-    found = {place.name: parts for place in others if (parts := _parts_in(place))}
-    if len(found) > 1:
-        names = ", ".join(found)
-        raise DataError(f"{folder}: shards of several configurations ({names}); name one, as parquet:{others[0]}")
-    return next(iter(found.values()), {})
-
-
-def _parts_in(place: Path) -> dict[str, tuple[Path, ...]]:
-    found: dict[str, tuple[Path, ...]] = {}
-    for part in ("train", *_TEST):
-        for where, pattern in ((place, f"{part}-*.parquet"), (place, f"{part}.parquet"), (place / part, "*.parquet")):
-            if files := tuple(sorted(where.glob(pattern))):
-                found[part] = files
-                break
-    for files in found.values():
-        for file in files:
-            numbered = re.fullmatch(r".*-\d+-of-(\d{1,9})(.*)\.parquet", file.name)
-            if numbered and len(files) != int(numbered[1]):
-                message = f"{file}: its name promises {int(numbered[1])} shards, the folder has {len(files)}"
-                raise DataError(f"{message}; fetch the others or remove strays")
-    return found
+# Labels
 
 
 def test_shards(parts: dict[str, tuple[Path, ...]], folder: Path) -> tuple[Path, ...] | None:
     """The shards of the part to test on: the first one besides "train" that has labels; None if there is none."""
     bare: list[str] = []
-    for name in _TEST:
+    for name in TEST:
         if name in parts:
             if any(_labelled(file) for file in parts[name]):
                 if bare:
@@ -82,65 +40,18 @@ def test_shards(parts: dict[str, tuple[Path, ...]], folder: Path) -> tuple[Path,
     return None
 
 
-@contextlib.contextmanager
-def _reading(file: Path, where: Callable[[], str] = lambda: "not a complete parquet file") -> Iterator[None]:
-    """Turn what Arrow raises on damaged shards, of about every type there is, into one line."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__  # Arrow's run over several lines
-        raise DataError(f"{file}: {where()} ({reason}); fetch it again") from error
-
-
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[pq.ParquetFile]:
-    with _reading(file):
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise DataError(f"{file}: no regular file; remove it")  # opening a pipe would wait for ever
-        shard = pq.ParquetFile(file)
-        names = shard.schema_arrow.names
-        for name in {*_IMAGE, *_LABEL} & set(names):
-            if names.count(name) > 1:
-                raise DataError(f"{file}: {names.count(name)} columns are called {name}; keep one of them")
-    with shard:
-        yield shard
-
-
-def _column(shard: pq.ParquetFile, usual: Sequence[str], feature: str) -> str | None:
-    """The first of the usual names that there is, else the only column whose Hugging Face feature is of this type."""
-    names = shard.schema_arrow.names
-    if found := next((name for name in usual if name in names), None):
-        return found
-    typed = [name for name, one in _features(shard).items() if name in names and one.get("_type") == feature]
-    return typed[0] if len(typed) == 1 else None
-
-
-def _features(shard: pq.ParquetFile) -> dict[str, dict[str, Any]]:
-    """What the schema's metadata says of the columns; empty if nothing that can be understood."""
-    try:
-        found = json.loads((shard.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: one for name, one in found.items() if isinstance(one, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        return {}
-
-
-# Labels
-
-
 def _label_column(shard: pq.ParquetFile, file: Path) -> str:
-    label = _column(shard, _LABEL, "ClassLabel")
+    label = column_of(shard, LABEL, "ClassLabel")
     if label is None:
         names = ", ".join(shard.schema_arrow.names)
-        raise DataError(f"{file}: columns {names}; needs one called {' or '.join(_LABEL)}; rename the columns")
+        raise DataError(f"{file}: columns {names}; needs one called {' or '.join(LABEL)}; rename the columns")
     return label
 
 
 def _labelled(file: Path) -> bool:
     """Whether any row has a label: the Hub's test sets without them say -1, or null, or have no such column."""
-    with _open(file) as shard:
-        if _column(shard, _LABEL, "ClassLabel") is None:
+    with open_shard(file) as shard:
+        if column_of(shard, LABEL, "ClassLabel") is None:
             return False
     labels, _ = _labels_of(file)
     return not labels.size or bool((labels >= 0).any())
@@ -148,7 +59,7 @@ def _labelled(file: Path) -> bool:
 
 def _labels_of(file: Path) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """The labels of a shard, int64, and the names that they stand for; None if numbers are all there is."""
-    with _open(file) as shard, _reading(file, lambda: "its labels cannot be read"):
+    with open_shard(file) as shard, reading(file, lambda: "its labels cannot be read"):
         label = _label_column(shard, file)
         rows, kind = shard.metadata.num_rows, shard.schema_arrow.field(label).type
         check_memory(16 * rows, f"{file}: labels of {rows} rows")
@@ -167,7 +78,7 @@ def _labels_of(file: Path) -> tuple[np.ndarray, tuple[str, ...] | None]:
             if isinstance(coded, pa.ChunkedArray):
                 coded = coded.chunk(0)
             return _numbers(coded.indices), tuple(str(name) for name in coded.dictionary.to_pylist())
-        names = _features(shard).get(label, {}).get("names")
+        names = features_of(shard).get(label, {}).get("names")
         if not isinstance(names, list):
             return _numbers(column), None
         names = tuple(str(name) for name in names)
@@ -218,7 +129,7 @@ def _classes(files: Sequence[Path], found: list[tuple[np.ndarray, tuple[str, ...
         for file, (labels, _) in zip(files, found, strict=True):
             _check_range(labels, rows, file)
         return [str(number) for number in range(max(int(labels.max(initial=0)) for labels, _ in found) + 1)]
-    with _open(files[0]) as shard:
+    with open_shard(files[0]) as shard:
         numbers = pa.types.is_integer(shard.schema_arrow.field(_label_column(shard, files[0])).type)
     return list(first) if numbers else sorted({name for _, names in found for name in names or ()})
 
@@ -283,7 +194,10 @@ def decode_shards(files: Sequence[Path], rows: int, size: int | None, skip: bool
                 try:
                     image, grey = open_rgb(_checked(data))
                 except DecodingError as error:
-                    pixels.fail(offset + i, f"{row}: image {error}; replace the shard")
+                    pixels.fail(
+                        offset + i,
+                        f"{row}: image {error}; replace the shard, or leave the image out with --on-error skip",
+                    )
                     return
                 if size:
                     image = shrink_and_crop(image, size)
@@ -336,7 +250,7 @@ def _batches(files: Sequence[Path]) -> Iterator[tuple[Path, int, list[Any]]]:
     """Yield (shard, number of the first row in it, encoded images)."""
     for file in files:
         first, encoded, held = 0, list[Any](), 0
-        with _open(file) as shard, _reading(file, lambda: f"damaged after row {first + len(encoded)}"):  # noqa: B023
+        with open_shard(file) as shard, reading(file, lambda: f"damaged after row {first + len(encoded)}"):  # noqa: B023
             image, largest = _image_column(shard, file), _largest_group(shard)
             check_memory(largest, f"{file}: its largest row group")
             rows = max(1, min(_ROWS, _EXPANDED // max(1, largest)))
@@ -361,10 +275,10 @@ def _largest_group(shard: pq.ParquetFile) -> int:
 
 def _image_column(shard: pq.ParquetFile, file: Path) -> str:
     schema = shard.schema_arrow
-    image = _column(shard, _IMAGE, "Image")
+    image = column_of(shard, IMAGE, "Image")
     if image is None:
         names = ", ".join(schema.names)
-        raise DataError(f"{file}: columns {names}; needs one called {' or '.join(_IMAGE)}; rename the columns")
+        raise DataError(f"{file}: columns {names}; needs one called {' or '.join(IMAGE)}; rename the columns")
     kind = schema.field(image).type
     inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from residrop.common.errors import DataError
-from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw
+from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw, without_warnings
 
 __all__ = ["read_images"]
 
@@ -30,7 +30,8 @@ def read_images(paths: Sequence[Path], size: int, channels: int) -> Tensor:
         if not os.path.isfile(path):  # noqa: PTH113 (False, too, for what is too long to be a name)
             raise DataError(f"{path} is no file; give an image file")
         try:
-            image = shrink_and_crop(open_rgb(path)[0], size)
+            with without_warnings():
+                image = shrink_and_crop(open_rgb(path)[0], size)
         except DecodingError as error:
             raise DataError(f"{path} {error}; give an image that Pillow can read") from None
         arrays.append(np.asarray(image.convert("L"))[None] if channels == 1 else to_chw(image))

@@ -1,6 +1,8 @@
 """What is wanted of a source, and what it gives: between `sources` and the readers of its kinds."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,16 @@ from residrop.common.errors import DataError
 from residrop.data.decoded import user_cache
 from residrop.data.splits import Files, Images
 
-__all__ = ["Found", "Request", "is_folder"]
+__all__ = ["Found", "Request", "is_folder", "readable"]
+
+
+@contextlib.contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Turn errors of the system, such as a folder that may not be listed or a file that vanished, into DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"source {source!r}: cannot be read ({error}); check path and permissions") from error
 
 
 def is_folder(path: Path) -> bool:

@@ -13,7 +13,7 @@ from residrop.common.errors import ConfigError, DataError
 from residrop.common.extras import extra
 from residrop.data.local import load_parquet, load_tree, stand_ins
 from residrop.data.remarks import named, remark
-from residrop.data.request import Found, Request, is_folder
+from residrop.data.request import Found, Request, is_folder, readable
 from residrop.data.splits import (
     Files,
     Images,
@@ -167,11 +167,8 @@ def _found(source: str, request: Request) -> Found:
         and request.kind not in ("folder", "parquet", "imagenet")
     ):
         raise ConfigError(f"split={request.split}: {request.kind} has a test set of its own; leave split out")
-    try:
-        with extra("train"):
-            found = _KINDS[request.kind][1](request)
-    except OSError as error:  # a folder that may not be listed, a file that vanished meanwhile
-        raise DataError(f"source {source!r}: cannot be read ({error}); check path and permissions") from error
+    with extra("train"), readable(source):
+        found = _KINDS[request.kind][1](request)
     present = set(found.parts["test"].labels.tolist())
     if lacking := [name for number, name in enumerate(found.classes) if number not in present]:
         remark(f"{_name(request)}: the test set has no images of class {named(lacking)}")
@@ -218,7 +215,9 @@ def parse(source: str, download: bool = True, cache: Path | None = None, split: 
     if not is_folder(folder):
         names = ", ".join(_KINDS)
         raise DataError(f"source {source!r}: neither a folder nor a known name; known are {names}")
-    return Request(_detect(folder, split), folder, None, download, cache, split=split)
+    with readable(source):
+        kind = _detect(folder, split)
+    return Request(kind, folder, None, download, cache, split=split)
 
 
 def _path(text: str) -> Path:
@@ -236,7 +235,7 @@ def _size(source: str, option: str) -> int:
 
 
 def _detect(folder: Path, split: float | None) -> str:
-    from residrop.data.parquet import find_shards  # loads pyarrow
+    from residrop.data.shards import find_shards  # loads pyarrow
 
     if find_shards(folder):
         return "parquet"

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from residrop.common.errors import ConfigError, DataError
 from residrop.data.augment import Augmentation
-from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw
+from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw, without_warnings
 from residrop.data.seeds import generator_for
 from residrop.data.splits import Files
 
@@ -68,6 +68,10 @@ class _FileSet(Dataset[_Decoded]):
         self._augmentation, self._seed, self._epoch = augmentation, seed, epoch
 
     def __getitem__(self, index: int) -> _Decoded:
+        with without_warnings():
+            return self._decoded(index)
+
+    def _decoded(self, index: int) -> _Decoded:
         try:
             image, _ = open_rgb(self._paths[index])
         except DecodingError as error:

@@ -18,9 +18,12 @@ _FILE = "files.json.gz"
 
 
 def save_listing(run: Run, listed: tuple[str, ...]) -> None:
-    """Write the list. OSError if that fails."""
-    with replacing(run.path / _FILE) as temporary:
-        temporary.write_bytes(gzip.compress(json.dumps(listed).encode(), mtime=0))
+    """Write the list. RunError if that fails."""
+    try:
+        with replacing(run.path / _FILE) as temporary:
+            temporary.write_bytes(gzip.compress(json.dumps(listed).encode(), mtime=0))
+    except OSError as error:
+        raise RunError(f"{run.path / _FILE} cannot be written ({error.strerror}); choose another --out") from None
 
 
 def data_of(run: Run) -> dict[str, Any]:

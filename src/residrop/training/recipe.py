@@ -75,8 +75,8 @@ class Recipe:
     """digits, cifar10, cifar100, svhn, folder:PATH, imagenet:PATH, parquet:PATH, or the PATH of a folder. Images of a
     folder are resized and cut to 32x32 pixels; folder:PATH?size=N (or parquet:PATH?size=N) makes them NxN."""
     split: float | None = None
-    """Folders and parquet without a test part only: share of every class to hold out for testing, such as 0.2. It is
-    the same share for every seed."""
+    """Folders and parquet without a test part only: share of every class to hold out for testing, such as 0.2; the same
+    images for every seed."""
     on_error: Literal["stop", "skip"] = "stop"
     """At an image of a folder or parquet shard that cannot be read: stop, or skip all such images, which are counted
     and named (of images too large to keep in memory, all are decoded once for that)."""
