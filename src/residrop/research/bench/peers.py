@@ -100,8 +100,11 @@ def spares_of(chain: Chain, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Spar
     spares = Spares({}, {}, {})
 
     def keep(y: Tensor) -> Tensor:
-        spares.values[y.shape[1:]] = y.detach()
-        y.register_hook(lambda grad: spares.grads.__setitem__(y.shape[1:], grad))
+        shape = y.shape[1:]
+        spares.values[shape] = y.detach()
+        y.register_hook(
+            lambda grad: spares.grads.__setitem__(shape, grad)
+        )  # which must not hold y: no collector sees it
         return y
 
     x = keep(chain.stem(x))
