@@ -102,9 +102,8 @@ def spares_of(chain: Chain, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Spar
     def keep(y: Tensor) -> Tensor:
         shape = y.shape[1:]
         spares.values[shape] = y.detach()
-        y.register_hook(
-            lambda grad: spares.grads.__setitem__(shape, grad)
-        )  # which must not hold y: no collector sees it
+        # the hook must not hold y, a circle that no garbage collector sees
+        y.register_hook(lambda grad: spares.grads.__setitem__(shape, grad))
         return y
 
     x = keep(chain.stem(x))
