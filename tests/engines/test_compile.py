@@ -432,3 +432,10 @@ def test_removed_rules_leave_nothing_compiled():
     residrop.remove(model)
     model(batch(0, 2, (3, 32, 32)))
     assert graphs() == 0
+
+
+@pytest.mark.parametrize("compile", [residrop.compile, residrop.compile_branches])
+def test_the_sampler_that_attach_returns_is_no_model(compile):
+    sampler = residrop.attach(residrop.create("resnet-8", rule="swapout"))
+    with pytest.raises(ConfigError, match=r"DepthSampler is no model .* compile the model itself"):
+        compile(sampler)

@@ -10,6 +10,7 @@ import residrop
 from residrop.blocks.attach import sampler_of
 from residrop.common.errors import ConfigError, RunError
 from residrop.schedule import budgets
+from residrop.theory.costs import Costs
 from residrop.training import Recipe, Run, loop, train
 from residrop.training.checkpoint import load_run, survival_of
 from residrop.training.setup import prepare
@@ -57,7 +58,7 @@ def test_measuring_disturbs_nothing(tiny, tmp_path, monkeypatch, assert_same_run
     assert len(measured) == 2
     assert measured[0] != measured[1]
     state = torch.load(tmp_path / "m" / "last.pt", weights_only=True)
-    Run(tmp_path / "m").save_state({**state, "survival": [], "instruments": []})
+    torch.save({**state, "survival": [], "instruments": []}, tmp_path / "m" / "last.pt")
     assert_same_run(tmp_path / "rate", tmp_path / "m")
 
 
@@ -65,10 +66,10 @@ def test_rates_are_those_of_the_network_as_it_stands(tiny, tmp_path, monkeypatch
     seen = []
     original = loop.rates_now
 
-    def spy(recipe, model, loader, epoch, *rest):
+    def spy(recipe, model, loader, *rest):
         batches = list(loader.fixed_batches(4, 128))
         seen.append(residrop.survival_for(model, 0.5, "sensitivity", batches=batches))
-        line = original(recipe, model, loader, epoch, *rest)
+        line = original(recipe, model, loader, *rest)
         assert survival_of(model) == line["rates"]
         return line
 
@@ -131,7 +132,7 @@ def test_watched_instruments_are_those_of_the_network(adaptive):
 def test_weights_without_rates_are_refused(adaptive, tmp_path, tiny):
     path = tmp_path / "run"
     train(tiny(survival="0.5", epochs=1), path, quiet=True)
-    recipe = Run(path).recipe().to_dict()
+    recipe = json.loads((path / "recipe.json").read_text())
     (path / "recipe.json").write_text(json.dumps({**recipe, "survival": None, "budget": "0.5"}))
     with pytest.raises(RunError, match=r"model\.safetensors does not say its survival rates"):
         load_run(path)
@@ -238,7 +239,6 @@ def test_set_survival_during_training_is_a_run_at_the_new_rates():
         assert torch.equal(*losses)
 
 
-@pytest.mark.filterwarnings("ignore::residrop.common.errors.SpreadWarning")  # the machine may be busy
 @pytest.mark.parametrize(("budget", "dtype"), [("0.6 of time", torch.bfloat16), ("0.6 of flops", None)])
 def test_time_is_measured_in_the_arithmetic_of_the_training(tiny, tmp_path, monkeypatch, budget, dtype):
     seen = []
@@ -250,37 +250,7 @@ def test_time_is_measured_in_the_arithmetic_of_the_training(tiny, tmp_path, monk
         return original(*args)
 
     monkeypatch.setattr(loop, "rates_now", spy)
+    monkeypatch.setattr("residrop.theory.costs._timed", lambda *_: Costs((1.0,) * 3, 0.0, "time"))
     train(tiny(survival=None, budget=budget, epochs=1, precision="bf16"), tmp_path, quiet=True)
     assert seen == [dtype]
     assert 0.0 < lines_of(tmp_path, "survival")[0]["rates"][0] < 1.0
-
-
-def logged(path):
-    """Lines of the measurements, without what a clock decides."""
-    names = [path / f"{name}.jsonl" for name in ("survival", "instruments")]
-    lines = [[json.loads(line) for line in name.read_text().splitlines()] for name in names]
-    return [[{key: value for key, value in line.items() if key != "seconds"} for line in one] for one in lines]
-
-
-@pytest.mark.parametrize("minutes", [0.0, 15.0], ids=["saved after every update", "saved after every epoch"])
-def test_a_run_cut_off_anywhere_logs_the_same_measurements(
-    tiny, tmp_path, cut_power, interrupt, assert_same_run, minutes
-):
-    """Also before its first state: what it had measured by then is measured again, and stands there once."""
-    recipe = tiny(
-        survival=None, budget="0.6", spend="sensitivity", refresh=1, watch=("sensitivity", "discrepancy"),
-        epochs=3, checkpoint_minutes=minutes,
-    )  # fmt: skip
-    train(recipe, tmp_path / "whole", quiet=True)
-    broken = tmp_path / "broken"
-    cut_power(recipe, broken, 1)
-    assert len(logged(broken)[0]) == 1
-    cut_power(recipe, broken, 2, resume=True)
-    cut_power(recipe, broken, 5, resume=True)
-    interrupt(recipe, broken, 6, resume=True)
-    cut_power(recipe, broken, 8, resume=True)
-    cut_power(recipe, broken, 10, resume=True)
-    train(recipe, broken, resume=True, quiet=True)
-    assert_same_run(tmp_path / "whole", broken)
-    assert logged(broken) == logged(tmp_path / "whole")
-    assert [line["epoch"] for line in logged(broken)[1]] == [0, 1, 2, 3]

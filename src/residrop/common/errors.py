@@ -49,7 +49,7 @@ class MissingExtraError(UsageError, ImportError):
     """An optional package that is not installed. The message has the command that installs it."""
 
 
-class PlanError(RuntimeError):
+class PlanError(UsageError, RuntimeError):
     """A rule was run without a draw, or with a draw made for another model."""
 
 

@@ -42,6 +42,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     Raises:
         ConfigError: the model is not attached, or `fullgraph` is asked for with rules that do not fit into one graph.
     """
+    _check_module(model)
     hook = before_root(model)
     if hook is None:
         raise ConfigError(
@@ -64,6 +65,14 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     else:
         compile_branches(model, **options)
     return model
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{type(model).__name__} is no model (residrop.attach(model) returns the sampler of its draws, and changes "
+            "the model in place); compile the model itself"
+        )
 
 
 def _with_backend(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +141,7 @@ def compile_branches(model: nn.Module, **options: Any) -> int:
     """
     from residrop.rules import tracing
 
+    _check_module(model)
     options = _with_backend(model, options)
     compiled: dict[Any, tracing.CompiledParts] = {}
     for block in model.modules():

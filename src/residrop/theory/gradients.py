@@ -158,10 +158,12 @@ class _Norms:
                 "rows are measured where the batch is the first dimension all the way"
             )
 
+        norms, count = self.norms, self.count  # not self, whose `last` may be x: no collector sees that circle
+
         def keep(grad: Tensor) -> None:
             # of a block that runs several times the first input, which backward reaches last, and the last output
-            if level < self.count or level not in self.norms:
-                self.norms[level] = grad.detach().flatten(1).double().square().sum(dim=1)
+            if level < count or level not in norms:
+                norms[level] = grad.detach().flatten(1).double().square().sum(dim=1)
 
         x.register_hook(keep)
 

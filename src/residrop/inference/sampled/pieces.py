@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import before_root, rules_of
 from residrop.blocks.residual import Chain, Residual
+from residrop.common.errors import ConfigError
 from residrop.functional.call import combined
 from residrop.models import CifarResNet, ImageNetResNet, Vanilla
 from residrop.rules.base import Rule
@@ -106,5 +107,15 @@ def without_branch(block: Residual, h: Tensor) -> Tensor:
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Probabilities Tensor[rows, classes] float32."""
+    """Probabilities Tensor[rows, classes] float32.
+
+    Raises:
+        ConfigError: a single output a row, whose softmax is 1 whatever it is.
+    """
+    if logits.ndim < 2 or logits.shape[1] == 1:
+        raise ConfigError(
+            f"the model's output has shape {list(logits.shape)}, and the softmax of one number is 1 whatever it is; "
+            "give the model one output for each class, two for yes or no (torch.cat([torch.zeros_like(z), z], 1)), "
+            "or average torch.sigmoid(model(x)) over passes inside residrop.sampling(model)"
+        )
     return logits.float().softmax(dim=1)

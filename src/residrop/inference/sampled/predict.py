@@ -11,6 +11,7 @@ from residrop.blocks.attach import sampler_of
 from residrop.blocks.modes import evaluating
 from residrop.common.checks import check_rate, check_whole
 from residrop.common.errors import ConfigError
+from residrop.inference.sampled.pieces import softmax
 from residrop.inference.sampled.shared import passes
 
 __all__ = ["Prediction", "Sampled", "predict"]
@@ -112,7 +113,7 @@ def predict(
         stack: rows (inputs times samples) that go through the network together; None chooses for the device.
 
     Raises:
-        ConfigError: a bad number, or a model that is not attached.
+        ConfigError: a bad number, a model that is not attached, or one of a single output.
     """
     if check_whole("samples", samples, least=0) == 0:
         return _expected(model, x)
@@ -124,7 +125,7 @@ def predict(
 
 def _expected(model: nn.Module, x: Tensor) -> Prediction:
     with evaluating(model):
-        p = model(x).float().softmax(dim=1)
+        p = softmax(model(x))
     none = torch.empty(0, len(p), dtype=torch.long, device=p.device)
     return Prediction(p, torch.zeros_like(p), _entropy(p), 0, none)
 

@@ -100,8 +100,10 @@ def spares_of(chain: Chain, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Spar
     spares = Spares({}, {}, {})
 
     def keep(y: Tensor) -> Tensor:
-        spares.values[y.shape[1:]] = y.detach()
-        y.register_hook(lambda grad: spares.grads.__setitem__(y.shape[1:], grad))
+        shape = y.shape[1:]
+        spares.values[shape] = y.detach()
+        # the hook must not hold y, a circle that no garbage collector sees
+        y.register_hook(lambda grad: spares.grads.__setitem__(shape, grad))
         return y
 
     x = keep(chain.stem(x))
