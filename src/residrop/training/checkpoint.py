@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from residrop.blocks.attach import rules_of, set_survival
 from residrop.common.errors import RunError
@@ -48,6 +48,7 @@ __all__ = ["Run", "build_network", "load_run", "survival_of", "versions"]
 
 
 _SURVIVAL = "survival_rates"  # in the metadata of weights
+_REWRITTEN = "delete it, and residrop train --resume writes it again"
 _UNMEASURED = 0.5  # the survival rate before there is another
 _DATASET = {"classes": [str], "channels": int, "size": int, "normalization": str, "steps": int, "digest": str}
 _EVALUATION = {
@@ -107,7 +108,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
         run = cls(path)
-        write_record(path / "versions.json", versions())
+        run.write_versions()
         write_record(path / "dataset.json", {**dataset, "normalization": normalization.mode})
         save_tensors(path / "normalization.safetensors", {"mean": normalization.mean, "std": normalization.std})
         write_record(path / "recipe.json", recipe.to_dict())  # last: its presence makes the directory a run
@@ -127,13 +128,20 @@ class Run:
         path = self.path / "recipe.json"
         values = read_record(path)
         try:
-            return Recipe.from_dict(values)
+            recipe = Recipe.from_dict(values)
+            if missing := sorted({"network", "rule", "data", "epochs", "seed"} - values.keys()):
+                raise ValueError(f"{', '.join(missing)} is missing")
+            return recipe
         except (TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path} is no recipe ({error}); restore it or train anew") from None
 
+    def write_versions(self) -> None:
+        """Write software and machine of this process, as those of the run."""
+        write_record(self.path / "versions.json", versions())
+
     def versions(self) -> dict[str, str]:
         """Software and machine of the run."""
-        return read_record(self.path / "versions.json")
+        return read_record(self.path / "versions.json", {"residrop": str, "torch": str}, _REWRITTEN)
 
     def dataset(self) -> dict[str, Any]:
         """`classes` (names), `channels`, `size` (pixels), `steps` (updates of the training), `digest` of the images."""
@@ -197,8 +205,8 @@ class Run:
             rates = {_SURVIVAL: json.dumps(survival_of(model))}
         save_tensors(self.path / f"{name}.safetensors", model.state_dict(), rates)
 
-    def read_weights(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `name`.safetensors holds: the weights, and texts about them; RunError if missing or damaged."""
+    def load_weights(self, name: str, model: nn.Module) -> None:
+        """Load `name`.safetensors into a model; RunError if missing, damaged or of another network."""
         path = self.path / f"{name}.safetensors"
         missing, again = "the run did not get that far (continue it with --resume)", "write it again"
         if name == "model":
@@ -206,22 +214,17 @@ class Run:
         elif name == "best":
             again = f"restore it, or delete {self.path / 'last.pt'} to train this run anew"
             missing = f"only runs with a validation set have it; if this one had it, {again}"
-        return load_tensors(path, missing, again)
-
-    def load_weights(self, name: str, model: nn.Module) -> None:
-        """Load `name`.safetensors into a model; RunError if missing, damaged or of another network."""
-        path = self.path / f"{name}.safetensors"
-        tensors, about = self.read_weights(name)
+        tensors, about = load_tensors(path, missing, again)
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise RunError(f"{path} does not fit the recipe's network: {first}") from None
+            raise RunError(f"{path} does not fit the recipe's network: {first[:200]}; {again}") from None
         if self.recipe().budget is not None:
             try:
                 set_survival(model, json.loads(about.get(_SURVIVAL, "")))
             except (ValueError, TypeError, RecursionError) as error:
-                raise RunError(f"{path} does not say its survival rates ({error}); train anew") from None
+                raise RunError(f"{path} does not say its survival rates ({error}); {again}") from None
 
 
 def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
