@@ -3,6 +3,7 @@
 A short sample runs by default, the whole under the marker slow. Every test records how many cases it tried.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -97,7 +98,8 @@ class Started:
         self.pids = json.loads(server.stdout.readline())
 
     def kill(self, number):
-        os.kill(self.pids[number], signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pids[number], signal.SIGKILL)
 
     def codes(self):
         """Exit codes, once all have ended."""
@@ -125,7 +127,7 @@ def commands(tmp_path):
 
         def send(*every):
             files = [str(tmp_path / f"said-{number}") for number in range(len(every))]
-            servers[-1].stdin.write(json.dumps([[list(words), file] for words, file in zip(every, files)]) + "\n")
+            print(json.dumps([*zip(every, files, strict=True)]), file=servers[-1].stdin)
             servers[-1].stdin.flush()
             return Started(servers[-1], files)
 

@@ -40,10 +40,10 @@ def cases_of(finished, disk, count):
         (train, train, False),
         ([*train, "--resume"], train, "unfinished"),
         (["evaluate", run, "--samples", "2", "--curve"], ["evaluate", run, "--samples", "2", "--curve"], True),
-        (["export", run, "--to", str(disk / "a.pt2")], ["export", run, "--to", str(disk / "a.pt2")], True),
+        (report, report, True),
         (["recalibrate", run, "--batches", "1"], ["recalibrate", run, "--batches", "1"], True),
         (compare, compare, False),
-        (report, report, True),
+        (["export", run, "--to", str(disk / "a.pt2")], ["export", run, "--to", str(disk / "a.pt2")], True),
     ]
     found = []
     for number in range(count):

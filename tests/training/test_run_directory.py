@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,10 +114,11 @@ def test_failing_writer_leaves_the_old_file(copy, monkeypatch):
     before = {name: (copy / name).read_bytes() for name in names}
 
     def half(value, target, *args, **kwargs):
-        (target.write if hasattr(target, "write") else target.write_bytes)(b"half a fi")
+        with target.open("wb") as file:
+            file.write(b"half a fi")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checked.torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: half(content, path))
     monkeypatch.setattr(checked, "save_file", half)
     with pytest.raises(RunError, match=r"last\.pt cannot be written \(No space left on device\); free some space"):
         run.save_state({"update": 1})

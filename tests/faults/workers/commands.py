@@ -1,7 +1,7 @@
-"""Runs commands of residrop in processes of their own, which start at once: they are forked from one that has imported all.
+"""Runs commands of residrop in processes of their own, forked from one that has imported everything already.
 
-Reads a line of JSON a time: [[arguments, file for standard error], ...]. Answers with their numbers as soon as they have
-started, and with their exit codes when all have ended.
+Reads one line of JSON at a time: [[arguments, file for standard error], ...]. Answers with the numbers of the
+processes as soon as they have started, and with their exit codes when all have ended.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from residrop.cli import main
 
 torch.set_num_threads(1)
-main(["train", *sys.argv[2:], "--out", sys.argv[1]])
+assert main(["train", *sys.argv[2:], "--out", sys.argv[1]]) == 0
 sys.stdout.flush()
 
 
