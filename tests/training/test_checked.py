@@ -217,7 +217,7 @@ def test_a_finished_run_without_its_best_weights_is_left_as_it_is(copy, finished
     if damage == "gone":
         best.unlink()
     before = {one.name: one.read_bytes() for one in copy.iterdir() if one.is_file()}
-    with pytest.raises(RunError, match=r"best\.safetensors .*restore it, or delete .*last\.pt to train this run anew"):
+    with pytest.raises(RunError, match=r"best\.safetensors .*restore it, or delete .*last\.pt to train anew"):
         train(finished[0], copy, resume=True, quiet=True)
     assert {one.name: one.read_bytes() for one in copy.iterdir() if one.is_file()} == before
     (copy / "last.pt").unlink()

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from residrop.common.errors import RunError, UsageError
-from residrop.training import Run, checked, checkpoint, load_run, logbook
+from residrop.data import Normalization
+from residrop.training import Recipe, Run, checked, checkpoint, load_run, logbook
 
 
 @pytest.fixture
@@ -232,6 +233,21 @@ def test_weights_of_another_network_are_clear(copy, tmp_path):
     Run(copy).save_weights("model", other)
     with pytest.raises(RunError, match=r"model\.safetensors does not fit the recipe's network: \w+"):
         load_run(copy)
+
+
+@pytest.mark.parametrize("size", [100_000, 10**12])
+def test_a_network_larger_than_its_weights_is_refused_before_memory_is_taken(tmp_path, size):
+    recipe = Recipe(network="vanilla-6", width=32)
+    described = {"classes": ["a", "b"], "channels": 1, "size": 8, "steps": 4, "digest": "0"}
+    run = Run.create(
+        tmp_path / "run", recipe, described, Normalization("unit", torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    )
+    run.save_weights("model", checkpoint.build_network(recipe, described))
+    assert load_run(tmp_path / "run")[0] == run
+    dataset = {**run.dataset(), "size": size}
+    (tmp_path / "run" / "dataset.json").write_text(json.dumps(dataset))
+    with pytest.raises(RunError, match=r"does not fit the recipe's network|describes no network that can be built"):
+        load_run(tmp_path / "run")
 
 
 def test_missing_normalization_is_clear(copy):

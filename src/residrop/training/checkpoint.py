@@ -19,13 +19,14 @@ run.lock                   held, and there, while a process writes: who it is
 import contextlib
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from residrop.blocks.attach import rules_of, set_survival
 from residrop.common.errors import RunError
@@ -207,24 +208,56 @@ class Run:
 
     def load_weights(self, name: str, model: nn.Module) -> None:
         """Load `name`.safetensors into a model; RunError if missing, damaged or of another network."""
-        path = self.path / f"{name}.safetensors"
-        missing, again = "the run did not get that far (continue it with --resume)", "write it again"
+        self._give(name, self._read_weights(name), model)
+
+    def build(self, name: str) -> nn.Module:
+        """The network with the weights `name`.safetensors, in eval mode on the CPU; RunError as of `load_weights`."""
+        recipe, dataset = self.recipe(), {key: value for key, value in self.dataset().items() if key != "steps"}
+        found = self._read_weights(name)
+        try:
+            with torch.device("meta"):  # before any memory is taken
+                needed = _bytes(build_network(recipe, dataset).state_dict().values())
+        except (RuntimeError, OverflowError, TypeError) as error:
+            why = str(error).partition("\n")[0][:200]
+            raise RunError(f"{self.path} describes no network that can be built ({why}); train anew") from None
+        if needed > 2 * (held := _bytes(found[0].values())) + 1_000_000:
+            raise RunError(
+                f"{self.path / name}.safetensors does not fit the recipe's network: it has {held} bytes of weights, "
+                f"the network {needed}; {self._again(name)}"
+            )
+        model = build_network(recipe, dataset)
+        self._give(name, found, model)
+        return model.eval()
+
+    def _again(self, name: str) -> str:
         if name == "model":
-            again = "continue the run with --resume to write it again"
-        elif name == "best":
-            again = f"restore it, or delete {self.path / 'last.pt'} to train this run anew"
-            missing = f"only runs with a validation set have it; if this one had it, {again}"
-        tensors, about = load_tensors(path, missing, again)
+            return "continue the run with --resume to write it again"
+        return f"restore it, or delete {self.path / 'last.pt'} to train anew" if name == "best" else "write it again"
+
+    def _read_weights(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        missing = "the run did not get that far (continue it with --resume)"
+        if name == "best":
+            missing = f"only runs with a validation set have it; if this one had it, {self._again(name)}"
+        return load_tensors(self.path / f"{name}.safetensors", missing, self._again(name))
+
+    def _give(self, name: str, found: tuple[dict[str, Tensor], dict[str, str]], model: nn.Module) -> None:
+        path = self.path / f"{name}.safetensors"
+        tensors, about = found
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise RunError(f"{path} does not fit the recipe's network: {first[:200]}; {again}") from None
+            text = f"{path} does not fit the recipe's network: {first[:200]}; {self._again(name)}"
+            raise RunError(text) from None
         if self.recipe().budget is not None:
             try:
                 set_survival(model, json.loads(about.get(_SURVIVAL, "")))
             except (ValueError, TypeError, RecursionError) as error:
-                raise RunError(f"{path} does not say its survival rates ({error}); {again}") from None
+                raise RunError(f"{path} does not say its survival rates ({error}); {self._again(name)}") from None
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
@@ -238,10 +271,7 @@ def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
         RunError: no run there, or a file of it is missing or damaged.
     """
     run = Run.open(path)
-    dataset = {key: value for key, value in run.dataset().items() if key != "steps"}
-    model = build_network(run.recipe(), dataset)
-    run.load_weights(weights, model)
-    return run, model.eval()
+    return run, run.build(weights)
 
 
 def versions() -> dict[str, str]:
