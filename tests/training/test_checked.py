@@ -37,10 +37,14 @@ def equal(one, other):
     return type(one) is type(other) and one == other
 
 
+def weights(run, name):
+    return dict(load_run(run.path, name)[1].state_dict())
+
+
 READ = {
     "last.pt": lambda run: run.load_state(),
-    "model.safetensors": lambda run: list(run.read_weights("model")),
-    "best.safetensors": lambda run: list(run.read_weights("best")),
+    "model.safetensors": lambda run: weights(run, "model"),
+    "best.safetensors": lambda run: weights(run, "best"),
     "normalization.safetensors": lambda run: {"mean": run.normalization().mean, "std": run.normalization().std},
     "recipe.json": lambda run: run.recipe().to_dict(),
     "dataset.json": lambda run: run.dataset(),
@@ -82,7 +86,7 @@ def test_a_flipped_bit_of_a_weight_is_seen_by_all_that_read_it(copy, finished):
 
 def test_files_stay_plain(copy):
     """Readers that know nothing of checksums read them."""
-    assert load_file(copy / "model.safetensors").keys() == Run(copy).read_weights("model")[0].keys()
+    assert load_file(copy / "model.safetensors").keys() == weights(Run(copy), "model").keys()
     assert torch.load(copy / "last.pt", weights_only=True)["update"] == 8
     assert json.loads((copy / "recipe.json").read_text())["network"] == "resnet-8"
 
@@ -100,6 +104,14 @@ def test_files_of_earlier_versions_have_no_checksum_and_are_read(copy, finished)
     load_run(copy)
     again = train(finished[0], copy, resume=True, quiet=True)
     assert again.evaluation == finished[2].evaluation
+
+
+def test_versions_that_are_gone_are_those_of_the_one_who_resumes(copy, finished):
+    (copy / "versions.json").write_text("{")
+    with pytest.raises(RunError, match=r"versions\.json cannot be read .*delete it, and residrop train"):
+        train(finished[0], copy, resume=True, quiet=True)
+    (copy / "versions.json").unlink()
+    assert train(finished[0], copy, resume=True, quiet=True).to_dict()["run"]["versions"] == Run(copy).versions()
 
 
 def test_a_record_changed_by_hand_says_how_it_is_read(tmp_path):
@@ -205,7 +217,7 @@ def test_a_finished_run_without_its_best_weights_is_left_as_it_is(copy, finished
     if damage == "gone":
         best.unlink()
     before = {one.name: one.read_bytes() for one in copy.iterdir() if one.is_file()}
-    with pytest.raises(RunError, match=r"best\.safetensors .*restore it, or delete .*last\.pt to train this run anew"):
+    with pytest.raises(RunError, match=r"best\.safetensors .*restore it, or delete .*last\.pt to train anew"):
         train(finished[0], copy, resume=True, quiet=True)
     assert {one.name: one.read_bytes() for one in copy.iterdir() if one.is_file()} == before
     (copy / "last.pt").unlink()

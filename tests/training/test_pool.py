@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from residrop.common.errors import UsageError
+from residrop.common.lock import held
 from residrop.training import pool
 from residrop.training.pool import train_all
 
@@ -122,8 +123,8 @@ def test_complete_runs_start_no_process(tiny, tmp_path, monkeypatch):
 def test_errors_are_named_and_others_finish(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     told = []
-    recipes = {"wrong": tiny(data="/nowhere"), "right": tiny(epochs=1)}
-    with pytest.raises(UsageError, match=r"1 of 2 runs failed; wrong: .*nowhere"):
+    recipes = {"wrong": tiny(data="/nowhere"), "right": tiny(epochs=1), "held": tiny(epochs=1)}
+    with held(tmp_path / "held"), pytest.raises(UsageError, match=r"2 of 3 runs failed; (wrong: .*nowhere|held: )"):
         train_all(
             recipes, tmp_path, workers=1, console=Console(stderr=True), on_finished=lambda name, _: told.append(name)
         )

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from residrop.common.errors import RunError, UsageError
-from residrop.training import Run, checked, checkpoint, load_run, logbook
+from residrop.data import Normalization
+from residrop.training import Recipe, Run, checked, checkpoint, load_run, logbook
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_load_run_gives_the_trained_network_in_eval_mode(finished):
     run, model = load_run(finished[1])
     assert run.path == finished[1]
     assert not any(module.training for module in model.modules())
-    saved, _ = run.read_weights("model")
+    saved = load_file(finished[1] / "model.safetensors")
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
     assert model.state_dict().keys() == saved.keys()
     assert load_run(finished[1], "best")[1].state_dict().keys() == saved.keys()
@@ -112,10 +115,11 @@ def test_failing_writer_leaves_the_old_file(copy, monkeypatch):
     before = {name: (copy / name).read_bytes() for name in names}
 
     def half(value, target, *args, **kwargs):
-        (target.write if hasattr(target, "write") else target.write_bytes)(b"half a fi")
+        with target.open("wb") as file:
+            file.write(b"half a fi")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checked.torch, "save", half)
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: half(content, path))
     monkeypatch.setattr(checked, "save_file", half)
     with pytest.raises(RunError, match=r"last\.pt cannot be written \(No space left on device\); free some space"):
         run.save_state({"update": 1})
@@ -229,6 +233,21 @@ def test_weights_of_another_network_are_clear(copy, tmp_path):
     Run(copy).save_weights("model", other)
     with pytest.raises(RunError, match=r"model\.safetensors does not fit the recipe's network: \w+"):
         load_run(copy)
+
+
+@pytest.mark.parametrize("size", [100_000, 10**12])
+def test_a_network_larger_than_its_weights_is_refused_before_memory_is_taken(tmp_path, size):
+    recipe = Recipe(network="vanilla-6", width=32)
+    described = {"classes": ["a", "b"], "channels": 1, "size": 8, "steps": 4, "digest": "0"}
+    run = Run.create(
+        tmp_path / "run", recipe, described, Normalization("unit", torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    )
+    run.save_weights("model", checkpoint.build_network(recipe, described))
+    assert load_run(tmp_path / "run")[0] == run
+    dataset = {**run.dataset(), "size": size}
+    (tmp_path / "run" / "dataset.json").write_text(json.dumps(dataset))
+    with pytest.raises(RunError, match=r"does not fit the recipe's network|describes no network that can be built"):
+        load_run(tmp_path / "run")
 
 
 def test_missing_normalization_is_clear(copy):

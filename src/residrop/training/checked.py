@@ -6,6 +6,7 @@ kill between two writes nor by copying. A file without one was written by an ear
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -218,11 +219,10 @@ def load_tensors(path: Path, missing: str, damaged: str) -> tuple[dict[str, Tens
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a nested mapping of tensors and plain values with torch; RunError if the file cannot be written."""
-    with writing(path) as temporary, temporary.open("wb") as file:
-        try:
-            torch.save({**state, _CHECKSUM: _digest(state)}, file)
-        except RuntimeError as error:  # torch's own, over that of the file
-            raise error.__context__ if isinstance(error.__context__, OSError) else error  # noqa: B904
+    content = io.BytesIO()  # torch's writer of files aborts the process where a disk is full
+    torch.save({**state, _CHECKSUM: _digest(state)}, content)
+    with writing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_state(path: Path, damaged: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ run.lock                   held, and there, while a process writes: who it is
 import contextlib
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,7 @@ __all__ = ["Run", "build_network", "load_run", "survival_of", "versions"]
 
 
 _SURVIVAL = "survival_rates"  # in the metadata of weights
+_REWRITTEN = "delete it, and residrop train --resume writes it again"
 _UNMEASURED = 0.5  # the survival rate before there is another
 _DATASET = {"classes": [str], "channels": int, "size": int, "normalization": str, "steps": int, "digest": str}
 _EVALUATION = {
@@ -108,7 +110,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
         run = cls(path)
-        write_record(path / "versions.json", versions())
+        run.write_versions()
         write_record(path / "dataset.json", {**dataset, "normalization": normalization.mode})
         save_tensors(path / "normalization.safetensors", {"mean": normalization.mean, "std": normalization.std})
         write_record(path / "recipe.json", recipe.to_dict())  # last: its presence makes the directory a run
@@ -128,13 +130,20 @@ class Run:
         path = self.path / "recipe.json"
         values = read_record(path)
         try:
-            return Recipe.from_dict(values)
+            recipe = Recipe.from_dict(values)
+            if missing := sorted({"network", "rule", "data", "epochs", "seed"} - values.keys()):
+                raise ValueError(f"{', '.join(missing)} is missing")
+            return recipe
         except (TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path} is no recipe ({error}); restore it or train anew") from None
 
+    def write_versions(self) -> None:
+        """Write software and machine of this process, as those of the run."""
+        write_record(self.path / "versions.json", versions())
+
     def versions(self) -> dict[str, str]:
         """Software and machine of the run."""
-        return read_record(self.path / "versions.json")
+        return read_record(self.path / "versions.json", {"residrop": str, "torch": str}, _REWRITTEN)
 
     def dataset(self) -> dict[str, Any]:
         """`classes` (names), `channels`, `size` (pixels), `steps` (updates of the training), `digest` of the images."""
@@ -198,31 +207,58 @@ class Run:
             rates = {_SURVIVAL: json.dumps(survival_of(model))}
         save_tensors(self.path / f"{name}.safetensors", model.state_dict(), rates)
 
-    def read_weights(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `name`.safetensors holds: the weights, and texts about them; RunError if missing or damaged."""
-        path = self.path / f"{name}.safetensors"
-        missing, again = "the run did not get that far (continue it with --resume)", "write it again"
-        if name == "model":
-            again = "continue the run with --resume to write it again"
-        elif name == "best":
-            again = f"restore it, or delete {self.path / 'last.pt'} to train this run anew"
-            missing = f"only runs with a validation set have it; if this one had it, {again}"
-        return load_tensors(path, missing, again)
-
     def load_weights(self, name: str, model: nn.Module) -> None:
         """Load `name`.safetensors into a model; RunError if missing, damaged or of another network."""
+        self._give(name, self._read_weights(name), model)
+
+    def build(self, name: str) -> nn.Module:
+        """The network with the weights `name`.safetensors, in eval mode on the CPU; RunError as of `load_weights`."""
+        recipe, dataset = self.recipe(), {key: value for key, value in self.dataset().items() if key != "steps"}
+        found = self._read_weights(name)
+        try:
+            with torch.device("meta"):  # before any memory is taken
+                needed = _bytes(build_network(recipe, dataset).state_dict().values())
+        except (RuntimeError, OverflowError, TypeError) as error:
+            why = str(error).partition("\n")[0][:200]
+            raise RunError(f"{self.path} describes no network that can be built ({why}); train anew") from None
+        if needed > 2 * (held := _bytes(found[0].values())) + 1_000_000:
+            raise RunError(
+                f"{self.path / name}.safetensors does not fit the recipe's network: it has {held} bytes of weights, "
+                f"the network {needed}; {self._again(name)}"
+            )
+        model = build_network(recipe, dataset)
+        self._give(name, found, model)
+        return model.eval()
+
+    def _again(self, name: str) -> str:
+        if name == "model":
+            return "continue the run with --resume to write it again"
+        return f"restore it, or delete {self.path / 'last.pt'} to train anew" if name == "best" else "write it again"
+
+    def _read_weights(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        missing = "the run did not get that far (continue it with --resume)"
+        if name == "best":
+            missing = f"only runs with a validation set have it; if this one had it, {self._again(name)}"
+        return load_tensors(self.path / f"{name}.safetensors", missing, self._again(name))
+
+    def _give(self, name: str, found: tuple[dict[str, Tensor], dict[str, str]], model: nn.Module) -> None:
         path = self.path / f"{name}.safetensors"
-        tensors, about = self.read_weights(name)
+        tensors, about = found
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise RunError(f"{path} does not fit the recipe's network: {first}") from None
+            text = f"{path} does not fit the recipe's network: {first[:200]}; {self._again(name)}"
+            raise RunError(text) from None
         if self.recipe().budget is not None:
             try:
                 set_survival(model, json.loads(about.get(_SURVIVAL, "")))
             except (ValueError, TypeError, RecursionError) as error:
-                raise RunError(f"{path} does not say its survival rates ({error}); train anew") from None
+                raise RunError(f"{path} does not say its survival rates ({error}); {self._again(name)}") from None
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
@@ -236,10 +272,7 @@ def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
         RunError: no run there, or a file of it is missing or damaged.
     """
     run = Run.open(path)
-    dataset = {key: value for key, value in run.dataset().items() if key != "steps"}
-    model = build_network(run.recipe(), dataset)
-    run.load_weights(weights, model)
-    return run, model.eval()
+    return run, run.build(weights)
 
 
 def versions() -> dict[str, str]:

@@ -201,7 +201,7 @@ def _check_restored(recipe: Recipe, run: Run, state: State, steps: int) -> None:
             "epochs); delete it to start this run anew"
         )
     if recipe.select == "best" and state.best < math.inf:
-        run.read_weights("best")
+        run.load_weights("best", build_network(recipe, run.dataset()))  # into another network, to try
 
 
 def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Console, quiet: bool) -> None:
@@ -249,6 +249,9 @@ def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
             save_listing(run, ready.listed)
         return run
     run = Run.open(out)
+    if not (out / "versions.json").exists():
+        run.write_versions()
+    run.versions()  # which the evaluation names in the end
     if run.dataset().get("digest") != ready.dataset["digest"]:
         raise RunError(f"{out} was started on other training images than those of data {recipe.data!r}; give those")
     return run

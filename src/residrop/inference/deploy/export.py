@@ -182,7 +182,9 @@ def _differences(module: nn.Module, inputs: Mapping[str, Tensor], run: Any) -> f
 
 def _pt2(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], words: Mapping[str, str]) -> float:
     program = _program(module, inputs)
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(words))})
+    content = io.BytesIO()  # torch's writer of files aborts the process where a disk is full
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(dict(words))})
+    path.write_bytes(content.getbuffer())
     loaded = torch.export.load(path).module()
     return _differences(module, inputs, lambda given: loaded(*given.values()))
 
