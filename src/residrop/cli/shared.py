@@ -128,7 +128,7 @@ def free_directory(name: str) -> Iterator[Path]:
         RunError: it cannot be made.
     """
     stem, runs = re.sub(r"[^A-Za-z0-9._-]+", "-", name), Path("runs")
-    new = not runs.exists()
+    new, path = not runs.exists(), runs
     for number in count(1):
         path = runs / f"{stem}-{number:03d}"
         try:
