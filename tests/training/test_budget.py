@@ -261,7 +261,7 @@ def logged(path):
     return [[{key: value for key, value in line.items() if key != "seconds"} for line in one] for one in lines]
 
 
-@pytest.mark.parametrize("minutes", [0.0, 15.0], ids=["saved after every update", "saved after every epoch"])
+@pytest.mark.parametrize("minutes", [15.0, pytest.param(0.0, marks=pytest.mark.slow)], ids=["epochs", "updates"])
 def test_a_run_cut_off_anywhere_logs_the_same_measurements(
     tiny, tmp_path, cut_power, interrupt, assert_same_run, minutes
 ):

@@ -7,7 +7,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from residrop.common.errors import RunError
@@ -23,7 +23,7 @@ _NAME = "run.lock"
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path) -> Generator[None, None, None]:
     """Hold a directory while a process writes into it. It is made if there is none, and removed if it stays empty.
 
     Raises:
