@@ -58,7 +58,7 @@ def cases_of(finished, disk, count):
     return found
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(30, marks=pytest.mark.slow)])
 @pytest.mark.timeout(1800)
 def test_disks(finished_plain, tmp_path, record_property, count):
     able = namespaces()

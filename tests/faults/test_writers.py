@@ -29,12 +29,12 @@ def assert_whole(run, weights):
     assert not (run / "run.lock").exists()
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/common/test_lock.py has what runs by default
 @pytest.mark.timeout(1800)
-def test_two_writers(commands, tmp_path, monkeypatch, record_property, rounds):
+def test_two_writers(commands, tmp_path, record_property):
     send, whole = commands(*RECIPE)
     weights, tried = (whole / "model.safetensors").read_bytes(), 0
-    for number in range(rounds):
+    for number in range(10):
         out = tmp_path / f"one-{number}"
         train = ["train", *RECIPE, "--out", str(out)]
         for command in (train, [*train, "--resume"]):  # into one directory; resuming it

@@ -254,3 +254,37 @@ def test_time_is_measured_in_the_arithmetic_of_the_training(tiny, tmp_path, monk
     train(tiny(survival=None, budget=budget, epochs=1, precision="bf16"), tmp_path, quiet=True)
     assert seen == [dtype]
     assert 0.0 < lines_of(tmp_path, "survival")[0]["rates"][0] < 1.0
+<<<<<<< ours
+=======
+
+
+def logged(path):
+    """Lines of the measurements, without what a clock decides."""
+    names = [path / f"{name}.jsonl" for name in ("survival", "instruments")]
+    lines = [[json.loads(line) for line in name.read_text().splitlines()] for name in names]
+    return [[{key: value for key, value in line.items() if key != "seconds"} for line in one] for one in lines]
+
+
+@pytest.mark.parametrize("minutes", [15.0, pytest.param(0.0, marks=pytest.mark.slow)], ids=["epochs", "updates"])
+def test_a_run_cut_off_anywhere_logs_the_same_measurements(
+    tiny, tmp_path, cut_power, interrupt, assert_same_run, minutes
+):
+    """Also before its first state: what it had measured by then is measured again, and stands there once."""
+    recipe = tiny(
+        survival=None, budget="0.6", spend="sensitivity", refresh=1, watch=("sensitivity", "discrepancy"),
+        epochs=3, checkpoint_minutes=minutes,
+    )  # fmt: skip
+    train(recipe, tmp_path / "whole", quiet=True)
+    broken = tmp_path / "broken"
+    cut_power(recipe, broken, 1)
+    assert len(logged(broken)[0]) == 1
+    cut_power(recipe, broken, 2, resume=True)
+    cut_power(recipe, broken, 5, resume=True)
+    interrupt(recipe, broken, 6, resume=True)
+    cut_power(recipe, broken, 8, resume=True)
+    cut_power(recipe, broken, 10, resume=True)
+    train(recipe, broken, resume=True, quiet=True)
+    assert_same_run(tmp_path / "whole", broken)
+    assert logged(broken) == logged(tmp_path / "whole")
+    assert [line["epoch"] for line in logged(broken)[1]] == [0, 1, 2, 3]
+>>>>>>> theirs

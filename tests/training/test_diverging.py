@@ -34,7 +34,7 @@ def strictly(text):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-@pytest.mark.parametrize("number", [8, 7])
+@pytest.mark.parametrize("number", [8, pytest.param(7, marks=pytest.mark.slow)])
 def test_weights_lost_in_the_last_epoch_do_not_replace_good_ones(tiny, tmp_path, scale, number):
     """After the last update no loss shows it."""
     recipe = tiny(validation=30)

@@ -128,18 +128,8 @@ def free_directory(name: str) -> Iterator[Path]:
         RunError: it cannot be made.
     """
     stem, runs = re.sub(r"[^A-Za-z0-9._-]+", "-", name), Path("runs")
-    new, path = not runs.exists(), runs
-    for number in count(1):
-        path = runs / f"{stem}-{number:03d}"
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            if runs.is_dir():
-                continue  # of another training, which may have begun just now
-            raise RunError("runs is a file here, where runs are kept; choose another --out") from None
-        except OSError as error:
-            raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
-        break
+    new = not runs.exists()
+    path = next(path for number in count(1) if _made(path := runs / f"{stem}-{number:03d}"))
     try:
         yield path
     finally:
@@ -147,6 +137,19 @@ def free_directory(name: str) -> Iterator[Path]:
             path.rmdir()
             if new:
                 runs.rmdir()
+
+
+def _made(path: Path) -> bool:
+    """Make a directory; False if it exists, as that of another training, which may have begun just now."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if path.parent.is_dir():
+            return False
+        raise RunError(f"{path.parent} is a file here, where runs are kept; choose another --out") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out") from None
+    return True
 
 
 def open_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:

@@ -125,8 +125,8 @@ def updates(recipe: Recipe, state: State, loader: Loader, epoch: int, start: int
 
 def _check_finite(state: State, epoch: int) -> None:
     loss = float(state.ranks.total(state.sums)[0])
-    tensors = (*state.model.parameters(), *state.model.buffers())  # the last update shows in no loss
-    finite = bool(torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all())
+    weights = [parameter.detach() for parameter in state.model.parameters()]  # the last update shows in no loss
+    finite = bool(torch.stack([tensor.isfinite().all() for tensor in weights]).all())
 
     def check() -> None:
         if not math.isfinite(loss) or not finite:
