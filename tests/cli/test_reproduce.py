@@ -1,9 +1,11 @@
 """`residrop reproduce` as a user meets it, on a paper of trainings of a second."""
 
 import json
+import shutil
 
 import pytest
 
+import residrop.cli.reproduce
 from command_line import assert_refused_by_tyro
 from residrop.cli.reproduce import read_duration
 from residrop.common.errors import ConfigError
@@ -155,6 +157,16 @@ def test_figures_are_drawn_and_recorded(cli, place):
     code, out, _ = cli("toy/figure-4")
     assert "uniform: 0.0625 at 0 ... 0.0625 at 4 (exact)" in out
     assert (place / "runs/reproduce/toy_figure-4_scale1.png").exists()
+
+
+def test_curves_are_recorded_with_the_versions_of_their_trainings(cli, place, monkeypatch):
+    assert cli("toy/figure-1", *SCALED)[0] == 0
+    measured = {str(one["versions"]) for one in ledger.read(place / "results") if one["kind"] == "measurement"}
+    shutil.rmtree(place / "results")
+    monkeypatch.setattr(residrop.cli.reproduce, "versions", lambda: {"torch": "of the drawing"})
+    assert cli("toy/figure-1", *SCALED)[0] == 0
+    drawn = {str(one["versions"]) for one in ledger.read(place / "results") if one["kind"] == "measurement"}
+    assert drawn == measured
 
 
 def test_missing_says_what_to_do_next(cli, place, monkeypatch):

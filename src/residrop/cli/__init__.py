@@ -3,10 +3,12 @@
 This file needs neither torch nor any optional package, so that help and mistyped commands are answered at once.
 """
 
+import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 
 from residrop.cli.dispatch import dispatch
 from residrop.common.errors import ConfigError, Interrupted, SaidElsewhere, UsageError
@@ -48,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Of several processes that torchrun started, one prints, and one ends with the code of what happened to all.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     command = arguments[0] if arguments else ""
     try:
         if command in _COMMANDS and command != "train" and (size := world_size()) > 1:
             raise ConfigError(f"{command} runs in one process, but torchrun started {size}; leave torchrun out")
-        with extra("research" if command in _RESEARCH else "train"):
+        with extra("research" if command in _RESEARCH else "train"), _limits_of_the_machine():
             return dispatch(__name__, "command", _COMMANDS, _HELP, arguments, "residrop")
     except SystemExit as stop:  # tyro has printed its help, or what is wrong with an option
         return int(stop.code or 0)
@@ -75,3 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         return 0
+
+
+@contextmanager
+def _limits_of_the_machine() -> Generator[None, None, None]:
+    """Turn what no check foresees into one line: files that cannot be read or written, and more than fits in memory."""
+    try:
+        yield
+    except (UsageError, BrokenPipeError):
+        raise
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        raise ConfigError(f"{where}{error.strerror or error}; name another file or folder, or make it usable") from None
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        # torch has no kind of its own for these
+        signs = ("allocate memory", "out of memory", "Overflow when unpacking", "size calculation overflowed")
+        if not isinstance(error, (MemoryError, OverflowError)) and not any(sign in str(error) for sign in signs):
+            raise
+        raise ConfigError(f"{_first_line(error)}: too large for this machine; give smaller numbers") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or "out of memory"

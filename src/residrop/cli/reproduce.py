@@ -1,5 +1,6 @@
 """`residrop reproduce`: the papers' tables and figures, measured here beside what was published."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -248,7 +249,11 @@ def _figure(plan: Plan, runner: Runner, console: Console) -> dict[str, Any]:
     data = f"data-{other.digest[:8]}" if other else None
     name = "_".join(filter(None, (figure.id.replace("/", "_"), settings.variant, data, f"scale{scale:g}.png")))
     if lines:
-        runner.keep(figure, entries_of(figure, lines, scale, settings.variant), versions())
+        groups: dict[str, list[Line]] = {}  # curves are recorded with the versions they were measured with
+        for line in lines:
+            groups.setdefault(json.dumps(line.versions or versions(), sort_keys=True), []).append(line)
+        for found, some in groups.items():
+            runner.keep(figure, entries_of(figure, some, scale, settings.variant), json.loads(found))
         draw(runner.runs / name, figure, lines, stamp)
         console.print(f"{figure.id}: {figure.title}, {len(lines)} of {len(figure.curves)} curves")
         console.print(f"picture: {runner.runs / name}")

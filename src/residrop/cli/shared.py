@@ -1,12 +1,13 @@
 """What several commands share: reading options, opening runs, showing evaluations."""
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import tyro
 from rich.console import Console
@@ -66,11 +67,27 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, default: T | None 
     """The options of a command as its dataclass.
 
     Raises:
+        ConfigError: a whole number that 64 bits cannot hold.
         SystemExit: tyro has printed the help (code 0) or what is wrong (code 2); of several processes one prints.
     """
     values = tyro.cli(kind, args=list(arguments), prog=prog, default=default, console_outputs=rank() == 0)
     assert isinstance(values, kind)
+    _check_sizes(values)
     return values
+
+
+def _check_sizes(values: Any, option: str = "") -> None:
+    """Raise ConfigError for a whole number that 64 bits cannot hold, in options or options of options."""
+    if dataclasses.is_dataclass(values):
+        for one in dataclasses.fields(values):
+            _check_sizes(getattr(values, one.name), f"--{one.name.replace('_', '-')}")
+    elif isinstance(values, tuple):
+        for value in cast(tuple[Any, ...], values):
+            _check_sizes(value, option)
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        raise ConfigError(
+            f"{option} has a number of {len(str(abs(values)))} digits; give one between -2^63 and 2^63 - 1"
+        )
 
 
 def peek(arguments: Sequence[str], option: str) -> str | None:

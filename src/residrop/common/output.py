@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,7 +77,8 @@ def _obstacle(path: Path) -> int | None:
     place = next(folder for folder in target.parents if folder.exists())
     if any(len(os.fsencode(part)) > os.pathconf(place, "PC_NAME_MAX") for part in target.parts):
         return errno.ENAMETOOLONG
-    return None if os.access(place, os.W_OK | os.X_OK) else errno.EACCES
+    Path(tempfile.mkdtemp(dir=place)).rmdir()  # what permissions promise is not always so: read-only disks, /proc
+    return None
 
 
 def _refusal(target: Path | str, option: str, why: str) -> ConfigError:

@@ -43,8 +43,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device)  # sums are kept in float64
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of as many kinds as there are backends
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from None
     if device.type == "meta":
         raise ConfigError("device 'meta' holds no numbers to train on; try --device cpu")

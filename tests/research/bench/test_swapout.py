@@ -52,6 +52,33 @@ def test_rows_of_training_steps():
     assert rows[0]["saved_bytes"] == rows[2]["saved_bytes"] == rows[3]["saved_bytes"] < rows[1]["saved_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("parts", "variants"),
+    [
+        (lambda: bench_steps([("resnet-8", 1)], SwapoutSettings(steps=9, warmup=0, batch_size=4)), 4),
+        (lambda: bench_swapout([(2, 2, 4, 4)], SwapoutSettings(steps=9, warmup=0)), 15),
+    ],
+)
+def test_interruption_leaves_complete_steps(monkeypatch, parts, variants):
+    """A part that was interrupted was lost whole."""
+    seconds = iter([*[1.0] * (2 * variants + 1), KeyboardInterrupt()])  # two steps, and one form of the third
+
+    def seconds_of(step, device):
+        if isinstance(found := next(seconds), BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr(swapout, "seconds_of", seconds_of)
+    found = parts()
+    rows = next(found)
+    assert {row["steps"] for row in rows} == {2}
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+    seconds = iter([1.0, KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        next(parts())
+
+
 def test_all_forms_have_the_same_weights():
     forms = [
         swapout._network("resnet-8", 1, rule, QUICK) for rule in ("constant", lambda _: swapout._Naive(), "swapout")

@@ -99,18 +99,20 @@ def bench_swapout(
 ) -> Iterator[list[dict[str, Any]]]:
     """Measure the operation on tensors of every shape; yields one list of rows per shape.
 
+    On Ctrl-C the rows of the running shape come too, if it has timed a step, before KeyboardInterrupt is raised.
+
     Raises:
         ConfigError: a shape that is empty or too large, or channels last for other than four dimensions.
     """
     for shape in shapes:
         if min(shape, default=0) < 1 or (settings.channels_last and len(shape) != 4):
             raise ConfigError(f"shape {tuple(shape)} cannot be measured; give positive sizes, four for channels last")
-        yield _one_shape(tuple(shape), settings, on_step)
+        yield from _one_shape(tuple(shape), settings, on_step)
 
 
 def _one_shape(
     shape: tuple[int, ...], settings: SwapoutSettings, on_step: Callable[[], object]
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     generator = torch.Generator().manual_seed(settings.seed)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
 
@@ -135,7 +137,8 @@ def _one_shape(
     operations = _operations()
     times = {(name, way): list[float]() for name in operations for way in ways}
     order = Random(settings.seed)
-    with quiet_collector():
+
+    def measure() -> None:
         for step in range(-settings.warmup, settings.steps):
             for name, way in order.sample(list(times), len(times)):
                 run, compiler = operations[name]
@@ -144,6 +147,8 @@ def _one_shape(
                 if step >= 0:
                     times[name, way].append(seconds)
             on_step()
+
+    stopped, steps = _measured(measure, times)
     rows: list[dict[str, Any]] = []
     for name, (run, compiler) in operations.items():
         with _compiler(compiler):
@@ -158,8 +163,10 @@ def _one_shape(
             "relative_to_add_inside": median_ratio(times[name, "inside"], times["add", "inside"]),
             "saved_bytes": kept,
         }
-        rows.append(row | _facts(settings))
-    return rows
+        rows.append(row | _facts(settings, steps))
+    yield rows
+    if stopped:
+        raise stopped
 
 
 class _Naive(Rule):
@@ -183,7 +190,10 @@ def _network(name: str, width: int, rule: Any, settings: SwapoutSettings) -> nn.
 def bench_steps(
     networks: Sequence[tuple[str, int]], settings: SwapoutSettings, on_step: Callable[[], object] = lambda: None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Measure training steps of networks (name, width factor) at their own sums; yields rows per network."""
+    """Measure training steps of networks (name, width factor) at their own sums; yields rows per network.
+
+    On Ctrl-C the rows of the running one come too, if it has timed a step, before KeyboardInterrupt is raised.
+    """
     for name, width in networks:
         forms: dict[str, tuple[nn.Module, bool]] = {
             "constant depth": (_network(name, width, "constant", settings), False),
@@ -191,7 +201,7 @@ def bench_steps(
             "residrop, eager": (_network(name, width, "swapout", settings), False),
             "residrop, compiled": (_network(name, width, "swapout", settings), True),
         }
-        yield _one_network(name, width, forms, settings, on_step)
+        yield from _one_network(name, width, forms, settings, on_step)
 
 
 def _one_network(
@@ -200,7 +210,7 @@ def _one_network(
     forms: dict[str, tuple[nn.Module, bool]],
     settings: SwapoutSettings,
     on_step: Callable[[], object],
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     generator = torch.Generator().manual_seed(settings.seed)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     x = torch.randn(settings.batch_size, 3, 32, 32, generator=generator).contiguous(memory_format=layout)
@@ -217,7 +227,8 @@ def _one_network(
         loss(model).backward()
 
     times, order = {form: list[float]() for form in forms}, Random(settings.seed)
-    with quiet_collector():
+
+    def measure() -> None:
         for step in range(-settings.warmup, settings.steps):
             for form in order.sample(list(forms), len(forms)):
                 model, compiler = forms[form]
@@ -226,6 +237,8 @@ def _one_network(
                 if step >= 0:
                     times[form].append(seconds)
             on_step()
+
+    stopped, steps = _measured(measure, times)
     rows: list[dict[str, Any]] = []
     for form, (model, compiler) in forms.items():
         with _compiler(compiler):
@@ -239,14 +252,36 @@ def _one_network(
             "saved_bytes": kept,
             "batch_size": settings.batch_size,
         }
-        rows.append(row | _facts(settings))
-    return rows
+        rows.append(row | _facts(settings, steps))
+    yield rows
+    if stopped:
+        raise stopped
 
 
-def _facts(settings: SwapoutSettings) -> dict[str, Any]:
+def _measured(measure: Callable[[], object], times: dict[Any, list[float]]) -> tuple[KeyboardInterrupt | None, int]:
+    """Run `measure`, which fills `times`; the Ctrl-C that ended it, and the steps that all have, to which it cuts them.
+
+    Raises:
+        KeyboardInterrupt: there is no such step.
+    """
+    stopped = None
+    try:
+        with quiet_collector():
+            measure()
+    except KeyboardInterrupt as error:
+        stopped = error
+    steps = min(map(len, times.values()))
+    if stopped and not steps:
+        raise stopped
+    for found in times.values():
+        del found[steps:]
+    return stopped, steps
+
+
+def _facts(settings: SwapoutSettings, steps: int) -> dict[str, Any]:
     return {
         "theta": THETA,
-        "steps": settings.steps,
+        "steps": steps,
         "memory_format": "channels_last" if settings.channels_last else "contiguous",
         **describe(settings.device, settings.seed),
     }

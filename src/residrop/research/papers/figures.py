@@ -1,7 +1,7 @@
 """Figures of the papers from our runs, instruments and rows: their lines, entries for the ledger, and a picture."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
@@ -40,6 +40,7 @@ class Line(NamedTuple):
         seeds: number of seeds.
         recipe: fingerprint at full scale, or None.
         note: how it was measured.
+        versions: software and machine of the trainings it comes from; None for what is measured here and now.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Line(NamedTuple):
     seeds: int
     recipe: str | None
     note: str
+    versions: Mapping[str, str] | None = None
 
 
 class Context(NamedTuple):
@@ -90,7 +92,8 @@ def _line(figure: Figure, curve: Curve, context: Context) -> Line:
         "test_error_by_hours": _by_hours,
         "error": _at_the_end,
     }
-    return kinds.get(curve.plotted, _by_epoch)(curve, recipe, runs, context)
+    line = kinds.get(curve.plotted, _by_epoch)(curve, recipe, runs, context)
+    return line._replace(versions=runs[0].versions() if runs else None)
 
 
 def _runs_of(recipe: Recipe, context: Context) -> list[Run]:
@@ -190,9 +193,11 @@ def _of_points(curve: Curve, context: Context) -> Line:
     """Values of rows or of trainings of their own; points without a number are left out."""
     x: list[float] = []
     found: list[Measured] = []
+    versions: Mapping[str, str] | None = None
     for point in curve.points:
         if point.recipe is not None:
-            one = _at_last(_runs_of(point.recipe, context))
+            runs = _runs_of(point.recipe, context)
+            one, versions = _at_last(runs), versions or (runs[0].versions() if runs else None)
         else:
             one = context.measured(point.row or "")
         if one.values:
@@ -207,7 +212,8 @@ def _of_points(curve: Curve, context: Context) -> Line:
         y, errors = _relative(y, errors, fmean(base.values), base.error)
     known = [error for error in errors if error is not None]
     error = known if len(known) == len(y) else None
-    return Line(curve.label, x, y, error, None, min((len(one.values) for one in found), default=0), None, curve.note)
+    seeds = min((len(one.values) for one in found), default=0)
+    return Line(curve.label, x, y, error, None, seeds, None, curve.note, versions)
 
 
 def _relative(
