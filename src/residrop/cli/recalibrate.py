@@ -7,7 +7,6 @@ import torch
 from rich.console import Console
 
 from residrop.cli.shared import RECALIBRATED, Device, Json, RunPath, parse
-from residrop.common.errors import RunError
 from residrop.common.output import check_target, console_for, write
 from residrop.data import Loader, load
 from residrop.inference.deploy.recalibrate import Mode, recalibrate
