@@ -175,7 +175,7 @@ class _BeforeRoot(_AtRoot):
     def begin(self, module: nn.Module, args: tuple[Any, Any], feeds_graph: bool) -> None:
         backward = _in_backward()  # a checkpointed root is run again there, and is no new step
         if not backward:
-            if torch.jit.is_tracing():
+            if torch._C._is_tracing():
                 self.refuse_freezing(module, "torch.jit.trace")
             if module.training:
                 for function in module.__dict__.get(BEFORE_DRAWS, ()):
