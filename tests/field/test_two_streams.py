@@ -68,6 +68,7 @@ def test_one_stream_trains(level):
     residrop.apply(model, survival=0.5, blocks="blocks.*", granularity=level)
     for _ in range(6):
         model(*given).sum().backward()
+    assert residrop.sampler_of(model).step == 6
 
 
 def test_layer_that_makes_a_bias_for_the_others_is_refused():
@@ -83,3 +84,4 @@ def test_layer_that_makes_a_bias_for_the_others_is_refused():
     residrop.apply(model, survival=0.5, blocks="encoder.layers.[12]")  # all but the first
     for _ in range(4):
         model(**audio())[0].sum().backward()
+    assert residrop.sampler_of(model).step == 4
