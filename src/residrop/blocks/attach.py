@@ -142,7 +142,18 @@ class _AtRoot:
         """Whether Python has to run it later; None if nobody has to."""
         if not torch.compiler.is_compiling():
             return False
+        if torch.compiler.is_exporting():
+            self.refuse_freezing(module, "torch.export")
         return True if module.training or self.sampler.in_force.always else None
+
+    def refuse_freezing(self, module: nn.Module, what: str) -> None:
+        """PlanError where one draw would be frozen into what is made of a pass for good."""
+        force = self.sampler.in_force
+        if not force.given and (module.training or force.always):
+            raise PlanError(
+                f"{what} would freeze one draw of {type(module).__name__} for good; call model.eval() first, or give a "
+                "plan with residrop.using(model, plan) to have just that"
+            )
 
 
 class _BeforeRoot(_AtRoot):
@@ -164,6 +175,8 @@ class _BeforeRoot(_AtRoot):
     def begin(self, module: nn.Module, args: tuple[Any, Any], feeds_graph: bool) -> None:
         backward = _in_backward()  # a checkpointed root is run again there, and is no new step
         if not backward:
+            if torch._C._is_tracing():
+                self.refuse_freezing(module, "torch.jit.trace")
             if module.training:
                 for function in module.__dict__.get(BEFORE_DRAWS, ()):
                     function()

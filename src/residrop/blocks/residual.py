@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules import module as module_hooks
 
-from residrop.blocks.skippable import Skippable
+from residrop.blocks.skippable import Skippable, left_whole
 from residrop.functional.call import BranchCall
 from residrop.functional.layout import relu_by_signs
 from residrop.functional.rows import InPlaceChain
@@ -50,6 +51,8 @@ class Residual(Skippable):
 
     def forward(self, x: Tensor, *earlier: Tensor) -> Tensor:
         """Tensor[N, ...] to Tensor[N, ...]; `earlier` outputs of the stage are for rules that combine them."""
+        if isinstance(x, Proxy) and (node := left_whole(self, [self.rule], (x, *earlier), {})) is not None:
+            return node
         if isinstance(self.post, nn.Identity):
             return self.rule(x, self.shortcut, self.branch, *earlier)
         if self.settled:
@@ -91,7 +94,7 @@ class Chain(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         if any(map(_earlier, self)):
             return self._dense(input)
-        if torch.compiler.is_compiling() or _anybody_hooks():
+        if torch.compiler.is_compiling() or _anybody_hooks() or (self.training and isinstance(input, Proxy)):
             return super().forward(input)
         x, chain = input, InPlaceChain()
         for block in self:

@@ -1,16 +1,17 @@
 """Blocks that are passed by when all their branches are absent, before any engine's hooks see the call."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from residrop.rules.base import Rule
 
-__all__ = ["Skippable", "fewest_rows", "forget_blocks", "is_skipped", "parameters_of", "skip_when_absent"]
+__all__ = ["Skippable", "fewest_rows", "forget_blocks", "is_skipped", "left_whole", "parameters_of", "skip_when_absent"]
 
 Part = nn.Module | nn.Parameter
 
@@ -64,6 +65,16 @@ class Skippable(nn.Module):
         super().__init_subclass__(**options)
         if hasattr(cls, "_get_fsdp_state"):  # fully_shard makes this class, under the block's own one
             skip_when_absent(cls)
+
+
+def left_whole(block: nn.Module, rules: Iterable[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call of a block as one node, where `torch.fx` traces a pass with coins, which no graph can hold: the graph
+    calls the block, which goes on drawing. None elsewhere."""
+    proxy = next((one for one in (*args, *kwargs.values()) if isinstance(one, Proxy)), None)
+    if proxy is None or not any(rule.tosses() for rule in rules):
+        return None
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(block), args, kwargs)
 
 
 def is_skipped(module: nn.Module) -> bool:

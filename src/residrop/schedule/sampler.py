@@ -311,8 +311,9 @@ class DepthSampler:
         if force.plan is None:
             raise PlanError(
                 "a block with coins was run outside of a forward of its root, so it has no draw: call the module that "
-                "residrop.attach or residrop.apply was given (not an inner module or another method of it), or give a "
-                "plan with residrop.using(model, plan)"
+                "residrop.attach or residrop.apply was given (not an inner module or another method of it), call "
+                "residrop.attach on the module that has taken its place (after merge_and_unload, "
+                "create_feature_extractor or torch.fx), or give a plan with residrop.using(model, plan)"
             )
         return force.plan.draws[index]
 

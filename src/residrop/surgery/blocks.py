@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from residrop.blocks.skippable import Part, Skippable
+from residrop.blocks.skippable import Part, Skippable, left_whole
 from residrop.common.errors import ConfigError, SharedBlockWarning
 from residrop.functional.layout import relu_by_signs
 from residrop.rules.base import Rule
@@ -69,6 +69,8 @@ class AppliedBlock(Skippable):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and not torch.compiler.is_compiling():
+            if (node := left_whole(self, self.residrop_rules, args, kwargs)) is not None:
+                return node
             self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
         for rule in self.residrop_rules:

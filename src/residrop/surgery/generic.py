@@ -181,6 +181,12 @@ class _Call:
         if getattr(self.block, "residrop_lenient", False) and not self.rowwise:
             return _Constant(None, unused=True)
         what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+        if isinstance(leaf, Tensor) and any(isinstance(one, Tensor) and one.shape == leaf.shape for one in got):
+            raise PlanError(
+                f"{type(self.block).__name__} returns, besides the hidden state, {what} at {where!r}, the shape of an "
+                "argument: it seems to be a block of two streams, of which x + b (block(x) - x) knows one; leave it "
+                "out of `blocks`"
+            )
         raise PlanError(
             f"{type(self.block).__name__} returns, besides the hidden state, {what} at {where!r} that is none of its "
             f"arguments: where the block is absent nobody knows what the model should have there; leave it out of "
