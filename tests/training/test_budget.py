@@ -254,8 +254,6 @@ def test_time_is_measured_in_the_arithmetic_of_the_training(tiny, tmp_path, monk
     train(tiny(survival=None, budget=budget, epochs=1, precision="bf16"), tmp_path, quiet=True)
     assert seen == [dtype]
     assert 0.0 < lines_of(tmp_path, "survival")[0]["rates"][0] < 1.0
-<<<<<<< ours
-=======
 
 
 def logged(path):
@@ -287,4 +285,3 @@ def test_a_run_cut_off_anywhere_logs_the_same_measurements(
     assert_same_run(tmp_path / "whole", broken)
     assert logged(broken) == logged(tmp_path / "whole")
     assert [line["epoch"] for line in logged(broken)[1]] == [0, 1, 2, 3]
->>>>>>> theirs

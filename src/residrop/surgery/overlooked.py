@@ -39,7 +39,7 @@ def overlooked(model: nn.Module, taken: Iterable[nn.Module], named: Iterable[str
 
 
 def _may_be_residual(module: nn.Module) -> bool:
-    """False for layers and sequences of them, and for a single layer (with its norm and activation) that changes the shape."""
+    """False for layers, sequences of them, and a single layer (with norm and activation) that changes the shape."""
     layers = [one for one in module.modules() if isinstance(one, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     if type(module) is nn.Sequential or next(module.children(), None) is None or not layers:
         return False
