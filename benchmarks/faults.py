@@ -41,7 +41,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 tried, failed, skipped = Counter(), Counter(), Counter()
 for case in cases:
-    name = case.get("classname", "").rpartition(".")[2]
+    name = Path(case.get("file", "")).stem
     found = case.find(".//property[@name='tried']")
     count = 1 if found is None else int(found.get("value", "1"))
     if case.find("skipped") is not None:
