@@ -23,7 +23,6 @@ from residrop.schedule.survival import explicit
 from residrop.schedule.timing import Schedule, Timing
 
 __all__ = [
-    "BEFORE_DRAWS",
     "attach",
     "depth_of",
     "detach",
@@ -35,8 +34,6 @@ __all__ = [
     "set_survival",
     "using",
 ]
-
-BEFORE_DRAWS = "_before_draws"  # name of a root's list of functions, called before the plan of a training step is drawn
 
 
 def rules_of(model: nn.Module) -> list[Rule]:
@@ -177,9 +174,6 @@ class _BeforeRoot(_AtRoot):
         if not backward:
             if torch._C._is_tracing():
                 self.refuse_freezing(module, "torch.jit.trace")
-            if module.training:
-                for function in module.__dict__.get(BEFORE_DRAWS, ()):
-                    function()
             if not self.sampler.in_force.given and (module.training or self.sampler.in_force.always):
                 for check in self.checks:
                     check(module, *args)

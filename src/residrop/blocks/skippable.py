@@ -1,7 +1,7 @@
 """Blocks that are passed by when all their branches are absent, before any engine's hooks see the call."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Skippable(nn.Module):
     """
 
     # called as (root, args, kwargs) before a pass with coins of the root draws: may refuse the call
-    residrop_checks: ClassVar[tuple[Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None], ...]] = ()
+    residrop_checks: tuple[Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None], ...] = ()
 
     def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[Part]]]:
         """Every rule of the block with the modules (or parameters) that only its branch uses."""

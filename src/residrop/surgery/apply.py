@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from residrop.blocks.attach import BEFORE_DRAWS, connect, detach
+from residrop.blocks.attach import connect, detach
 from residrop.common.errors import ConfigError, InactiveWarning
 from residrop.rules.base import Rule
 from residrop.rules.catalogue import make_rule
@@ -174,7 +174,6 @@ def _take_away(model: nn.Module) -> None:
     # drop modules that several blocks share were switched off by the first of them
     for block in reversed([module for module in model.modules() if isinstance(module, AppliedBlock)]):
         uninstall_rules(block)
-    model.__dict__.pop(BEFORE_DRAWS, None)
     detach(model)
 
 

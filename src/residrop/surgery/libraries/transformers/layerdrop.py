@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from residrop.blocks.attach import BEFORE_DRAWS
 from residrop.common.errors import ConfigError
 from residrop.surgery.blocks import record_changes
 from residrop.surgery.drops import set_rate, survival_of
@@ -133,7 +132,9 @@ def end_layer_drop(
             follow = [one for one in taken if one in drops and drops[one].owner is owner and drops[one].follows]
             change = _TakenOver(owner, attribute, follow if inherits else [])
             record_changes(taken[0], [change])
-            model.__dict__.setdefault(BEFORE_DRAWS, []).append(change.follow)
+            # this block's alone, so not of its class
+            checks = getattr(taken[0], "residrop_checks", ())
+            vars(taken[0])["residrop_checks"] = (*checks, change.follow)
     names = {module: name for name, module in model.named_modules()}
     why = {
         True: "the layer drop of its neighbours is left to rules, so it is always present",
@@ -161,7 +162,7 @@ class _TakenOver:
             self.config = None
             setattr(owner, attribute, -0.0)
 
-    def follow(self) -> None:
+    def follow(self, *call: Any) -> None:
         """Before a draw: hand on what the layer drop was set to since the last one."""
         rate = self._rate()
         if rate == self.rate:
@@ -197,8 +198,8 @@ def _view(config: Any, name: str) -> Any:
     own = type(config)
     attributes = {
         "__module__": own.__module__,
+        "__reduce_ex__": lambda self, protocol: (_view, (config, name)),  # the class is made when needed
         name: property(lambda self: 0.0, lambda self, value: self.__dict__.__setitem__(name, value)),
-        "__reduce_ex__": lambda self, protocol: (_view, (config, name)),
     }
     view = object.__new__(type(own.__name__, (own,), attributes))
     view.__dict__ = config.__dict__
