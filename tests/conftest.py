@@ -53,6 +53,8 @@ EVERY = {
     "test_samples_do_not_depend_on_the_stack": 3,
     "test_rows_survive_at_the_rate": 3,
     "test_recipe_builds": 2,
+    "test_a_call_that_ended_leaves_nothing": 3,
+    "test_lines_that_ended_in_tracebacks_are_refused": 2,
     "test_variant_is_another_training_that_builds": 3,
     "test_every_network_under_every_rule_predicts_the_same": 2,
     "test_files_predict_as_the_model_at_any_batch_size": 3,

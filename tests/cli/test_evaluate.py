@@ -1,5 +1,6 @@
 """`residrop evaluate` as a user meets it."""
 
+import errno
 import json
 import shutil
 
@@ -158,7 +159,10 @@ def test_samples_that_are_no_whole_number_are_told_by_tyro(cli, place, run):
 
 
 def test_a_run_that_cannot_be_written_is_told_before_the_work(cli, run, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: False)
+    def refuse(**options):
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     monkeypatch.setattr(residrop.cli.evaluate, "evaluate", lambda *args, **options: pytest.fail("work was done"))
     code, _, err = cli("evaluate", run, "--curve")
     assert code == 2

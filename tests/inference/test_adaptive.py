@@ -165,10 +165,7 @@ def test_inputs_that_are_settled_leave_the_batch():
 
 
 @pytest.mark.parametrize("max_samples", [1, 2, 30])
-def test_one_class_and_few_samples(max_samples):
-    model = residrop.create("resnet-8", rule="swapout", classes=1, channels=1)
-    found = predict_adaptive(model, torch.randn(3, 1, 8, 8), max_samples=max_samples)
-    assert found.classes.tolist() == [0, 0, 0]
+def test_few_samples(max_samples):
     found = predict_adaptive(network(), torch.randn(3, 1, 8, 8), max_samples=max_samples)
     assert found.used.max() <= max_samples
 

@@ -58,7 +58,7 @@ def test_measuring_disturbs_nothing(tiny, tmp_path, monkeypatch, assert_same_run
     assert len(measured) == 2
     assert measured[0] != measured[1]
     state = torch.load(tmp_path / "m" / "last.pt", weights_only=True)
-    torch.save({**state, "survival": [], "instruments": []}, tmp_path / "m" / "last.pt")
+    Run(tmp_path / "m").save_state({**state, "survival": [], "instruments": []})
     assert_same_run(tmp_path / "rate", tmp_path / "m")
 
 
@@ -132,7 +132,7 @@ def test_watched_instruments_are_those_of_the_network(adaptive):
 def test_weights_without_rates_are_refused(adaptive, tmp_path, tiny):
     path = tmp_path / "run"
     train(tiny(survival="0.5", epochs=1), path, quiet=True)
-    recipe = json.loads((path / "recipe.json").read_text())
+    recipe = Run(path).recipe().to_dict()
     (path / "recipe.json").write_text(json.dumps({**recipe, "survival": None, "budget": "0.5"}))
     with pytest.raises(RunError, match=r"model\.safetensors does not say its survival rates"):
         load_run(path)
