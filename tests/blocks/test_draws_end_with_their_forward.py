@@ -66,6 +66,49 @@ def test_training_parts_of_a_root_in_eval_mode_have_no_stale_draw():
         model(x)
 
 
+class Stopping(Net):
+    """Ends with Ctrl-C once, and may call itself."""
+
+    stops = False
+
+    def forward(self, x: Tensor, times: int = 1) -> Tensor:
+        if times > 1:
+            x = self(x, times - 1)
+        x = self.features(x)
+        if self.stops:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_a_forward_that_was_interrupted_leaves_no_draw():
+    model = Stopping().train()
+    residrop.attach(model)
+    x = torch.randn(3, 4)
+    model.stops = True
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model.stops = False
+    for _ in range(2):
+        model(x)
+        with pytest.raises(PlanError, match="outside of a forward of its root"):
+            model.features(x)
+
+
+def test_a_root_that_calls_itself_draws_for_each_call():
+    model = Stopping().train()
+    residrop.attach(model)
+    seen = []
+    model.encoder[0].register_forward_hook(lambda *_: seen.append(residrop.sampler_of(model).in_force.plan.step))
+    model(torch.randn(3, 4), 3)
+    assert seen == [2, 1, 0]
+    with pytest.raises(PlanError, match="outside of a forward of its root"):
+        model.features(torch.randn(3, 4))
+    with residrop.sampling(model, first=5):
+        model(torch.randn(3, 4), 2)
+        model(torch.randn(3, 4))
+    assert residrop.sampler_of(model).step == 3
+
+
 class Output:
     """An output that no registry knows, so that its graph cannot be tied to the draw."""
 

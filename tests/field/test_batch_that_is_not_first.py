@@ -48,6 +48,11 @@ def applied(*blocks: nn.Module, **options: Any) -> Model:
     return model
 
 
+def several(model: nn.Module, forwards: int) -> None:
+    for _ in range(forwards):
+        model(torch.randn(4, 6, D))
+
+
 def causal(tokens: int) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
 
@@ -153,15 +158,61 @@ def test_rounding_is_no_difference(dtype):
 
 
 def test_what_is_not_finite_is_no_difference_either():
-    model = applied(Attention(1))
+    model = applied(Attention(0))
     model(torch.full((4, 6, D), float("inf")))
-    assert model.blocks[0].residrop_unchecked()  # the next batch tells
+    with pytest.raises(PlanError, match="dimension 1"):  # another batch tells
+        several(model, 2)
 
 
-def test_autocast_is_no_difference():
+def test_a_branch_that_is_nearly_zero_is_looked_at_again():
+    model = applied(Attention(0))
+    looks = 0
+    look = model.blocks[0].drop.register_forward_hook(lambda *_: model.blocks[0].drop.training or tell())
+
+    def tell():
+        nonlocal looks
+        looks += 1
+
+    weight = model.blocks[0].attend.out_proj.weight
+    saved = weight.detach().clone()
+    for scale in (0.0, 1e-6):
+        with torch.no_grad():
+            weight.copy_(scale * saved)
+        for _ in range(8):
+            model(torch.randn(4, 6, D))
+    assert 4 <= looks <= 8  # at the forwards 1, 3, 6, 11 and so on, not at each
+    look.remove()
+    with torch.no_grad():
+        weight.copy_(saved)
+    with pytest.raises(PlanError, match="dimension 1"):
+        several(model, 16)
+
+
+def test_memory_that_runs_out_is_not_taken_for_a_difference():
+    class Full(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) < 4:
+                raise torch.OutOfMemoryError("no more")
+            return x + super().forward(x)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        applied(Full(D, D))(torch.randn(4, D))
+
+
+def test_autocast_is_no_difference_and_hides_none():
     model = applied(Attention(1), Attention(1))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(16, 12, D))
+        with pytest.raises(PlanError, match="dimension 1"):
+            applied(Attention(0))(torch.randn(64, 12, D))
+    assert not any(block.residrop_unchecked() for block in model.blocks)
+
+
+def test_compiled_models_are_compiled_where_a_rate_is_1():
+    model = Model(Attention(1), Attention(1)).train()
+    residrop.apply(model, survival=[1.0, 0.5], blocks="blocks.*", granularity="row")
+    residrop.compile(model, fullgraph=True, backend="eager")
+    model(torch.randn(6, 4, D))
     assert not any(block.residrop_unchecked() for block in model.blocks)
 
 

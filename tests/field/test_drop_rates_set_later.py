@@ -87,10 +87,44 @@ def test_copies_follow_their_own_rules(again):
 def test_other_rates_than_the_models_are_not_overruled():
     model = vit()
     residrop.apply(model, survival=0.5)
-    with pytest.raises(ConfigError, match=r"drop_prob of a DropPath was set to 0\.3, but rules with survival"):
+    with pytest.raises(ConfigError, match=r"drop_prob of a DropPath was set to 0\.3, but rules with rates of"):
         set_all(model, 0.3)
     set_all(model, 0.0)  # switching it off is what the rules did already
     assert rates(model) == [0.5] * 6
+
+
+def test_rates_set_in_between_give_way_to_what_is_set_last():
+    model = vit()
+    residrop.apply(model)
+    set_all(model, 0.2)
+    residrop.set_survival(model, [0.9] * 6)
+    set_all(model, 0.2)
+    assert rates(model)[2:] == pytest.approx([0.8] * 4)
+
+
+class Shadowed(DropPath):
+    drop_prob = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.__dict__["drop_prob"]
+
+
+Shadowed.__name__ = "DropPath"
+
+
+def test_a_rate_of_the_class_is_replaced_and_given_back():
+    block = Twice()
+    block.one, block.two = Shadowed(), nn.Identity()
+    model = nn.Sequential(block)
+    residrop.apply(model, blocks=Twice)
+    block.one.drop_prob = 0.3
+    assert rates(model) == pytest.approx([0.7])
+    x = torch.randn(2, 4)
+    assert block.one(input=x) is x
+    residrop.remove(model)
+    assert type(block.one) is Shadowed
+    assert "drop_prob" not in vars(block.one)
 
 
 @pytest.mark.parametrize("rate", [1.5, float("nan"), "0.1"])
@@ -200,6 +234,34 @@ def test_layer_drop_as_an_attribute_is_followed():
     assert rates(model) == [0.5, 0.5, 1.0, 1.0]
     residrop.remove(model)
     assert (model.encoder.layerdrop, model.decoder.layerdrop) == (0.5, 0.0)
+
+
+def test_layer_drop_that_is_set_to_what_it_was_is_no_second_coin():
+    model = bart(0.25)
+    residrop.apply(model)
+    tokens = torch.arange(6)[None]
+    for rate in (0.25, 0.5, 0.5):
+        model.encoder.layerdrop = rate
+        model(tokens, decoder_input_ids=tokens)
+        assert model.encoder.layerdrop == 0.0
+        assert rates(model)[:2] == [1 - rate] * 2
+    model.encoder.layerdrop = 0.5
+    with residrop.using(model, residrop.sampler_of(model).plan()):
+        model(tokens, decoder_input_ids=tokens)
+    assert model.encoder.layerdrop == 0.0
+
+
+def test_layer_drop_is_followed_from_another_root():
+    model = bart(0.25)
+    residrop.apply(model)
+    other = nn.Sequential(model)
+    residrop.attach(other)
+    model.encoder.layerdrop = 0.5
+    residrop.attach(other)
+    tokens = torch.arange(6)[None]
+    other.forward = lambda tokens: model(tokens, decoder_input_ids=tokens)
+    other.train()(tokens)
+    assert rates(other) == [0.5, 0.5, 0.75, 0.75]
 
 
 @pytest.mark.parametrize("survival", ["from_model", 0.5])

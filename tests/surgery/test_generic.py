@@ -240,6 +240,18 @@ def test_outputs_that_stop_being_arguments_are_refused():
             model.blocks[0](batch())
 
 
+def test_calls_of_another_kind_are_learnt_by_themselves():
+    """What one call returned says nothing of calls with other arguments, which an absent block has to answer, too."""
+    model, _ = model_of(Biased())
+    block, x, bias = model.blocks[0], batch(), torch.ones(1, D).double()
+    with residrop.using(model, Plan.of([False])):
+        assert block(x)[1] is None
+        assert block(x, bias)[1] is bias
+        assert block(x, bias=bias)[1] is bias
+        assert block(x, more=("a", bias))[2][1] is bias
+        assert block(x)[1] is None
+
+
 def test_numbers_that_change_are_refused():
     class Counting(Mlp):
         number = 0

@@ -118,6 +118,13 @@ def test_calls_with_one_coin_are_told_of_once():
     model(x)
 
 
+def test_blocks_that_are_always_present_may_be_shared():
+    model = Looped().train()
+    residrop.apply(model, survival=[1.0, 0.5], blocks=Mine)
+    model(torch.randn(2, 8, 4, 4))
+    assert residrop.sampler_of(model).step == 1
+
+
 def test_recomputation_is_no_second_call():
     from torch.utils.checkpoint import checkpoint
 

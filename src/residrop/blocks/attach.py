@@ -172,13 +172,14 @@ class _BeforeRoot(_AtRoot):
     def begin(self, module: nn.Module, args: tuple[Any, Any], feeds_graph: bool) -> None:
         backward = _in_backward()  # a checkpointed root is run again there, and is no new step
         if not backward:
+            self.handled = id(sys.exc_info()[1])
             if torch._C._is_tracing():
                 self.refuse_freezing(module, "torch.jit.trace")
-            if not self.sampler.in_force.given and (module.training or self.sampler.in_force.always):
+            force = self.sampler.in_force
+            if module.training or force.always:
                 for check in self.checks:
-                    check(module, *args)
-            self.handled = id(sys.exc_info()[1])
-            self.sampler.before_forward(module.training)
+                    check(module, *args, force.given)
+            self.sampler.before_forward(module.training, nested=self.sampler.running and _calls_itself(module))
             self.rows = _batch_size(args) if self.sampler.observers else None
         if backward or not torch.is_grad_enabled():
             self.remember()
@@ -201,6 +202,15 @@ class _BeforeRoot(_AtRoot):
             self.sampler.recall(force)
         for node in inside:
             _forces_of(node, self.sampler).append(force)
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether a module is called from inside a call of it. (A forward that Ctrl-C has ended runs no hooks.)"""
+    found, frame = 0, sys._getframe(1)
+    while frame is not None and found < 2:
+        found += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return found == 2
 
 
 def _reentrant_checkpoints() -> tuple[list[Any], Any]:

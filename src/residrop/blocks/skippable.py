@@ -46,8 +46,8 @@ class Skippable(nn.Module):
     that others put on the block do not run then, either.
     """
 
-    # called as (root, args, kwargs) before a pass with coins of the root draws: may refuse the call
-    residrop_checks: tuple[Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None], ...] = ()
+    # called as (root, args, kwargs, given) before a pass with coins, which are `given` by hand or about to be drawn
+    residrop_checks: tuple[Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool], None], ...] = ()
 
     def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[Part]]]:
         """Every rule of the block with the modules (or parameters) that only its branch uses."""

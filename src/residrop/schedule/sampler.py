@@ -163,7 +163,8 @@ class DepthSampler:
         self._rank = rank
         self._place(sites, parse(timing))
         self._now = _Force()
-        self._before: tuple[int, _Force] | None = None  # of a pass of the root that is not finished
+        self._resting = self._now  # what is in force between forwards of the root: what a context asks for
+        self._passes: list[tuple[int, _Force, _Force]] = []  # of running forwards: step and forces before each
         self._last = self._now  # what the last forward of the root obeyed
         self._recalled: _Force | None = None  # what a running backward pass recomputes under
         self._called: set[int] = set()  # blocks of the running pass
@@ -247,24 +248,39 @@ class DepthSampler:
         """What forwards obey now."""
         return self._now
 
+    @property
+    def running(self) -> bool:
+        """Whether a forward of the root has begun and not ended; also after one that Ctrl-C has cut off."""
+        return bool(self._passes)
+
     @contextmanager
     def _obeying(self, force: "_Force") -> Generator[None, None, None]:
-        before, self._now = self._now, force
+        before = self._resting, self._now
+        self._resting = self._now = force
         try:
             yield
         finally:
-            self._now = before
+            self._resting, self._now = before
 
-    def before_forward(self, training: bool) -> None:
-        """Called before every forward of the root module: make the plan of this pass."""
+    def before_forward(self, training: bool, *, nested: bool = False) -> None:
+        """Called before every forward of the root module: make the plan of this pass.
+
+        Args:
+            training: whether the root is in training mode.
+            nested: whether the root is running already, and has called itself.
+        """
         self._recalled = None  # backward passes of earlier forwards name theirs again
         self._called.clear()
-        self._before = self.step, self._now
+        if not nested:
+            self._passes.clear()
+            self._now = self._resting
+        self._passes.append((self.step, self._now, self._resting))
         if self._now.given:
             return
-        if self._now.sample is not None:
-            plan = self.plan(self._now.sample, stream="sample")
-            self._now = _Force(plan, sample=self._now.sample + 1, always=True)
+        if self._resting.sample is not None:
+            plan, following = self.plan(self._resting.sample, stream="sample"), self._resting.sample + 1
+            self._resting = replace(self._resting, sample=following)
+            self._now = _Force(plan, sample=following, always=True)
         elif training:
             self._now = _Force(self.plan())
             self.step += 1
@@ -273,24 +289,22 @@ class DepthSampler:
         """Called after every forward of the root module, whose draw ends with it: methods and inner modules that are
         called by themselves later have none. A pass that raised an error was no step."""
         self._last = self._now
-        if self._before is not None:
-            step, before = self._before
+        if self._passes:
+            step, before, resting = self._passes.pop()
             if failed:
-                self.step, self._now = step, before
-            elif self._now is not before:
-                self._now = replace(before, sample=self._now.sample)
-        self._before = None
+                self.step, self._resting = step, resting
+            self._now = before if self._passes else self._resting
 
     def called_again(self, block: int) -> bool:
-        """Whether a block was called before in this forward of the root, told once; `block` is any number of it."""
+        """Whether a block was called before in this forward of the root, told once; `block` is its id()."""
         if self._now.given or self._now.plan is None or self._told_of_sharing:
             return False
         self._told_of_sharing = block in self._called
         self._called.add(block)
         return self._told_of_sharing
 
-    def recall(self, force: "_Force") -> None:
-        """From here on, recomputation in backward obeys what its own forward obeyed."""
+    def recall(self, force: "_Force | None") -> None:
+        """From here on, recomputation in backward obeys what its own forward obeyed; None: what is in force."""
         self._recalled = force
 
     def draw(self, index: int, training: bool, over: bool = False) -> Draw | None:

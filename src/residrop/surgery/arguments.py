@@ -126,13 +126,13 @@ _CACHE = (
 )
 
 
-def refuse_caches(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def refuse_caches(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: bool) -> None:
     """PlanError if a model is given a cache that a block under a rule would only half fill, as `generate` gives it.
 
     It is asked before the first of a text's passes has drawn; `settle_caches` sees caches that come on other ways.
     """
-    if not any(_is_cache(value) for value in (*args, *kwargs.values())):
-        return
+    if given or not any(_is_cache(value) for value in (*args, *kwargs.values())):
+        return  # under a plan given by hand nothing is drawn
     for block in root.modules():
         taken = getattr(type(block), "residrop_signature", None)
         if taken is not None and not _NAMES.isdisjoint(taken.own.parameters):

@@ -62,7 +62,7 @@ class AppliedBlock(Skippable):
     attributes of its own, which must not be hidden."""
 
     residrop_rules: nn.ModuleList
-    # how the mixin is made, where it is not found by its name: a function and its arguments, by place and by name
+    # for mixins made at run time, which pickle cannot find by name: the function that makes them and its arguments
     residrop_made: ClassVar[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None] = None
     residrop_checks = (refuse_caches,)
     residrop_signature: ClassVar[Signature]  # of the forward of the block's own class
@@ -74,14 +74,15 @@ class AppliedBlock(Skippable):
             self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
         for rule in self.residrop_rules:
-            if not rule.is_plain_sum():  # pyright: ignore[reportCallIssue]
+            if not rule.is_plain_sum() or (rule.cuts_rows() and self.residrop_unchecked()):  # pyright: ignore
                 return self.residrop_forward(*args, **self.residrop_named(kwargs))
         return super().forward(*args, **kwargs)  # to the last bit, and with whatever else the class does in eval
 
     def _residrop_count(self) -> None:
         sampler: Any = self.residrop_rules[0].sampler
-        if sampler is None or torch._C._current_graph_task_id() != -1:  # in backward, a recomputation
-            return
+        rates = [rate for rule in self.residrop_rules for rate in rule.rates]  # pyright: ignore
+        if sampler is None or min(rates, default=1.0) == 1.0 or torch._C._current_graph_task_id() != -1:
+            return  # in backward it is a recomputation
         if sampler.called_again(id(self)):
             warnings.warn(
                 f"a {type(self).__name__} is called several times in one forward: all these calls have one coin, so "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from residrop.common.checks import is_number
 from residrop.common.errors import ConfigError
@@ -36,6 +36,7 @@ def own_survival(module: Any) -> Own | None:
 
 
 _RULES = "residrop_rules_in_place"  # rules that stand in a drop module's place; None in place of them: rates were given
+_OWN = "residrop_class"  # a drop module's own class
 _SOURCES = "residrop_sources"  # the drop modules that a rule has its rate from
 
 
@@ -46,12 +47,12 @@ class ReplacedDrop(nn.Module):
     at once, as from `residrop.set_survival`. The probability reads as it was last set, and stays when rules are gone.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return x
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else next(iter(kwargs.values()))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made when needed, so pickle cannot find it by its name
-        return _again, (type(self).__mro__[2],), self.__dict__
+        return _again, (self.__dict__[_OWN],), self.__dict__
 
 
 _CLASSES: dict[type, type[ReplacedDrop]] = {}
@@ -78,18 +79,18 @@ def _again(own: type) -> Any:
 
 def _follow(module: Any, name: str, value: Any) -> None:
     """Set the probability of a replaced drop module, and the rates of the rules in its place."""
-    if value == module.__dict__[name]:
-        return
     rate = survival_of(name, value)
     rules: list[Rule] | None = module.__dict__[_RULES]
     if rules is None:
-        if rate < 1.0:
+        if rate < 1.0 and value != module.__dict__[name]:
             raise ConfigError(
-                f"{name} of a {type(module).__name__} was set to {value}, but rules with survival rates given to "
-                "residrop.apply are in its place; use residrop.set_survival(model, rates), or "
-                "apply(..., survival='from_model'), whose rules follow it"
+                f"{name} of a {type(module).__name__} was set to {value}, but rules with rates of their own are in its "
+                "place; use residrop.set_survival(model, rates), or apply(..., survival='from_model'), whose rules "
+                "follow it"
             )
     else:
+        for rule in rules:
+            _check_follows(rule)
         for rule in rules:
             others = [own_survival(one) for one in rule.__dict__[_SOURCES] if one is not module]
             set_rate(rule, min([rate, *(own.survival for own in others if own is not None)]))
@@ -103,13 +104,19 @@ def survival_of(name: str, drop_rate: Any) -> float:
     return 1.0 - (drop_rate or 0.0)
 
 
-def set_rate(rule: Rule, rate: float) -> None:
-    """Give one rule another survival rate from the next draw on, as `residrop.set_survival` gives them to all."""
+def _check_follows(rule: Rule) -> None:
     if len(rule.rates) != 1:
         raise ConfigError(
             f"the rule in place of a model's own drop rate is a {type(rule).__name__}, which has {len(rule.rates)} "
             "rates and cannot follow when that is set; use stochastic-depth, or leave the drop rate as it was"
         )
+
+
+def set_rate(rule: Rule, rate: float) -> None:
+    """Give one rule another survival rate from the next draw on, as `residrop.set_survival` gives them to all."""
+    _check_follows(rule)
+    if rule.rates == (rate,):
+        return
     rule.rates = (rate,)
     if rule.sampler is not None:
         sites = list(rule.sampler.sites)
@@ -120,12 +127,25 @@ def set_rate(rule: Rule, rate: float) -> None:
 class _Replacement(Change):
     """A drop module whose class was changed."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, follows: bool) -> None:
+        self.module, own = module, type(module)
+        name = _attribute(own)
+        self.shadowed = name not in module.__dict__  # an attribute of the class
+        module.__dict__.setdefault(name, getattr(module, name))
+        module.__dict__[_OWN], module.__dict__[_RULES] = own, [] if follows else None
+        module.__class__ = _class_for(own)
 
     def undo(self) -> None:
-        self.module.__class__ = type(self.module).__mro__[2]
+        own = self.module.__dict__.pop(_OWN)
+        if type(self.module) is not _class_for(own):
+            self.module.__dict__[_OWN] = own
+            raise ConfigError(
+                f"a {own.__name__} was changed since residrop.apply (by fully_shard?); remove the rules before that"
+            )
+        self.module.__class__ = own
         del self.module.__dict__[_RULES]
+        if self.shadowed:
+            del self.module.__dict__[_attribute(own)]
 
 
 def replaced(pairs: Sequence[tuple[nn.Module, Rule]], follows: bool) -> list[Change]:
@@ -141,9 +161,7 @@ def replaced(pairs: Sequence[tuple[nn.Module, Rule]], follows: bool) -> list[Cha
     changes: list[Change] = []
     for module, rule in pairs:
         if not isinstance(module, ReplacedDrop):
-            module.__class__ = _class_for(type(module))
-            module.__dict__[_RULES] = [] if follows else None
-            changes.append(_Replacement(module))
+            changes.append(_Replacement(module, follows))
         if follows and (rules := module.__dict__[_RULES]) is not None:
             if rule not in rules:
                 rules.append(rule)

@@ -5,15 +5,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_structure, tree_unflatten
 
-from residrop.blocks.modes import evaluating
 from residrop.blocks.skippable import Part
 from residrop.common.errors import ConfigError, PlanError
 from residrop.rules.base import Rule
 from residrop.surgery.blocks import AppliedBlock, Branch
 from residrop.surgery.containers import RULES
-from residrop.surgery.rowwise import check_rows
+from residrop.surgery.rowwise import check_rows, looking_on
 
 __all__ = ["GenericBlock"]
 
@@ -39,7 +38,7 @@ class GenericBlock(AppliedBlock):
 
     def residrop_absent(self) -> bool:
         # what else the block returns is found out by running it once, for which its parameters must be there
-        return "residrop_form" in self.__dict__ and super().residrop_absent()
+        return "residrop_forms" in self.__dict__ and super().residrop_absent()
 
     def residrop_unchecked(self) -> bool:
         rule = self.residrop_rules[0]
@@ -48,30 +47,40 @@ class GenericBlock(AppliedBlock):
     def residrop_forward(self, *args: Any, **kwargs: Any) -> Any:
         rule = self.residrop_branches()[0][0]
         rowwise = rule.cuts_rows()
-        if rowwise and self.residrop_unchecked():
-            if torch.compiler.is_compiling():
-                from residrop.rules import tracing
+        if rowwise and not torch.compiler.is_compiling():
+            self.residrop_check(args, kwargs)
+        elif rowwise and self.residrop_unchecked():
+            from residrop.rules import tracing
 
-                tracing.in_python(self.residrop_check, args, kwargs)
-            else:
-                self.residrop_check(args, kwargs)
+            tracing.in_python(self.residrop_check, args, kwargs)
         x, args, kwargs, name = self._residrop_hidden(args, kwargs)
         call = _Call(self, super(AppliedBlock, self).forward, name, rowwise, (x, args, kwargs))
         along = self.residrop_along(rule, x, args, kwargs)
         y = rule.forward_block(x, Branch(self, call), along)
         if call.others is None and not call.knows():  # absent at its first call
-            with torch.no_grad(), evaluating(self):
+            with looking_on(self, x):
                 call(x, *args, **kwargs)
             call.others = None
         return call.result(y)
 
     def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compare, on the first batch of two rows or more, what rows give by themselves with what they give in it."""
+        """Compare, on the first batch of two rows or more, what rows give by themselves with what they give in it.
+
+        Where it could not be seen, twice as many forwards go by until the next attempt as did before the last.
+        """
+        wait, gap = self.__dict__.get("residrop_rowwise", (0, 1))
+        if wait:
+            self.__dict__["residrop_rowwise"] = (wait - 1, gap)
+            return
+        if wait is None:
+            return
         x, args, kwargs, name = self._residrop_hidden(args, kwargs)
+        if len(x) < 2:
+            return
         call = _Call(self, super(AppliedBlock, self).forward, name, True, ())
         along = self.residrop_along(self.residrop_rules[0], x, args, kwargs)
-        if check_rows(self, call.hidden, x, (args, kwargs), along, self.residrop_signature.names[1:]):
-            self.__dict__["residrop_rowwise"] = True
+        seen = check_rows(self, call.hidden, x, (args, kwargs), along, self.residrop_signature.names[1:])
+        self.__dict__["residrop_rowwise"] = (None, 0) if seen else (gap, 2 * gap)
 
     def _residrop_hidden(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -99,13 +108,13 @@ class _Constant(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """What a block returns: a tree, at which of its leaves the hidden state is, and what the others are: the index of
-    an argument (0 is the hidden state) among the leaves of a call's arguments, or a constant."""
+    """What a block returns for one kind of call: a tree, at which of its leaves the hidden state is, and what the
+    others are: the index of an argument (0 is the hidden state) among the leaves of a call's arguments, or a constant.
+    """
 
     spec: TreeSpec
     place: int
     others: tuple[int | _Constant | None, ...]  # None at `place`
-    arguments: int  # number of leaves of the arguments
 
 
 class _Call:
@@ -116,12 +125,13 @@ class _Call:
     ) -> None:
         self.block, self.forward, self.name, self.rowwise = block, forward, name, rowwise
         self.given = tree_flatten(given)[0]
+        # calls of one kind have the same arguments, of the same types, and the same flags
+        self.kind = (name, *(given and (len(given[1]), *given[2])), *map(_kind, self.given))
         self.others: list[Any] | None = None
 
     def knows(self) -> bool:
         """Whether it is known what the block returns for such arguments."""
-        form = self.block.__dict__.get("residrop_form")
-        return form is not None and form.arguments == len(self.given)
+        return self.kind in self.block.__dict__.get("residrop_forms", ())
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.forward(x, *args, **kwargs) if self.name is None else self.forward(**{self.name: x}, **kwargs)
@@ -136,9 +146,10 @@ class _Call:
         out = self.run(x, *args, **kwargs)
         leaves, spec = tree_flatten(out)
         got = tree_flatten((x, args, kwargs))[0]
-        form: _Form | None = self.block.__dict__.get("residrop_form")
+        forms: dict[Any, _Form] = self.block.__dict__.setdefault("residrop_forms", {})
+        form = forms.get(self.kind)
         if form is None or form.spec != spec or not _still(form, leaves, got):
-            form = self.learn(x, out, leaves, spec, got)
+            form = forms[self.kind] = self.learn(x, out, leaves, got, form)
             if version is not None and x._version != version:
                 raise ConfigError(
                     f"{type(self.block).__name__} overwrites its input, which x + b (block(x) - x) needs; make its "
@@ -147,28 +158,24 @@ class _Call:
         self.others = leaves
         return leaves[form.place]
 
-    def learn(self, x: Tensor, out: Any, leaves: list[Any], spec: TreeSpec, got: list[Any]) -> _Form:
+    def learn(self, x: Tensor, out: Any, leaves: list[Any], got: list[Any], earlier: _Form | None) -> _Form:
         """What the block returns: ConfigError if there is no hidden state, PlanError if there is more than an absent
         block can return."""
         place = _place(self.block, x, leaves)
         others: list[int | _Constant | None] = []
-        earlier: _Form | None = self.block.__dict__.get("residrop_form")
-        if earlier is not None and (earlier.spec, earlier.arguments) != (spec, len(got)):
-            earlier = None  # another kind of call
         for number, leaf in enumerate(leaves):
             if number == place:
                 others.append(None)
                 continue
             source = self._source(leaf, got, _where(out, number))
-            if earlier is not None and isinstance(source, _Constant) and earlier.others[number] != source:
+            if earlier is not None and isinstance(source, _Constant) and source not in earlier.others:
                 raise PlanError(
                     f"{type(self.block).__name__} returns {leaf!r} at {_where(out, number)!r} where it returned "
                     "something else before: nobody knows what the model should have there where the block is absent; "
                     "leave it out of `blocks`"
                 )
             others.append(source)
-        form = self.block.__dict__["residrop_form"] = _Form(spec, place, tuple(others), len(got))
-        return form
+        return _Form(tree_structure(out), place, tuple(others))
 
     def _source(self, leaf: Any, got: list[Any], where: str) -> int | _Constant:
         if where in self.block.__dict__.get("residrop_unused", ()):
@@ -195,13 +202,17 @@ class _Call:
 
     def result(self, y: Tensor) -> Any:
         """The block's output, with y as its hidden state."""
-        form: _Form = self.block.__dict__["residrop_form"]
+        form: _Form = self.block.__dict__["residrop_forms"][self.kind]
         if self.others is None or self.rowwise:
             leaves = [one.value if isinstance(one, _Constant) else self.given[one or 0] for one in form.others]
         else:
             leaves = self.others
         leaves[form.place] = y
         return tree_unflatten(leaves, form.spec)
+
+
+def _kind(leaf: Any) -> Any:
+    return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf)
 
 
 def _place(block: nn.Module, x: Tensor, leaves: list[Any]) -> int:
@@ -219,8 +230,6 @@ def _place(block: nn.Module, x: Tensor, leaves: list[Any]) -> int:
 
 def _still(form: _Form, leaves: list[Any], got: list[Any]) -> bool:
     """Whether what a block returned besides the hidden state is what was learnt of it."""
-    if form.arguments != len(got):
-        return False
     for leaf, other in zip(leaves, form.others, strict=True):
         if isinstance(other, _Constant):
             if not other.unused and (type(leaf) is not type(other.value) or leaf != other.value):

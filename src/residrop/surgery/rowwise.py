@@ -5,7 +5,8 @@ right if the first dimension is the batch in all of them, which sizes alone do n
 [tokens, batch, width] (`batch_first=False`), and a mask [tokens, tokens] may happen to be as long as the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isfinite
 from typing import Any
 
@@ -17,7 +18,7 @@ from residrop.blocks.modes import evaluating
 from residrop.common.errors import ConfigError, PlanError
 from residrop.surgery.arguments import Whole, call
 
-__all__ = ["check_batch_first", "check_rows"]
+__all__ = ["check_batch_first", "check_rows", "looking_on"]
 
 
 def check_batch_first(name: str, block: nn.Module) -> None:
@@ -29,6 +30,14 @@ def check_batch_first(name: str, block: nn.Module) -> None:
                 f"block {name!r} takes [tokens, batch, width] (batch_first=False), so its rows are no samples; use "
                 "granularity='block', or build the model with batch_first=True"
             )
+
+
+@contextmanager
+def looking_on(block: nn.Module, x: Tensor) -> Generator[None, None, None]:
+    """For runs of a block that are no part of the training: in eval mode, without gradients, randomness put back."""
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.no_grad(), evaluating(block), torch.random.fork_rng(devices=devices):
+        yield
 
 
 def check_rows(
@@ -47,35 +56,35 @@ def check_rows(
     Args:
         block: whose training flags are put back.
         run: (x, *args, **kwargs) to the block's output, Tensor of the shape of x.
-        x: Tensor[N, ...].
+        x: Tensor[N, ...], N at least 2.
         given: the other arguments as the block got them.
         along: () or the same as `surgery.arguments.pack` gives them.
         names: names of the positional ones.
 
     Returns:
-        Whether it could be seen: not in a batch of one row, nor where the block gives numbers that are not finite.
+        Whether it could be seen: not where what the block adds is not finite, or so small
+        beside its input that rounding hides it (as at the start where the last layer is zero).
     """
-    if len(x) < 2:
-        return False
     args, kwargs = given
     rows = torch.arange(len(x) - 1, -1, -2, device=x.device)  # backwards: causal attention over them would differ
     packed = along[0] if along else ((), {})
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.no_grad(), evaluating(block), torch.random.fork_rng(devices=devices):
+    with looking_on(block, x), _full_precision(block, x):
         expected = run(x.clone(), *args, **kwargs)
-        branch = (expected - x).abs().max().item()
-        if not isfinite(branch):
+        branch = _size(expected - x)
+        allowed = _tolerance(block, x, expected) * branch + torch.finfo(expected.dtype).eps * _size(x)
+        if not isfinite(branch) or allowed > branch / 4:
             return False
-        allowed = _tolerance(x, expected) * branch + 16 * torch.finfo(expected.dtype).eps * x.abs().max().item()
 
         def differs(packed: Any, dim: int = 0) -> bool:
             cut = tree_map(lambda leaf: leaf.index_select(0, rows) if isinstance(leaf, Tensor) else leaf, packed)
             try:
                 found = call(run, x.index_select(dim, rows), cut)
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, IndexError, ValueError, AssertionError):
                 return True
             wanted = expected.index_select(dim, rows)
-            return found.shape != wanted.shape or not (found - wanted).abs().max().item() <= allowed
+            return found.shape != wanted.shape or not _size(found - wanted) <= allowed
 
         if not differs(packed):
             return True
@@ -102,16 +111,29 @@ def check_rows(
         )
 
 
-def _tolerance(*tensors: Tensor) -> float:
+def _size(x: Tensor) -> float:
+    """Root of the mean square, in which rounding errors average out; Tensor[...]."""
+    return x.double().square().mean().sqrt().item()
+
+
+def _full_precision(block: nn.Module, x: Tensor) -> AbstractContextManager[Any]:
+    """Without autocast, where the block can do without."""
+    dtypes = {x.dtype, *(parameter.dtype for parameter in block.parameters())}
+    if torch.is_autocast_enabled(x.device.type) and dtypes == {torch.float32}:
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _tolerance(block: nn.Module, *tensors: Tensor) -> float:
     """Relative difference between two orders of the same sums, in the coarsest format that takes part."""
-    dtypes = [one.dtype for one in tensors]
+    dtypes = {one.dtype for one in (*tensors, *block.parameters()) if one.is_floating_point()}
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
-        dtypes.append(torch.get_autocast_dtype(device))
+        dtypes.add(torch.get_autocast_dtype(device))
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     if device == "cuda" and torch.float64 not in dtypes:
         coarsest = max(coarsest, 2.0**-11)  # matrix products may be of TF32
-    return 50 * coarsest
+    return max(4 * coarsest, 1e-5)
 
 
 def _is_cut(packed: Any, name: str, names: Sequence[str]) -> bool:

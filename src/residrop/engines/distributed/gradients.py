@@ -146,6 +146,7 @@ class GradientSync:
         where the others run their backward.
         """
         if self._units:
+            self._sampler.recall(None)  # an earlier backward's plan is not that of this step
             self._after_forward(())
             self._make_buckets()
             self._finish()

@@ -165,7 +165,7 @@ class _TakenOver:
     def follow(self, *call: Any) -> None:
         """Before a draw: hand on what the layer drop was set to since the last one."""
         rate = self._rate()
-        if rate == self.rate:
+        if rate == self.rate and not self._was_set():
             return
         survival = survival_of(self.attribute, rate)
         if not self.blocks and rate > 0.0:
@@ -182,8 +182,14 @@ class _TakenOver:
     def _rate(self) -> float:
         if self.config is not None:
             return float(getattr(self.config, self.attribute.removeprefix("config.")))
+        return float(getattr(self.owner, self.attribute)) if self._was_set() else self.rate
+
+    def _was_set(self) -> bool:
+        """Whether the loop's own attribute was set since it was taken over, if only to what it was."""
+        if self.config is not None:
+            return False
         rate = float(getattr(self.owner, self.attribute))
-        return self.rate if rate == 0.0 and copysign(1.0, rate) < 0.0 else rate
+        return rate != 0.0 or copysign(1.0, rate) > 0.0
 
     def undo(self) -> None:
         if self.config is None:
