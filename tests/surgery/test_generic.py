@@ -359,7 +359,7 @@ def test_rule_given_as_a_function():
     rules = [module for module in model.modules() if isinstance(module, residrop.Rule)]
     assert [(rule.rates, rule.rescale) for rule in rules] == [((0.4,), "none")]
     residrop.remove(model)
-    with pytest.raises(ConfigError, match="leaves no use for granularity"):
+    with pytest.raises(ConfigError, match="rule is a function, which does not use granularity"):
         residrop.apply(model, rule=residrop.StochasticDepth, survival=0.5, blocks="blocks.*", granularity="row")
     with pytest.raises(ConfigError, match="rule returned a float"):
         residrop.apply(model, rule=lambda p: p, survival=0.5, blocks="blocks.*")

@@ -129,7 +129,7 @@ class _AtRoot:
     Where `torch.compile` traces it, it is run by Python between two graphs, and not at all in a pass without coins.
     """
 
-    # a handle that is loaded keeps its number from the next hook of the process, which would replace this one
+    # loading it moves torch's count of hooks past its number, so that no hook of the process comes to replace this one
     handle: RemovableHandle
 
     def __init__(self, sampler: DepthSampler, rules: list[Rule]) -> None:

@@ -47,7 +47,8 @@ def apply(
 
     Parameters, buffers, their names and all hooks stay as they are, so checkpoints of the plain model load into the
     changed one and back. Modules of the blocks that drop paths themselves (`DropPath`, `StochasticDepth`) drop nothing
-    while the rule is in force: they compute what they drop, the rule does not. So is it with transformers' layer drop.
+    while the rule is in force: they would compute a branch and then mask it, the rule does not compute it.
+    transformers' layer drop is taken over in the same way.
     With survival="from_model" a training loop may go on setting their `drop_prob`, `p` or `layerdrop` (a ramp of drop
     rates): the rules follow. With other rates setting them is an error, as two sources of one rate would disagree.
 
@@ -71,7 +72,7 @@ def apply(
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
         unused: where, in what blocks under the generic rule return besides the hidden state, there is something that
             nothing needs from an absent block: an index ("1"), a key ("attentions"), or both with dots between. It is
-            None then. Everything else must be an argument handed on, None or a constant, or training is refused.
+            None then (at row level in every forward with coins). Everything else must be an argument handed on, None or a constant, or training is refused.
         options: further options of the rule.
 
     Returns:
@@ -186,7 +187,7 @@ def _make(rule: str | Callable[[float], Rule], own: Own, options: dict[str, Any]
         return make_rule(rule, own.survival, **options)
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ConfigError(f"rule is a function, which leaves no use for {', '.join(given)}; give them inside of it")
+        raise ConfigError(f"rule is a function, which does not use {', '.join(given)}; give them inside of it")
     made = rule(own.survival)
     if not isinstance(made, Rule):
         raise ConfigError(f"rule returned a {type(made).__name__}; it has to return a new residrop.Rule")

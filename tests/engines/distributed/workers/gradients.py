@@ -103,12 +103,27 @@ def unused():
     return {"never": model.never.weight.grad is None, "error": float((mine - single).abs().max())}
 
 
+def plans_that_differ(sampler):
+    """One plan, and another in which a block is present that is absent in the first, and the other way round."""
+    first = sampler.plan(0)
+    coins = [draw.alive for draw in first.draws]
+    for step in range(1, 200):
+        plan = sampler.plan(step)
+        pairs = set(zip(coins, (draw.alive for draw in plan.draws), strict=True))
+        if {(True, False), (False, True)} <= pairs:
+            return first, plan
+    raise AssertionError("no such plan in 200 steps")
+
+
 def join():
     """A rank without data takes part; the others' mean counts it as zero."""
     model = network()
     handle = data_parallel(model)
     x, y = batch(0)
-    plan = sampler_of(model).plan(0)
+    first, plan = plans_that_differ(sampler_of(model))
+    with residrop.using(model, first):  # a step of all ranks before, whose draw must not be taken for that of the next
+        F.cross_entropy(model(x), y).backward()
+    model.zero_grad()
     with residrop.using(model, plan):
         if dist.get_rank() == 0:
             F.cross_entropy(model(x), y).backward()
