@@ -168,7 +168,8 @@ class _Call:
                 others.append(None)
                 continue
             source = self._source(leaf, got, _where(out, number))
-            if earlier is not None and isinstance(source, _Constant) and source not in earlier.others:
+            known = source if earlier is None or number >= len(earlier.others) else earlier.others[number]
+            if isinstance(source, _Constant) and source != known:
                 raise PlanError(
                     f"{type(self.block).__name__} returns {leaf!r} at {_where(out, number)!r} where it returned "
                     "something else before: nobody knows what the model should have there where the block is absent; "
