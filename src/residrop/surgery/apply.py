@@ -72,8 +72,8 @@ def apply(
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
         unused: where, in what blocks under the generic rule return besides the hidden state, there is something that
             nothing needs from an absent block: an index ("1"), a key ("attentions"), or both with dots between. It is
-            None then (at row level in every forward with coins). Everything else must be an argument handed on, None or a
-            constant, or training is refused.
+            None then (at row level in every forward with coins). Everything else must be an argument handed on, None or
+            a constant, or training is refused.
         options: further options of the rule.
 
     Returns:
