@@ -6,7 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["leave_with_parent"]
+__all__ = ["leave_with_parent", "leaving"]
+
+_leaving = threading.Event()
 
 
 def leave_with_parent(on_gone: Callable[[], object] = lambda: None, seconds: float = 1.0) -> None:
@@ -14,12 +16,19 @@ def leave_with_parent(on_gone: Callable[[], object] = lambda: None, seconds: flo
 
     That ends what waits; a training saves its state first.
     """
+    _leaving.clear()
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(seconds)
         on_gone()
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not _leaving.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def leaving() -> None:
+    """Say that this process is about to end by itself, so that no signal is to cut short what it still does."""
+    _leaving.set()

@@ -1,7 +1,7 @@
 """A whole training: from a recipe to an evaluated run directory."""
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from residrop.blocks.attach import expected_depth_of, rules_of, set_survival
 from residrop.common.errors import Interrupted, RankError, RunError
 from residrop.common.lock import held
+from residrop.common.orphans import leaving
 from residrop.data import Loader
 from residrop.engines.compiling import compile, replays
 from residrop.engines.distributed import data_parallel
@@ -107,7 +108,9 @@ def train(
         try:
             _train(recipe, run, state, ready, console, quiet)
         except Interrupted:
-            ranks.wait_for_all()  # torchrun ends the others as soon as one has left
+            leaving()
+            with suppress(RuntimeError):  # one has left already
+                ranks.wait_for_all()  # torchrun ends the others as soon as one has left
             raise
         outcome = _finish(recipe, run, state, ready.loaders["test"], console, quiet)
         ranks.wait_for_all()
