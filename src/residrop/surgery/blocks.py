@@ -73,10 +73,34 @@ class AppliedBlock(Skippable):
                 return node
             self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
+        if self.residrop_unchecked() and any(rule.tosses() for rule in self.residrop_rules):  # pyright: ignore
+            if torch.compiler.is_compiling():
+                from residrop.rules import tracing
+
+                tracing.in_python(self._residrop_checked, args, kwargs)
+            else:
+                self._residrop_checked(args, kwargs)
         for rule in self.residrop_rules:
-            if not rule.is_plain_sum() or (rule.cuts_rows() and self.residrop_unchecked()):  # pyright: ignore
-                return self.residrop_forward(*args, **self.residrop_named(kwargs))
+            if not rule.is_plain_sum():  # pyright: ignore[reportCallIssue]
+                return self.residrop_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)  # to the last bit, and with whatever else the class does in eval
+
+    def residrop_unchecked(self) -> bool:
+        return self.__dict__.get("residrop_checked", (0, 1))[0] is not None
+
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Compare the block with what it was taken for, on the arguments of a forward; returns whether it could be
+        seen. PlanError if it is something else."""
+        return True
+
+    def _residrop_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Where it could not be seen, twice as many forwards go by until the next attempt as did before the last."""
+        wait, gap = self.__dict__.get("residrop_checked", (0, 1))
+        if wait:
+            self.__dict__["residrop_checked"] = (wait - 1, gap)
+        elif wait is not None and torch._C._current_graph_task_id() == -1:  # in backward it is a recomputation
+            seen = self.residrop_check(args, kwargs)
+            self.__dict__["residrop_checked"] = (None, 0) if seen else (gap, 2 * gap)
 
     def _residrop_count(self) -> None:
         sampler: Any = self.residrop_rules[0].sampler
@@ -106,10 +130,6 @@ class AppliedBlock(Skippable):
         mixin = next(one for one, of in _CLASSES if _CLASSES[one, of] is type(self))
         form = form_of(own.forward) if issubclass(mixin, ForeignBlock) else ""
         return (_new_block, (vars(mixin).get("residrop_made") or mixin, own, form), *rest)
-
-    def residrop_named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by the names that `residrop_forward` has for them."""
-        return kwargs
 
     def residrop_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward, written anew around its rules."""

@@ -14,7 +14,7 @@ from residrop.surgery.blocks import AppliedBlock, Branch
 from residrop.surgery.containers import RULES
 from residrop.surgery.rowwise import check_rows, looking_on
 
-__all__ = ["GenericBlock"]
+__all__ = ["Call", "GenericBlock", "Taken"]
 
 
 class GenericBlock(AppliedBlock):
@@ -42,45 +42,30 @@ class GenericBlock(AppliedBlock):
 
     def residrop_unchecked(self) -> bool:
         rule = self.residrop_rules[0]
-        return rule.granularity == "row" and "residrop_rowwise" not in self.__dict__
+        return rule.granularity == "row" and super().residrop_unchecked()
 
     def residrop_forward(self, *args: Any, **kwargs: Any) -> Any:
         rule = self.residrop_branches()[0][0]
         rowwise = rule.cuts_rows()
-        if rowwise and not torch.compiler.is_compiling():
-            self.residrop_check(args, kwargs)
-        elif rowwise and self.residrop_unchecked():
-            from residrop.rules import tracing
-
-            tracing.in_python(self.residrop_check, args, kwargs)
-        x, args, kwargs, name = self._residrop_hidden(args, kwargs)
-        call = _Call(self, super(AppliedBlock, self).forward, name, rowwise, (x, args, kwargs))
+        (x, args, kwargs, name, forward), restored = self.residrop_take(args, kwargs)
+        call = Call(self, forward, name, rowwise, (x, args, kwargs))
         along = self.residrop_along(rule, x, args, kwargs)
-        y = rule.forward_block(x, Branch(self, call), along)
-        if call.others is None and not call.knows():  # absent at its first call
-            with looking_on(self, x):
-                call(x, *args, **kwargs)
-            call.others = None
-        return call.result(y)
+        return restored(call.result(rule.forward_block(x, Branch(self, call), along), x, args, kwargs))
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compare, on the first batch of two rows or more, what rows give by themselves with what they give in it.
-
-        Where it could not be seen, twice as many forwards go by until the next attempt as did before the last.
-        """
-        wait, gap = self.__dict__.get("residrop_rowwise", (0, 1))
-        if wait:
-            self.__dict__["residrop_rowwise"] = (wait - 1, gap)
-            return
-        if wait is None:
-            return
-        x, args, kwargs, name = self._residrop_hidden(args, kwargs)
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Compare what rows give by themselves with what they give in a batch of two rows or more."""
+        if not self.residrop_rules[0].cuts_rows():  # pyright: ignore[reportCallIssue]
+            return False
+        (x, args, kwargs, name, forward), _ = self.residrop_take(args, kwargs)
         if len(x) < 2:
-            return
-        call = _Call(self, super(AppliedBlock, self).forward, name, True, ())
+            return False
+        call = Call(self, forward, name, True, ())
         along = self.residrop_along(self.residrop_rules[0], x, args, kwargs)
-        seen = check_rows(self, call.hidden, x, (args, kwargs), along, self.residrop_signature.names[1:])
-        self.__dict__["residrop_rowwise"] = (None, 0) if seen else (gap, 2 * gap)
+        return check_rows(self, call.hidden, x, (args, kwargs), along, self.residrop_signature.names[1:])
+
+    def residrop_take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "tuple[Taken, Callable[[Any], Any]]":
+        """A call's arguments, and what makes the block's output of that of `Taken.forward`."""
+        return Taken(*self._residrop_hidden(args, kwargs), super(AppliedBlock, self).forward), lambda out: out
 
     def _residrop_hidden(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -97,6 +82,24 @@ class GenericBlock(AppliedBlock):
             f"{type(self).__name__} was called without a tensor as its first argument, so it is no block x + F(x); "
             "leave it out of `blocks`"
         )
+
+
+class Taken(NamedTuple):
+    """The arguments of a call of a block.
+
+    Attributes:
+        x: the hidden state.
+        args: the other arguments by position.
+        kwargs: and by name.
+        name: of the hidden state, if it came by name.
+        forward: what is called with them.
+    """
+
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str | None
+    forward: Callable[..., Any]
 
 
 class _Constant(NamedTuple):
@@ -117,16 +120,32 @@ class _Form(NamedTuple):
     others: tuple[int | _Constant | None, ...]  # None at `place`
 
 
-class _Call:
-    """One call of a block: takes its output apart, and puts the combined hidden state in its place."""
+class Call:
+    """One call of a block, or of a branch that gives more than a tensor: takes its output apart, and puts the combined
+    hidden state in its place.
+
+    Args:
+        block: the block.
+        forward: its forward, or the branch.
+        name: of the hidden state among the arguments, if it comes by name.
+        rowwise: whether some rows alone may go through it.
+        given: (x, args, kwargs).
+        branch: the number of the branch; None for a block.
+    """
 
     def __init__(
-        self, block: nn.Module, forward: Callable[..., Any], name: str | None, rowwise: bool, given: Any
+        self,
+        block: nn.Module,
+        forward: Callable[..., Any],
+        name: str | None,
+        rowwise: bool,
+        given: Any,
+        branch: int | None = None,
     ) -> None:
-        self.block, self.forward, self.name, self.rowwise = block, forward, name, rowwise
+        self.block, self.forward, self.name, self.rowwise, self.branch = block, forward, name, rowwise, branch
         self.given = tree_flatten(given)[0]
         # calls of one kind have the same arguments, of the same types, and the same flags
-        self.kind = (name, *(given and (len(given[1]), *given[2])), *map(_kind, self.given))
+        self.kind = (name, branch, *(given and (len(given[1]), *given[2])), *map(_kind, self.given))
         self.others: list[Any] | None = None
 
     def knows(self) -> bool:
@@ -139,7 +158,11 @@ class _Call:
     def hidden(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden state that the block itself gives."""
         leaves, _ = tree_flatten(self.run(x, *args, **kwargs))
-        return leaves[_place(self.block, x, leaves)]
+        return leaves[self.place(x, leaves)]
+
+    def place(self, x: Tensor, leaves: list[Any]) -> int:
+        """At which leaf of the output the hidden state is; ConfigError if there is none."""
+        return _place(self.block, x, leaves) if self.branch is None else 0
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -161,7 +184,7 @@ class _Call:
     def learn(self, x: Tensor, out: Any, leaves: list[Any], got: list[Any], earlier: _Form | None) -> _Form:
         """What the block returns: ConfigError if there is no hidden state, PlanError if there is more than an absent
         block can return."""
-        place = _place(self.block, x, leaves)
+        place = self.place(x, leaves)
         others: list[int | _Constant | None] = []
         for number, leaf in enumerate(leaves):
             if number == place:
@@ -201,8 +224,12 @@ class _Call:
             f"`blocks`, or name {where!r} in residrop.apply(..., unused=[...]) if nothing needs it"
         )
 
-    def result(self, y: Tensor) -> Any:
-        """The block's output, with y as its hidden state."""
+    def result(self, y: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output, with y as its hidden state, for these arguments."""
+        if self.others is None and not self.knows():  # absent at its first call
+            with looking_on(self.block, x):
+                self(x, *args, **kwargs)
+            self.others = None
         form: _Form = self.block.__dict__["residrop_forms"][self.kind]
         if self.others is None or self.rowwise:
             leaves = [one.value if isinstance(one, _Constant) else self.given[one or 0] for one in form.others]

@@ -18,7 +18,7 @@ from residrop.blocks.modes import evaluating
 from residrop.common.errors import ConfigError, PlanError
 from residrop.surgery.arguments import Whole, call
 
-__all__ = ["check_batch_first", "check_rows", "looking_on"]
+__all__ = ["check_batch_first", "check_rows", "looking_on", "seen_alike"]
 
 
 def check_batch_first(name: str, block: nn.Module) -> None:
@@ -109,6 +109,75 @@ def check_rows(
             "an argument has to be cut with them and is not; use granularity='block', name arguments in "
             "residrop.apply(..., whole=[...], cut=[...]), or leave the block out of `blocks`"
         )
+
+
+def seen_alike(
+    block: nn.Module, x: Tensor, run: Callable[[], Any], trial: Callable[[frozenset[str]], tuple[Any, Any]]
+) -> bool | frozenset[str]:
+    """PlanError unless a block gives, with its branches called by themselves, what its own forward gives.
+
+    It costs at most two forwards of the block, in eval mode and without gradients; nothing is drawn from the random
+    number generators in the end, and no statistics move.
+
+    Args:
+        block: whose training flags are put back.
+        x: its input, Tensor[N, ...].
+        run: calls its own forward.
+        trial: calls the forward that was written, in which these arguments are not cut; returns what that gives, and
+            what it knows: `rowwise`, `rows`, `names` (of the arguments that were cut) and `branches` (what they gave).
+
+    Returns:
+        The names of arguments that all rows share although their first size is that of the batch; False where it could
+        not be seen, as branches are not finite, or so small beside the input that rounding hides them.
+    """
+    with looking_on(block, x), _full_precision(block, x):
+        expected = [leaf for leaf in tree_leaves(run()) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+        def differs(shared: frozenset[str]) -> tuple[bool | None, Any]:
+            """Whether it differs; None where that cannot be seen."""
+            found, made = trial(shared)
+            if found is None:
+                return True, made
+            leaves = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            if not leaves or not expected:
+                return None, made
+            wanted, got = expected[0], leaves[0]
+            if wanted.shape != got.shape:
+                return True, made
+            if made.rowwise:
+                wanted, got = wanted.index_select(0, made.rows), got.index_select(0, made.rows)
+            branch = min((_size(one) for one in made.branches), default=0.0)
+            tolerance = _tolerance(block, x, wanted)
+            allowed = tolerance * branch + 4 * torch.finfo(wanted.dtype).eps * _size(wanted)
+            difference = _size(got - wanted)
+            if difference <= allowed and isfinite(branch):
+                return (None if branch == 0.0 or allowed > branch / 4 else False), made
+            return (True if isfinite(branch) and isfinite(difference) else None), made
+
+        answer, made = differs(frozenset())
+        if answer is None:
+            return False
+        if not answer:
+            return frozenset()
+        return _shared(block, differs, made)
+
+
+def _shared(block: nn.Module, differs: Callable[[frozenset[str]], tuple[bool | None, Any]], made: Any) -> frozenset[str]:
+    """The arguments that have to be left whole for rows to be right; PlanError if there are none such."""
+    for name in made.names:
+        if differs(frozenset({name}))[0] is False:
+            return frozenset({name})
+    where = f"{type(block).__name__}, with its branches called by themselves,"
+    if not made.rowwise:
+        raise PlanError(
+            f"{where} gives something else than its own forward; use residrop.apply(..., branches=False), or leave it "
+            "out of `blocks`"
+        )
+    raise PlanError(
+        f"{where} gives for some rows something else than for the whole batch, or an argument has to be cut with them "
+        "and is not; use granularity='block', name arguments in residrop.apply(..., whole=[...], cut=[...]), or leave "
+        "the block out of `blocks`"
+    )
 
 
 def _size(x: Tensor) -> float:

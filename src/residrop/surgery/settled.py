@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from residrop.surgery.chain import Chain
+from residrop.surgery.read_block import ReadBlock
+from residrop.surgery.reading.questions import part_at
 from residrop.surgery.sites import Found
 
 __all__ = ["mark_settled"]
@@ -32,8 +33,10 @@ def mark_settled(model: nn.Module, found: list[Found]) -> None:
 
 
 def _ends_in_relu(one: Found) -> bool:
-    post = one.mixin.post if issubclass(one.mixin, Chain) else ""
-    return bool(post) and type(getattr(one.block, post)) is nn.ReLU
+    if not issubclass(one.mixin, ReadBlock):
+        return False
+    last = one.mixin.residrop_reading.branches[-1]
+    return last.last and last.plain and bool(last.post) and type(part_at(one.block, last.post)) is nn.ReLU
 
 
 def _neighbours(model: nn.Module) -> Iterator[tuple[nn.Module | None, nn.Module]]:

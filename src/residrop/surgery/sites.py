@@ -10,21 +10,13 @@ from torch import nn
 from residrop.blocks.residual import Residual
 from residrop.common.errors import ConfigError
 from residrop.rules.base import Rule
-from residrop.surgery.adapters import Adapter
-from residrop.surgery.blocks import AppliedBlock, ForeignBlock
+from residrop.surgery.blocks import AppliedBlock
 from residrop.surgery.drops import Own, own_survival
-from residrop.surgery.generic import GenericBlock
-from residrop.surgery.libraries import timm, torchvision, transformers
+from residrop.surgery.finding import candidates, inside_branches, named, whole
 from residrop.surgery.libraries.transformers.layerdrop import LayerDrop
+from residrop.surgery.read_block import ReadBlock
 
-__all__ = ["Found", "LeftAlone", "adapter_of", "check_bare", "drops_of", "find", "own_drops"]
-
-ADAPTERS: tuple[Adapter, ...] = (*torchvision.ADAPTERS, *timm.ADAPTERS, *transformers.ADAPTERS)
-
-_UNKNOWN = (
-    "its forward is none of those that are known (of another version, or of a class of its own); name it in `blocks` "
-    "for the generic rule"
-)
+__all__ = ["Found", "LeftAlone", "check_bare", "drops_of", "find", "own_drops"]
 
 LeftAlone = tuple[str, str]  # name of a module, and why it stays as it is
 
@@ -36,44 +28,27 @@ class Found:
     Attributes:
         name: dotted name in the model.
         block: the module.
-        adapter: the adapter of its class, or None for the generic rule.
+        mixin: what takes the place of the block's forward.
         drop: the model's own layer drop, where a rule for the whole block takes its place.
     """
 
     name: str
     block: nn.Module
-    adapter: Adapter | None
+    mixin: type[AppliedBlock]
     drop: LayerDrop | None = None
 
     @property
-    def mixin(self) -> type[AppliedBlock]:
-        """What takes the place of the block's forward."""
-        if self.drop is not None and self.drop.mixin is not None:
-            return self.drop.mixin
-        mixin = None if self.adapter is None else self.adapter.mixin
-        return GenericBlock if mixin is None else mixin
-
-    @property
     def kind(self) -> str:
-        """How the block is known, for reports."""
+        """How the block is known, for reports: its class, and "whole" if its branches are not told apart."""
+        library = type(self.block).__module__.partition(".")[0]
         name = type(self.block).__name__
-        if self.adapter is None:
-            return f"{name}, generic"
-        library = self.adapter.library
-        at_home = any(one.__module__.partition(".")[0] == library for one in type(self.block).__mro__)
-        return (f"{library} {name}" if at_home else f"{name}, as in {library}") + (
-            ", generic" if issubclass(self.mixin, GenericBlock) else ""
-        )
+        whole = "" if issubclass(self.mixin, ReadBlock) else ", whole"
+        return f"{name if library == '__main__' else f'{library} {name}'}{whole}"
 
     @property
     def branches(self) -> int:
         """Number of branches, each with a rule of its own."""
-        return len(self.mixin.parts) if issubclass(self.mixin, ForeignBlock) else 1
-
-
-def adapter_of(block: nn.Module) -> Adapter | None:
-    """The adapter for a block; None if its class is not known."""
-    return next((adapter for adapter in ADAPTERS if adapter.fits(block)), None)
+        return len(self.mixin.residrop_reading.branches) if issubclass(self.mixin, ReadBlock) else 1
 
 
 def check_bare(model: nn.Module) -> None:
@@ -95,9 +70,9 @@ def find(
 
     Args:
         model: any model.
-        blocks: None for all blocks of known classes; or a name pattern ("encoder.layers.*"; `*` does not cross a dot),
-            a class, a module list (its elements), a module, or several of these.
-        branches: False takes known classes as whole blocks, too.
+        blocks: None for all that are found (see `surgery.finding`); or a name pattern ("encoder.layers.*"; `*` does not
+            cross a dot), a class, a module list (its elements), a module, or several of these.
+        branches: False takes blocks as a whole.
         drops: the layers whose layer drop is taken over; they are found as whole blocks.
 
     Raises:
@@ -105,23 +80,21 @@ def find(
     """
     names = {module: name for name, module in model.named_modules()}
     drops = {layer: drop for layer, drop in (drops or {}).items() if drop.active and drop.mixin is not None}
+    left: list[LeftAlone] = []
     if blocks is None:
-        chosen = {block: adapter_of(block) for block in names}
+        chosen, left = candidates(model, names, drops)
     else:
         wanted = {block for one in _several(blocks) for block in _matches(model, names, one)}
-        chosen = {block: adapter_of(block) for block in names if block in wanted}
+        chosen = {block: named(block) for block in names if block in wanted}
     found: list[Found] = []
-    left: list[LeftAlone] = []
-    for block, adapter in chosen.items():
-        if adapter is None and blocks is None and block not in drops:
-            if any(one.of_class(block) for one in ADAPTERS):
-                left.append((names[block], _UNKNOWN))
-        elif adapter is not None and adapter.mixin is None:
-            left.append((names[block], adapter.why_not))
-        elif "forward" in block.__dict__:
+    for block, mixin in chosen.items():
+        drop = drops.get(block)
+        if "forward" in block.__dict__:
             left.append((names[block], "its forward was replaced on the object, by an engine or by hand"))
+        elif drop is not None and drop.mixin is not None:
+            found.append(Found(names[block], block, drop.mixin, drop))
         else:
-            found.append(Found(names[block], block, adapter if branches else None, drops.get(block)))
+            found.append(Found(names[block], block, mixin if branches else whole(mixin)))
     if not found:
         raise ConfigError(_nothing(model, blocks, left))
     _check_apart(found)
@@ -173,7 +146,8 @@ def _nothing(model: nn.Module, blocks: Any, left: list[LeftAlone]) -> str:
         given = repr(blocks) if isinstance(blocks, (str, type)) else f"these {type(blocks).__name__}"
         return f"nothing in {what} matches blocks={given}; names look like {_examples(model)}"
     return (
-        f"{what} has no block of a known class; name its residual blocks (input and output of one shape), for example "
+        f"{what} has no residual blocks: in the source of none of its modules is there a sum of a value and a function of "
+        f"it that holds most of the module's weights; if it has blocks all the same, name them, for example "
         f"residrop.apply(model, blocks={_examples(model)}, ...), by a pattern, a class or a module list"
     )
 
@@ -191,14 +165,9 @@ def _examples(model: nn.Module) -> str:
 
 def drops_of(found: Found) -> list[tuple[int, nn.Module]]:
     """The block's own drop modules whose place its rules take, each with the number of that rule."""
-    mixin = found.mixin
-    if issubclass(mixin, ForeignBlock):
-        inside = [(number, getattr(found.block, name, None)) for number, name in enumerate(mixin.drops)]
-    else:
-        inside = [(0, module) for module in found.block.modules()]
     return [
         (number, module)
-        for number, module in inside
+        for number, module in inside_branches(found.block, found.mixin)
         if isinstance(module, nn.Module) and own_survival(module) is not None
     ]
 
@@ -207,11 +176,14 @@ def own_drops(found: Found) -> list[Own] | None:
     """What a block's own drop modules do, one entry per branch; None if it has none."""
     if found.drop is not None:
         return [Own(found.drop.survival, "block", "none")]
-    mixin = found.mixin
-    if not issubclass(mixin, ForeignBlock):
-        inside = [own for _, module in drops_of(found) if (own := own_survival(module)) is not None]
-        return [min(inside, key=lambda own: own.survival)] if inside else None
-    drops = [own_survival(getattr(found.block, name, None)) for name in mixin.drops]
-    known = next((drop for drop in drops if drop is not None), None)
+    inside: dict[int, list[Own]] = {}
+    for number, module in drops_of(found):
+        own = own_survival(module)
+        assert own is not None
+        inside.setdefault(number, []).append(own)
+    if not inside:
+        return None
+    drops = {number: min(owns, key=lambda own: own.survival) for number, owns in inside.items()}
     # a branch without one is always present: models leave the module out where the rate of drops is 0
-    return None if known is None else [known._replace(survival=1.0) if drop is None else drop for drop in drops]
+    always = next(iter(drops.values()))._replace(survival=1.0)
+    return [drops.get(number, always) for number in range(found.branches)]

@@ -1,1 +1,1 @@
-"""Which blocks the libraries have, and where their shortcuts and branches are."""
+"""What libraries do around their blocks that a rule has to know of."""

@@ -1,0 +1,127 @@
+"""Which modules of a model are its residual blocks.
+
+A module is one if its forward adds a function of a value to that value (see `surgery.reading`), and what is added holds
+most of its weights. Of modules within each other those are taken that stand in lists: the layers of an encoder rather
+than the encoder, and the layers rather than what is inside of them.
+"""
+
+from collections.abc import Container, Iterator
+from typing import Any
+
+from torch import nn
+
+from residrop.blocks.skippable import parameters_of
+from residrop.surgery.blocks import AppliedBlock
+from residrop.surgery.generic import GenericBlock
+from residrop.surgery.read_block import ReadBlock, mixin_of
+from residrop.surgery.reading.questions import part_at
+from residrop.surgery.reading.read import read
+from residrop.surgery.streams import stream_mixin
+
+__all__ = ["candidates", "inside_branches", "named", "whole"]
+
+_LEAST_SHARE = 0.5  # of a block's parameters that its branches hold
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # of torch's own layers those that are blocks
+
+
+def candidates(
+    model: nn.Module, names: dict[nn.Module, str], drops: Container[nn.Module]
+) -> tuple[dict[nn.Module, type[AppliedBlock]], list[tuple[str, str]]]:
+    """The residual blocks of a model, each with what takes the place of its forward, in the order of its modules.
+
+    Args:
+        model: any model.
+        names: its modules with their names.
+        drops: modules that are blocks in any case.
+
+    Returns:
+        The blocks; and (name, why) of modules of the same classes that are none.
+    """
+    chosen = {block: mixin for block, mixin, _ in _found(model, drops, listed=False, root=True)}
+    kinds = {type(block) for block in chosen}
+    inside = {part for block in chosen for part in block.modules()}
+    left = [
+        (name, "no sum over its input is found in it (where width or stride change, blocks often have none)")
+        for module, name in names.items()
+        if type(module) in kinds and module not in inside
+    ]
+    return {block: chosen[block] for block in names if block in chosen}, left
+
+
+def _found(
+    module: nn.Module, drops: Container[nn.Module], *, listed: bool, root: bool = False
+) -> list[tuple[nn.Module, type[AppliedBlock], bool]]:
+    """The blocks in a module (or the module itself), each with whether it stands in a list."""
+    inner = [
+        one
+        for child in module.children()
+        for one in _found(child, drops, listed=isinstance(module, _LISTS) or (listed and isinstance(module, _LISTS)))
+    ]
+    if root or isinstance(module, _LISTS):
+        return inner
+    if module in drops:
+        return [(module, GenericBlock, listed)]
+    mixin = _mixin(module)
+    if mixin is None:
+        return inner
+    within = [block for block, _, in_list in inner if in_list]
+    most = _size(within) >= _LEAST_SHARE * _size([module])
+    if len(within) > 1 and most:
+        return inner
+    return [(module, mixin, listed)]
+
+
+def _mixin(module: nn.Module) -> type[AppliedBlock] | None:
+    """What takes the place of a module's forward if it is a residual block; None if it is none."""
+    if type(module).__module__.startswith("torch.") and not isinstance(module, _TORCH):
+        return None
+    if next(module.parameters(), None) is None or next(module.children(), None) is None:
+        return None
+    reading = read(module)
+    if reading.branches:
+        mixin = mixin_of(module)
+        parts = [part_at(module, path) for branch in reading.branches for path in branch.paths]
+        share = _size([part for part in parts if part is not None])
+        if share >= _LEAST_SHARE * _size([module]):
+            return mixin
+    return whole_mixin(module)
+
+
+def whole_mixin(module: nn.Module) -> type[AppliedBlock] | None:
+    """What takes the place of a module's forward if what it returns is its input and sums over it."""
+    streams = read(module).streams
+    if not any(streams):
+        return None
+    return GenericBlock if sum(one is not None for one in streams) == 1 else stream_mixin(streams)
+
+
+def named(block: nn.Module) -> type[AppliedBlock]:
+    """What takes the place of the forward of a block that a user has named."""
+    if isinstance(block, _LISTS):
+        return GenericBlock
+    return _mixin(block) or GenericBlock
+
+
+def whole(mixin: type[AppliedBlock]) -> type[AppliedBlock]:
+    """The same for the block as a whole."""
+    if issubclass(mixin, ReadBlock):
+        streams = mixin.residrop_reading.streams
+        return stream_mixin(streams) if sum(one is not None for one in streams) > 1 else GenericBlock
+    return mixin
+
+
+def inside_branches(block: nn.Module, mixin: type[AppliedBlock]) -> Iterator[tuple[int, Any]]:
+    """The modules of a block's branches, each with the number of its branch."""
+    if not issubclass(mixin, ReadBlock):
+        yield from ((0, module) for module in block.modules())
+        return
+    for number, branch in enumerate(mixin.residrop_reading.branches):
+        for path in branch.paths:
+            part = part_at(block, path)
+            if isinstance(part, nn.Module):
+                yield from ((number, module) for module in part.modules())
+
+
+def _size(parts: Any) -> int:
+    return sum({id(one): one.numel() for one in parameters_of(list(parts))}.values())
