@@ -56,7 +56,7 @@ def _found(
     inner = [
         one
         for child in module.children()
-        for one in _found(child, drops, listed=isinstance(module, _LISTS) or (listed and isinstance(module, _LISTS)))
+        for one in _found(child, drops, listed=isinstance(module, _LISTS))
     ]
     if root or isinstance(module, _LISTS):
         return inner
@@ -66,10 +66,17 @@ def _found(
     if mixin is None:
         return inner
     within = [block for block, _, in_list in inner if in_list]
-    most = _size(within) >= _LEAST_SHARE * _size([module])
-    if len(within) > 1 and most:
+    if len(within) > 1 and (
+        _size(within) >= _LEAST_SHARE * _size([module]) or _outside(module, mixin, within) >= _LEAST_SHARE * _size(within)
+    ):
         return inner
     return [(module, mixin, listed)]
+
+
+def _outside(module: nn.Module, mixin: type[AppliedBlock], blocks: list[nn.Module]) -> int:
+    """How many parameters of inner blocks are in no branch of the module around them."""
+    covered = {id(one) for _, part in inside_branches(module, mixin) for one in part.parameters()}
+    return sum(one.numel() for one in parameters_of(blocks) if id(one) not in covered)
 
 
 def _mixin(module: nn.Module) -> type[AppliedBlock] | None:

@@ -5,6 +5,7 @@ right if the first dimension is the batch in all of them, which sizes alone do n
 [tokens, batch, width] (`batch_first=False`), and a mask [tokens, tokens] may happen to be as long as the batch.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isfinite
@@ -34,10 +35,28 @@ def check_batch_first(name: str, block: nn.Module) -> None:
 
 @contextmanager
 def looking_on(block: nn.Module, x: Tensor) -> Generator[None, None, None]:
-    """For runs of a block that are no part of the training: in eval mode, without gradients, randomness put back."""
+    """For runs of a block that are no part of the training: in eval mode, without gradients, randomness put back, and
+    without the hooks of users, who would count or record what is no forward of the model."""
     devices = [x.device] if x.device.type == "cuda" else []
+    kept: list[tuple[nn.Module, str, Any]] = []
+    for module in block.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks = getattr(module, name)
+            if any(not _is_of_torch(hook) for hook in hooks.values()):
+                kept.append((module, name, hooks))
     with torch.no_grad(), evaluating(block), torch.random.fork_rng(devices=devices):
-        yield
+        try:
+            for module, name, hooks in kept:
+                setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items() if _is_of_torch(hook)))
+            yield
+        finally:
+            for module, name, hooks in kept:
+                setattr(module, name, hooks)
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether a hook is one that makes a module what it is: weight norms, sharded parameters."""
+    return (getattr(hook, "__module__", None) or type(hook).__module__).partition(".")[0] == "torch"
 
 
 def check_rows(

@@ -187,10 +187,18 @@ def path_of(node: ast.AST, own: str = "self") -> str | None:
         and isinstance(node.args[1], ast.Constant)
     ):
         base, name = path_of(node.args[0], own), str(node.args[1].value)
-    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and type(node.slice.value) is int:
-        base, name = path_of(node.value, own), str(node.slice.value)
-        if not base or node.slice.value < 0:
+    elif isinstance(node, ast.Subscript) and (index := _index(node.slice)) is not None:
+        base, name = path_of(node.value, own), str(index)
+        if not base:
             return None
     else:
         return None
     return None if base is None else f"{base}.{name}" if base else name
+
+
+def _index(node: ast.expr) -> int | None:
+    """The number that an expression is, -1 too."""
+    sign = 1
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        sign, node = -1, node.operand
+    return sign * node.value if isinstance(node, ast.Constant) and type(node.value) is int else None

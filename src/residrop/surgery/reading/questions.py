@@ -21,10 +21,10 @@ __all__ = ["Answers", "Questions", "Recorded", "at", "part_at"]
 
 
 def at(block: nn.Module, path: str) -> Any:
-    """The attribute of a block at a dotted path, through elements of lists, too; raises AttributeError or KeyError."""
+    """The attribute of a block at a dotted path, through elements of lists, too; raises AttributeError, LookupError or TypeError."""
     found: Any = block
     for name in path.split(".") if path else ():
-        found = found._modules[name] if name.isdigit() and isinstance(found, nn.Module) else getattr(found, name)
+        found = _inside(found, name)
     return found
 
 
@@ -77,7 +77,7 @@ class Questions:
                 return False
             try:
                 owner = at(owner, one) if isinstance(owner, nn.Module) else getattr(owner, one)
-            except (AttributeError, KeyError):
+            except (AttributeError, LookupError, TypeError):
                 return True
         return not (isinstance(owner, nn.Module) and name in set_outside_init(type(owner)))
 
@@ -85,7 +85,7 @@ class Questions:
         """The class of a child; None where there is no module."""
         try:
             found = at(self.block, path)
-        except (AttributeError, KeyError):
+        except (AttributeError, LookupError, TypeError):
             return None
         return type(found) if isinstance(found, nn.Module) and "forward" not in vars(found) else None
 
@@ -108,7 +108,8 @@ class Questions:
         drops what comes before it."""
         parts = self._found(paths)
         drops = any(own_survival(part) is not None for part in parts)
-        return drops or any(one.numel() > max(one.shape, default=1) for one in parameters_of(parts))
+        layers = [part for part in parts if not isinstance(part, nn.Embedding)]
+        return drops or any(one.numel() > max(one.shape, default=1) for one in parameters_of(layers))
 
     def _lighter(self, these: tuple[str, ...], those: tuple[str, ...]) -> bool:
         """Whether there are fewer parameters at these paths than at those."""
@@ -134,16 +135,22 @@ class Recorded(Questions):
         raise KeyError((kind, *what))
 
 
+def _inside(found: Any, name: str) -> Any:
+    if name.lstrip("-").isdigit():
+        return found[int(name)]
+    return getattr(found, name)
+
+
 def part_at(block: nn.Module, path: str) -> nn.Module | nn.Parameter | None:
     """The innermost module or parameter on the way along a path; None if there is none, or if the path leads on to
     something that is neither (a number) and no method of it."""
     found: Any = block
     part: nn.Module | nn.Parameter | None = None
     for name in path.split("."):
-        if isinstance(found, nn.Module) and name in found._modules:
-            found = found._modules[name]
-        else:
-            found = getattr(found, name, None)
+        try:
+            found = _inside(found, name)
+        except (AttributeError, LookupError, TypeError):
+            found = None
         if isinstance(found, (nn.Module, nn.Parameter)):
             part = found
         else:

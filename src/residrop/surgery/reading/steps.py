@@ -574,9 +574,6 @@ class _Lowering:
         if isinstance(func, ast.Name) and func.id in self.constants_or_globals(scope) and func.id != "self":
             found = self.constants_or_globals(scope)[func.id]
             if getattr(found, "__name__", "") == "apply_chunking_to_forward" and len(args) >= 4:
-                size = self.known(args[1])
-                if size is not False:
-                    return None
                 return self.called_function(ast.Call(args[0], args[3:], node.keywords), scope)
             if isinstance(found, FunctionType) and not found.__module__.startswith("torch."):
                 return function_of(found), None, args, ""
@@ -809,6 +806,20 @@ class _Rename(ast.NodeTransformer):
             return self.visit(node.body if known else node.orelse)
         return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
 
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        """Without the operands of which it is known that they decide nothing."""
+        decisive = isinstance(node.op, ast.Or)
+        left: list[ast.expr] = []
+        for number, one in enumerate(node.values):
+            operand = self.visit(one)
+            known = self.lowering.known(operand)
+            if known is not None and known != decisive and number < len(node.values) - 1:
+                continue
+            left.append(operand)
+            if known == decisive:
+                break
+        return left[0] if len(left) == 1 else ast.BoolOp(node.op, left)
+
     def visit_Call(self, node: ast.Call) -> ast.expr:
         if isinstance(node.func, ast.Name) and node.func.id == "super":
             raise Unreadable("its forward calls that of a base class")
@@ -852,8 +863,7 @@ class _Hoist(_Rename):
         self.lowering.steps = steps
         return made
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
-        return self._plainly(node)
+    visit_BoolOp = _plainly
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         return self._plainly(node) if len(node.ops) > 1 else self.generic_visit(node)  # pyright: ignore

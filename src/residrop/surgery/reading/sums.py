@@ -24,6 +24,7 @@ class Sum(Step):
         out: name of what the branch gives.
         taken: names of other values that the branch uses.
         live: names of other values of the branch that are used elsewhere.
+        beyond: those of them that are tuples of which the first element is not.
         shortcut: the steps of the shortcut; none where it is x itself.
         skip: name of what the shortcut gives.
         skip_taken: names of other values that the shortcut uses.
@@ -37,6 +38,7 @@ class Sum(Step):
     out: str = ""
     taken: tuple[str, ...] = ()
     live: tuple[str, ...] = ()
+    beyond: frozenset[str] = frozenset()
     shortcut: tuple[Step, ...] = ()
     skip: str = ""
     skip_taken: tuple[str, ...] = ()
@@ -46,6 +48,10 @@ class Sum(Step):
     def branch_paths(self) -> frozenset[str]:
         """Attributes of the block that the branch uses."""
         return frozenset(path for step in self.branch for path in step.paths)
+
+
+_PROPERTIES = ("shape", "dtype", "device", "ndim")
+_MEASURES = ("size", "dim")
 
 
 def find_sums(forward: Forward, questions: Questions) -> list[Sum]:
@@ -98,7 +104,8 @@ def _dependencies(steps: list[Step]) -> dict[str, frozenset[str]]:
     for step in steps:
         if isinstance(step, Fork):
             continue
-        every = frozenset(step.reads).union(*(depends.get(name, frozenset()) for name in step.reads))
+        reads = step.reads - _only_measured(step)
+        every = reads.union(*(depends.get(name, frozenset()) for name in reads))
         for name in step.writes:
             depends[name] = depends.get(name, frozenset()) | every
     return depends
@@ -155,6 +162,18 @@ def _called_alone(step: Step, name: str) -> str:
         return ""
     (argument,) = call.args
     return (path_of(call.func) or "") if isinstance(argument, ast.Name) and argument.id == name else ""
+
+
+def _only_measured(step: Step) -> frozenset[str]:
+    """Values of which a step looks at the shape, dtype or device, and not at what they hold."""
+    looked: set[int] = set()
+    for part in ast.walk(step.node):
+        call = isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr in _MEASURES
+        base = part.func if call else part  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(base, ast.Attribute) and (call or base.attr in _PROPERTIES) and isinstance(base.value, ast.Name):
+            looked.add(id(base.value))
+    names = [part for part in ast.walk(step.node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)]
+    return frozenset(part.id for part in names) - {part.id for part in names if id(part) not in looked}
 
 
 def _measures(step: Step) -> bool:
@@ -323,6 +342,7 @@ class _Finder:
             out=b,
             taken=tuple(taken),
             live=tuple(live),
+            beyond=frozenset(name for name in live if self.never_first(name, {total, *collected})),
             shortcut=tuple(shortcut),
             skip=a,
             skip_taken=tuple(skip_taken),
@@ -418,6 +438,20 @@ class _Finder:
                     if not self.only_returned(user):
                         return step
         return None
+
+    def never_first(self, name: str, inside: set[Step]) -> bool:
+        """Whether of a value only elements from the second on are used outside."""
+        for user in self.users(name, inside):
+            for step in user.walk():
+                if name not in step.reads or isinstance(step, Fork):
+                    continue
+                value = step.node.value if isinstance(step.node, ast.Assign) else None
+                if not isinstance(value, ast.Subscript) or names_in(value) != {name}:
+                    return False
+                first = value.slice.lower if isinstance(value.slice, ast.Slice) else value.slice
+                if not (isinstance(first, ast.Constant) and isinstance(first.value, int) and first.value > 0):
+                    return False
+        return True
 
     def only_returned(self, step: Step) -> bool:
         """Whether what a step makes is only packed and returned."""

@@ -58,10 +58,10 @@ class _Writer:
         node.body = body
         functions: list[ast.stmt] = [node]
         for one in self.sums:
-            functions.append(self.function(f"residrop_branch_{one.result}", one.x, one.taken, one.branch, one.out, one.live))
+            functions.append(self.function(f"residrop_branch_{one.result}", one.x, one.taken, one.branch, one.out, one.live, one.beyond))
             if one.shortcut:
                 name = f"residrop_shortcut_{one.result}"
-                functions.append(self.function(name, one.x, one.skip_taken, one.shortcut, one.skip, ()))
+                functions.append(self.function(name, one.x, one.skip_taken, one.shortcut, one.skip))
         names = ", ".join(self.forward.constants)
         factory = ast.parse(f"def make({names}):\n    return locals()").body[0]
         assert isinstance(factory, ast.FunctionDef)
@@ -70,12 +70,20 @@ class _Writer:
         return ast.unparse(ast.fix_missing_locations(ast.Module([factory], [])))
 
     def function(
-        self, name: str, x: str, taken: Sequence[str], steps: Sequence[Step], out: str, live: Sequence[str]
+        self,
+        name: str,
+        x: str,
+        taken: Sequence[str],
+        steps: Sequence[Step],
+        out: str,
+        live: Sequence[str] = (),
+        beyond: frozenset[str] = frozenset(),
     ) -> ast.stmt:
         arguments = ", ".join(["self", x, *(f"{own}=None" for own in taken)])
         function = ast.parse(f"def {name}({arguments}):\n    pass").body[0]
         assert isinstance(function, ast.FunctionDef)
-        result = f"return ({out}, {', '.join(live)},)" if live else f"return {out}"
+        others = [f"(None, *{own}[1:])" if own in beyond else own for own in live]
+        result = f"return ({out}, {', '.join(others)},)" if live else f"return {out}"
         function.body = [*self.statements(list(steps), {out, *live}), *_parsed(result)]
         return function
 
@@ -133,7 +141,7 @@ def _spelled(path: str) -> str:
     """A dotted path as an expression: "layer.0.norm" is layer[0].norm."""
     text = ""
     for name in path.split("."):
-        text += f"[{name}]" if name.isdigit() else f".{name}" if text else name
+        text += f"[{name}]" if name.lstrip("-").isdigit() else f".{name}" if text else name
     return text
 
 
