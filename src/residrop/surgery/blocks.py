@@ -96,6 +96,8 @@ class AppliedBlock(Skippable):
     def _residrop_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Where it could not be seen, twice as many forwards go by until the next attempt as did before the last."""
         wait, gap = self.__dict__.get("residrop_checked", (0, 1))
+        if torch.jit.is_tracing():
+            return
         if wait:
             self.__dict__["residrop_checked"] = (wait - 1, gap)
         elif wait is not None and torch._C._current_graph_task_id() == -1:  # in backward it is a recomputation

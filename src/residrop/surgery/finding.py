@@ -21,6 +21,7 @@ from residrop.surgery.streams import stream_mixin
 __all__ = ["candidates", "inside_branches", "named", "whole"]
 
 _LEAST_SHARE = 0.5  # of a block's parameters that its branches hold
+_LEAST_SHARE_OF_ENDING = 0.2  # the same where the block returns its last sum
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # of torch's own layers those that are blocks
 
@@ -89,8 +90,8 @@ def _mixin(module: nn.Module) -> type[AppliedBlock] | None:
     if reading.branches:
         mixin = mixin_of(module)
         parts = [part_at(module, path) for branch in reading.branches for path in branch.paths]
-        share = _size([part for part in parts if part is not None])
-        if share >= _LEAST_SHARE * _size([module]):
+        share = _size([part for part in parts if part is not None]) / _size([module])
+        if share >= _LEAST_SHARE or (reading.branches[-1].last and share >= _LEAST_SHARE_OF_ENDING):
             return mixin
     return whole_mixin(module)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from residrop.surgery.read_block import ReadBlock
 from residrop.surgery.reading.questions import part_at
+from residrop.surgery.reading.read import Branching
 from residrop.surgery.sites import Found
 
 __all__ = ["mark_settled"]
@@ -26,17 +27,19 @@ def mark_settled(model: nn.Module, found: list[Found]) -> None:
     That an input is not negative is seen from where the block stands: behind a block of such an ending in an
     `nn.Sequential`, or first behind the stem of a ResNet. Elsewhere it is not assumed.
     """
-    ends = {one.block for one in found if _ends_in_relu(one)}
+    ends = {one.block: last.plain for one in found if (last := _ending_in_relu(one)) is not None}
     for before, block in _neighbours(model):
-        if block in ends and (before is None or before in ends):
+        if ends.get(block) and (before is None or before in ends):
             block.__dict__["residrop_settled"] = True
 
 
-def _ends_in_relu(one: Found) -> bool:
+def _ending_in_relu(one: Found) -> Branching | None:
+    """The last branch of a block that returns what a ReLU makes of its sum."""
     if not issubclass(one.mixin, ReadBlock):
-        return False
+        return None
     last = one.mixin.residrop_reading.branches[-1]
-    return last.last and last.plain and bool(last.post) and type(part_at(one.block, last.post)) is nn.ReLU
+    ends = last.last and bool(last.post) and type(part_at(one.block, last.post)) is nn.ReLU
+    return last if ends else None
 
 
 def _neighbours(model: nn.Module) -> Iterator[tuple[nn.Module | None, nn.Module]]:

@@ -30,6 +30,7 @@ def methods_of(forward: Forward, source: str) -> dict[str, Any]:
     methods: dict[str, Any] = made["make"](**forward.constants)
     main: FunctionType = methods["residrop_forward"]
     main.__defaults__, main.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__
+    main.__name__, main.__qualname__ = plain.__name__, plain.__qualname__
     methods["residrop_forward"] = wrapped_alike(main, forward.function.wrappers)
     return methods
 
