@@ -22,6 +22,7 @@ __all__ = ["candidates", "inside_branches", "named", "whole"]
 
 _LEAST_SHARE = 0.5  # of a block's parameters that its branches hold
 _LEAST_SHARE_OF_ENDING = 0.2  # the same where the block returns its last sum
+_NEARLY_ALL = 0.9
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _TORCH = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)  # of torch's own layers those that are blocks
 
@@ -87,13 +88,16 @@ def _mixin(module: nn.Module) -> type[AppliedBlock] | None:
     if next(module.parameters(), None) is None or next(module.children(), None) is None:
         return None
     reading = read(module)
-    if reading.branches:
-        mixin = mixin_of(module)
-        parts = [part_at(module, path) for branch in reading.branches for path in branch.paths]
-        share = _size([part for part in parts if part is not None]) / _size([module])
-        if share >= _LEAST_SHARE or (reading.branches[-1].last and share >= _LEAST_SHARE_OF_ENDING):
-            return mixin
-    return whole_mixin(module)
+    as_whole = whole_mixin(module)
+    if not reading.branches:
+        return as_whole
+    parts = [part_at(module, path) for branch in reading.branches for path in branch.paths]
+    share = _size([part for part in parts if part is not None]) / _size([module])
+    if as_whole is not None and (share < _LEAST_SHARE or (len(reading.branches) == 1 and share < _NEARLY_ALL)):
+        return as_whole  # the same law where there is one branch, and more is left out with it
+    if share >= _LEAST_SHARE or (reading.branches[-1].last and share >= _LEAST_SHARE_OF_ENDING):
+        return mixin_of(module)
+    return None
 
 
 def whole_mixin(module: nn.Module) -> type[AppliedBlock] | None:
