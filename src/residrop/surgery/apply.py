@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from residrop.blocks.attach import connect, detach
+from residrop.blocks.skippable import parameters_of
 from residrop.common.errors import ConfigError, InactiveWarning
 from residrop.rules.base import Rule
 from residrop.rules.catalogue import make_rule
@@ -21,10 +22,12 @@ from residrop.surgery.report import Entry, Report
 from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
+from residrop.surgery.trying import Tried, tried
 
 __all__ = ["apply", "remove"]
 
 Rates = str | float | Sequence[float]
+Todo = list[tuple[Found, list[Rule]]]
 
 
 def apply(
@@ -41,9 +44,15 @@ def apply(
     whole: Sequence[str] = (),
     cut: Sequence[str] = (),
     unused: Sequence[str] = (),
+    example: Any = None,
     **options: Any,
 ) -> Report:
     """Put the residual blocks of any model under a rule, in place; `remove` is the way back.
+
+    Blocks are found by the source of their forwards: a block adds a function of a value to that value, and this
+    function is the branch that the rule may leave out. A transformer layer has two (attention and MLP), or three.
+    Every block is compared once with its own forward: on `example` if there is one, else in the first training forward
+    (one forward of the block, and half of one or one more, in eval mode and without gradients).
 
     Parameters, buffers, their names and all hooks stay as they are, so checkpoints of the plain model load into the
     changed one and back. Modules of the blocks that drop paths themselves (`DropPath`, `StochasticDepth`) drop nothing
@@ -53,16 +62,15 @@ def apply(
     rates): the rules follow. With other rates setting them is an error, as two sources of one rate would disagree.
 
     Args:
-        model: a model of torchvision, timm, transformers, or any model whose blocks are named by `blocks`. It becomes
-            the root: calling it in training mode draws the next step.
+        model: any model. It becomes the root: calling it in training mode draws the next step.
         rule: a name in `residrop.RULES`, or a function from one survival rate to a new rule.
         survival: "from_model" (the rates of the model's own drop modules, or of its layer drop, which is of whole
             layers and never rescaled), or rates for the L blocks in any form that `residrop.schedule.survival.parse`
             reads. The branches of a block (attention, MLP) have its rate, and coins of their own.
-        blocks: which blocks: None for all of known classes; a name pattern ("encoder.layers.*"), a class, a module
-            list (which stands for its elements), a module, or several of these. A block of unknown class needs input
-            and output of one shape, and gets the generic rule x + b (block(x) - x).
-        branches: False puts every block under one generic rule, even if its branches are known.
+        blocks: which blocks: None (or "auto") for all that are found; a name pattern ("encoder.layers.*"), a class, a
+            module list (which stands for its elements), a module, or several of these. A block of which no branches
+            can be found needs input and output of one shape, and gets the generic rule x + b (block(x) - x).
+        branches: False puts every block under one generic rule, even if its branches are found.
         granularity: `block` or `row`; None is the rule's default, or that of the model's own drop modules.
         rescale: None is "train" for stochastic (and Gaussian) depth, as in these models' own drop modules: a
             pretrained model's eval mode stays as it is. "test" is eq. 5 of Huang et al. 2016.
@@ -74,6 +82,10 @@ def apply(
             nothing needs from an absent block: an index ("1"), a key ("attentions"), or both with dots between. It is
             None then (at row level in every forward with coins). Everything else must be an argument handed on, None or
             a constant, or training is refused.
+        example: a batch as the model takes it: a tensor, a tuple of its arguments, or a dict of them by name; of two
+            rows at least for row level. The model is run on it once, without gradients and in eval mode. A block that
+            turns out not to fit is then left alone, or taken at block level where only its rows do not fit, and the
+            report says why; without an example the first training forward raises an error instead.
         options: further options of the rule.
 
     Returns:
@@ -84,28 +96,93 @@ def apply(
             model is then unchanged.
     """
     options = {**options, "granularity": granularity, "rescale": rescale}
-    todo, left, drops = _chosen(model, rule, survival, blocks, branches, options)
     inherits = isinstance(survival, str) and survival == "from_model"
-    left += _carried_out(
-        model, todo, drops, (frozenset(whole), frozenset(cut)), frozenset(unused), inherits, seed, timing
-    )
-    return _reported(todo, left)
+    blocks = None if isinstance(blocks, str) and blocks == "auto" else blocks
+    given = (frozenset(whole), frozenset(cut)), frozenset(unused), inherits
+    found, left, drops = _found(model, survival, blocks, branches)
+    todo, alone = _with_rules(model, found, rule, survival, options)
+    learnt = Tried()
+    if example is not None:
+        todo, learnt, wrong = _tried(model, todo, given, example, rule, survival, options)
+        alone += wrong
+    left += alone
+    left += _stray(model, [one for one, _ in todo], left)
+    if blocks is None:
+        left += overlooked(model, [one.block for one, _ in todo], [name for name, _ in left])
+    left += _carried_out(model, todo, drops, *given, seed, timing)
+    for block, known in learnt.learnt.items():
+        block.__dict__.update(known)
+    return _reported(model, todo, left, learnt)
 
 
-def _chosen(
+def _tried(
     model: nn.Module,
+    todo: Todo,
+    given: Any,
+    example: Any,
     rule: str | Callable[[float], Rule],
     survival: Rates,
-    blocks: Any,
-    branches: bool,
     options: dict[str, Any],
-) -> tuple[list[tuple[Found, list[Rule]]], list[LeftAlone], Any]:
-    """The blocks and their rules, what is left alone, and the model's layer drops; nothing is changed yet."""
+) -> tuple[Todo, Tried, list[LeftAlone]]:
+    """The blocks that an example shows to fit, and what was learnt of them; those whose rows do not fit get block level.
+
+    Raises:
+        ConfigError: none fits.
+    """
+
+    def attempt(todo: Todo) -> Tried:
+        try:
+            _put(todo, *given)
+            return tried(model, [one.block for one, _ in todo], example)
+        finally:
+            _take_away(model)
+
+    result = attempt(todo)
+    if not result.wrong:
+        return todo, result, []
+    rows = [one for one, made in todo if one.block in result.wrong and any(each.granularity == "row" for each in made)]
+    again, notes = Tried(), []
+    if rows and isinstance(rule, str):
+        coarse, _ = _with_rules(model, rows, rule, survival, {**options, "granularity": "block"})
+        again = attempt(coarse)
+        notes = [
+            (one.name, f"at block level, not at row level: {result.wrong[one.block]}")
+            for one, _ in coarse
+            if one.block not in again.wrong
+        ]
+    fits = [one for one, _ in todo if one.block not in result.wrong or one.block in again.learnt]
+    wrong = [(one.name, result.wrong[one.block]) for one, _ in todo if one not in fits]
+    if not fits:
+        raise ConfigError(f"no block of {type(model).__name__} fits: {wrong[0][0]}: {wrong[0][1]}")
+    todo, alone = _with_rules(model, fits, rule, survival, options)
+    if again.learnt:
+        level = {**options, "granularity": "block"}
+        coarse, _ = _with_rules(model, fits, rule, survival, level)
+        todo = [other if own[0].block in again.learnt else own for own, other in zip(todo, coarse, strict=True)]
+        result.learnt |= again.learnt
+        result.flops += again.flops
+    return todo, result, [*notes, *wrong, *alone]
+
+
+def _found(model: nn.Module, survival: Rates, blocks: Any, branches: bool) -> tuple[list[Found], list[LeftAlone], Any]:
+    """The blocks, what is left alone, and the model's layer drops; nothing is changed yet."""
     check_bare(model)
     drops = layer_drops(model)
     inherits = isinstance(survival, str) and survival == "from_model"
     found, left = find(model, blocks, branches=branches, drops=drops if inherits else None)
-    todo: list[tuple[Found, list[Rule]]] = []
+    return found, left, drops
+
+
+def _with_rules(
+    model: nn.Module,
+    found: list[Found],
+    rule: str | Callable[[float], Rule],
+    survival: Rates,
+    options: dict[str, Any],
+) -> tuple[Todo, list[LeftAlone]]:
+    """The blocks with their rules, and those from which no rate can be taken."""
+    todo: Todo = []
+    left: list[LeftAlone] = []
     for one, own in zip(found, _wanted(model, found, survival), strict=True):
         if own is None:
             left.append((one.name, "it has no drop module of its own"))
@@ -114,15 +191,12 @@ def _chosen(
             if any(each.granularity == "row" for each in made):
                 check_batch_first(one.name, one.block)
             todo.append((one, made))
-    left += _stray(model, [one for one, _ in todo], left)
-    if blocks is None:
-        left += overlooked(model, [one.block for one, _ in todo], [name for name, _ in left])
-    return todo, left, drops
+    return todo, left
 
 
 def _carried_out(
     model: nn.Module,
-    todo: list[tuple[Found, list[Rule]]],
+    todo: Todo,
     drops: Any,
     arguments: tuple[frozenset[str], frozenset[str]],
     unused: frozenset[str],
@@ -144,7 +218,7 @@ def _carried_out(
     return left
 
 
-def _reported(todo: list[tuple[Found, list[Rule]]], left: list[LeftAlone]) -> Report:
+def _reported(model: nn.Module, todo: Todo, left: list[LeftAlone], learnt: Tried) -> Report:
     entries = tuple(
         Entry(one.name, one.kind, tuple(rate for each in made for rate in each.rates), made[0].granularity)
         for one, made in todo
@@ -155,7 +229,10 @@ def _reported(todo: list[tuple[Found, list[Rule]]], left: list[LeftAlone]) -> Re
             InactiveWarning,
             stacklevel=3,
         )
-    return Report(entries, tuple(left))
+    parts = [part for one, _ in todo for _, parts in one.block.residrop_branches() for part in parts]  # pyright: ignore
+    own = {id(one): one.numel() for one in parameters_of(parts)}
+    share = sum(own.values()) / max(sum(one.numel() for one in model.parameters()), 1)
+    return Report(entries, tuple(left), share, learnt.flops / learnt.total if learnt.total else None)
 
 
 def remove(model: nn.Module) -> None:
@@ -230,7 +307,7 @@ def _stray(model: nn.Module, found: list[Found], left: list[LeftAlone]) -> list[
 
 
 def _put(
-    todo: list[tuple[Found, list[Rule]]],
+    todo: Todo,
     cutting: tuple[frozenset[str], frozenset[str]],
     unused: frozenset[str],
     inherits: bool,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map, tree_map_with_path
 
 from residrop.common.errors import PlanError
 
-__all__ = ["Cutting", "Signature", "Whole", "call", "pack", "refuse_caches", "settle_caches", "unpack"]
+__all__ = ["Cutting", "Signature", "Whole", "call", "is_cache", "pack", "refuse_caches", "settle_caches", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def refuse_caches(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     It is asked before the first of a text's passes has drawn; `settle_caches` sees caches that come on other ways.
     """
-    if given or not any(_is_cache(value) for value in (*args, *kwargs.values())):
+    if given or not any(is_cache(value) for value in (*args, *kwargs.values())):
         return  # under a plan given by hand nothing is drawn
     for block in root.modules():
         taken = getattr(type(block), "residrop_signature", None)
@@ -144,7 +144,7 @@ def refuse_caches(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 _NAMES = frozenset({"cache", "layer_past", "past_key_value", "past_key_values"})
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length")
 
 
@@ -160,14 +160,14 @@ def settle_caches(
     Raises:
         PlanError: a cache in training that is not new, or one in eval mode where rows or a branch are absent.
     """
-    if not any(_is_cache(value) for value in (*args, *kwargs.values())):
+    if not any(is_cache(value) for value in (*args, *kwargs.values())):
         return args, kwargs
     draws = [rule.draw() for rule in rules if rule.rates]
     if all(draw.expected or min(draw.rates) == 1.0 or (draw.alive and not block.training) for draw in draws):
         return args, kwargs
 
     def one(value: Any) -> Any:
-        if not _is_cache(value):
+        if not is_cache(value):
             return value
         left_out: set[int] = value.__dict__.setdefault("residrop_left_out", set())
         again = id(block) in left_out and torch._C._current_graph_task_id() == -1  # not a recomputation in backward

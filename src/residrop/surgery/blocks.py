@@ -68,6 +68,8 @@ class AppliedBlock(Skippable):
     residrop_signature: ClassVar[Signature]  # of the forward of the block's own class
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "residrop_trying" in self.__dict__:
+            return self.__dict__["residrop_trying"](super().forward, args, kwargs)
         if self.training and not torch.compiler.is_compiling():
             if (node := left_whole(self, self.residrop_rules, args, kwargs)) is not None:
                 return node
@@ -88,9 +90,16 @@ class AppliedBlock(Skippable):
     def residrop_unchecked(self) -> bool:
         return self.__dict__.get("residrop_checked", (0, 1))[0] is not None
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Compare the block with what it was taken for, on the arguments of a forward; returns whether it could be
-        seen. PlanError if it is something else."""
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool:
+        """Compare the block with what it was taken for, on the arguments of a forward, of which its own forward has
+        given `own`, or has still to be called.
+
+        Returns:
+            Whether it could be seen.
+
+        Raises:
+            PlanError: it is something else.
+        """
         return True
 
     def _residrop_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

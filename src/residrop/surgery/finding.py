@@ -55,11 +55,7 @@ def _found(
     module: nn.Module, drops: Container[nn.Module], *, listed: bool, root: bool = False
 ) -> list[tuple[nn.Module, type[AppliedBlock], bool]]:
     """The blocks in a module (or the module itself), each with whether it stands in a list."""
-    inner = [
-        one
-        for child in module.children()
-        for one in _found(child, drops, listed=isinstance(module, _LISTS))
-    ]
+    inner = [one for child in module.children() for one in _found(child, drops, listed=isinstance(module, _LISTS))]
     if root or isinstance(module, _LISTS):
         return inner
     if module in drops:
@@ -69,7 +65,8 @@ def _found(
         return inner
     within = [block for block, _, in_list in inner if in_list]
     if len(within) > 1 and (
-        _size(within) >= _LEAST_SHARE * _size([module]) or _outside(module, mixin, within) >= _LEAST_SHARE * _size(within)
+        _size(within) >= _LEAST_SHARE * _size([module])
+        or _outside(module, mixin, within) >= _LEAST_SHARE * _size(within)
     ):
         return inner
     return [(module, mixin, listed)]

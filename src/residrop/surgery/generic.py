@@ -52,15 +52,17 @@ class GenericBlock(AppliedBlock):
         along = self.residrop_along(rule, x, args, kwargs)
         return restored(call.result(rule.forward_block(x, Branch(self, call), along), x, args, kwargs))
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool:
         """Compare what rows give by themselves with what they give in a batch of two rows or more."""
-        if not self.residrop_rules[0].cuts_rows():  # pyright: ignore[reportCallIssue]
-            return False
         (x, args, kwargs, name, forward), _ = self.residrop_take(args, kwargs)
-        if len(x) < 2:
-            return False
-        call = Call(self, forward, name, True, ())
-        along = self.residrop_along(self.residrop_rules[0], x, args, kwargs)
+        rowwise = self.residrop_rules[0].granularity == "row"
+        call = Call(self, forward, name, rowwise, (x, args, kwargs))
+        if own is not None and not call.knows():  # on an example
+            with looking_on(self, x):
+                call(x.clone(), *args, **kwargs)
+        if not rowwise or len(x) < 2:
+            return not rowwise
+        along = (self.residrop_cut(x, args, kwargs),) if args or kwargs else ()
         return check_rows(self, call.hidden, x, (args, kwargs), along, self.residrop_signature.names[1:])
 
     def residrop_take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "tuple[Taken, Callable[[Any], Any]]":
@@ -221,7 +223,8 @@ class Call:
         raise PlanError(
             f"{type(self.block).__name__} returns, besides the hidden state, {what} at {where!r} that is none of its "
             f"arguments: where the block is absent nobody knows what the model should have there; leave it out of "
-            f"`blocks`, or name {where!r} in residrop.apply(..., unused=[...]) if nothing needs it"
+            f"`blocks`, give residrop.apply(..., example=batch), which leaves such blocks alone, or name {where!r} in "
+            "unused=[...] if nothing needs it"
         )
 
     def result(self, y: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

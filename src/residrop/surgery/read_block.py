@@ -6,17 +6,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from residrop.blocks.skippable import Part, parameters_of
 from residrop.common.errors import ConfigError, PlanError, UsageError
 from residrop.rules.base import Rule
-from residrop.surgery.arguments import Whole
+from residrop.surgery.arguments import Whole, is_cache
 from residrop.surgery.blocks import AppliedBlock, ForeignBlock
 from residrop.surgery.generic import Call
 from residrop.surgery.reading.questions import part_at
 from residrop.surgery.reading.read import Reading, read, read_again
-from residrop.surgery.rowwise import looking_on, seen_alike
+from residrop.surgery.rowwise import full_precision, looking_on, seen_alike
 
 __all__ = ["ReadBlock", "mixin_of"]
 
@@ -143,40 +144,41 @@ class ReadBlock(ForeignBlock):
 
     # what is looked at once
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool:
         rules: list[Any] = list(self.residrop_rules)
-        if any(type(value).__name__.endswith("Cache") for value in (*args, *kwargs.values())):
-            return False
         x = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if x is None:
-            return False
-        rowwise = any(rule.cuts_rows() for rule in rules)
-        if rowwise and len(x) < 2:
-            return False
-        plain = super(AppliedBlock, self).forward
+        rowwise = any(rule.granularity == "row" for rule in rules)
+        if x is None or (rowwise and len(x) < 2) or any(map(is_cache, (*args, *kwargs.values()))):
+            return False  # the batch is too small, or what a pass leaves in a cache would be seen by the next
 
         def trial(shared: frozenset[str]) -> tuple[Any, _Trial]:
-            made = _Trial(x, rowwise, shared)
-            self.__dict__["residrop_trial"] = made
-            self.__dict__["residrop_shared"] = shared
+            made = _Trial(x, rowwise, flops=own is not None)
+            self.__dict__.update(residrop_trial=made, residrop_shared=shared)
             try:
-                return self.residrop_forward(*args, **kwargs), made
+                given = _copied(args), _copied(kwargs)  # a block may overwrite what it is given
+                return self.residrop_forward(*given[0], **given[1]), made
             except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
                 if isinstance(error, (torch.OutOfMemoryError, UsageError)):
                     raise
                 return None, made
             finally:
                 del self.__dict__["residrop_trial"]
+                if shared == frozenset() and made.flops:
+                    self.__dict__["residrop_flops"] = tuple(made.flops)
 
-        def run() -> Any:
-            return plain(*args, **kwargs)
+        shared: bool | frozenset[str] = False
+        try:
+            with looking_on(self, x), full_precision(self, x):
+                if own is None:
+                    own = super(AppliedBlock, self).forward(*_copied(args), **_copied(kwargs))
+                shared = seen_alike(self, x, own, trial)
+        finally:
+            self.__dict__["residrop_shared"] = shared or frozenset()
+        return shared is not False
 
-        found = seen_alike(self, x, run, trial)
-        if isinstance(found, frozenset):
-            self.__dict__["residrop_shared"] = found
-            return True
-        self.__dict__.pop("residrop_shared", None)
-        return found
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
 
 class _Trial:
@@ -186,12 +188,15 @@ class _Trial:
     Args:
         x: the block's input.
         rowwise: whether only some rows go through branches.
-        shared: names of arguments that are not cut.
+        flops: whether to count the operations of the branches for all rows.
     """
 
-    def __init__(self, x: Tensor, rowwise: bool, shared: frozenset[str]) -> None:
-        self.total, self.rowwise, self.shared = len(x), rowwise, shared
-        self.rows = torch.arange(len(x) - 1, -1, -2, device=x.device)  # backwards: causal attention over them would differ
+    def __init__(self, x: Tensor, rowwise: bool, flops: bool) -> None:
+        self.total, self.rowwise, self.count = len(x), rowwise, flops
+        self.flops: list[float] = []
+        self.rows = torch.arange(
+            len(x) - 1, -1, -2, device=x.device
+        )  # backwards: causal attention over them would differ
         self.names: dict[str, None] = {}
         self.branches: list[Tensor] = []
 
@@ -220,10 +225,10 @@ class _Trial:
             packed = block.residrop_cut(x, (), taken)[1]
             self._note(packed)
             cut = _cut(packed, self.rows)
-            out = call(x.index_select(0, self.rows), **cut)
+            out = self._run(call, x.index_select(0, self.rows), cut, self.total / len(self.rows))
             z = y.index_add(0, self.rows, out.to(y.dtype))
         else:
-            out = call(x, **taken)
+            out = self._run(call, x, taken, 1.0)
             z = y + out
         self.branches.append(out)
         if version is not None and x._version != version:
@@ -238,11 +243,21 @@ class _Trial:
         assert isinstance(call, Call)
         return call.result(z, x, (), taken)
 
+    def _run(self, branch: Callable[..., Any], x: Tensor, taken: dict[str, Any], share: float) -> Any:
+        if not self.count:
+            return branch(x, **taken)
+        with FlopCounterMode(display=False) as counter:
+            out = branch(x, **taken)
+        self.flops.append(counter.get_total_flops() * share)
+        return out
+
     def _note(self, packed: dict[str, Any]) -> None:
         """Remember which arguments are cut."""
         for name, value in packed.items():
             inner = value.items() if isinstance(value, dict) else [(name.rpartition("__")[0], value)]
-            self.names.update({key: None for key, one in inner if any(isinstance(leaf, Tensor) for leaf in tree_flatten(one)[0])})
+            self.names.update(
+                {key: None for key, one in inner if any(isinstance(leaf, Tensor) for leaf in tree_flatten(one)[0])}
+            )
 
 
 def _cut(packed: Any, rows: Tensor) -> Any:

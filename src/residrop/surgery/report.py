@@ -29,10 +29,14 @@ class Report:
     Attributes:
         blocks: the blocks under rules, from input to output.
         left_alone: (name, why) of blocks that were looked at and stay as they are.
+        parameters: share of the model's parameters that may be left out, in [0, 1].
+        flops: the same of its operations in a forward, if `apply` was given an example; else None.
     """
 
     blocks: tuple[Entry, ...]
     left_alone: tuple[tuple[str, str], ...]
+    parameters: float = 0.0
+    flops: float | None = None
 
     @property
     def expected_depth(self) -> float:
@@ -47,7 +51,10 @@ class Report:
             for entry in self.blocks
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{count}, expected depth {self.expected_depth:.2f}"]
+        shares = f"{self.parameters:.0%} of the parameters"
+        if self.flops is not None:
+            shares += f" and {self.flops:.0%} of the operations"
+        lines = [f"{count}, expected depth {self.expected_depth:.2f}, {shares} may be left out"]
         for row in rows:
             cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
             lines.append(f"  {'  '.join(cells)}".rstrip())

@@ -19,7 +19,7 @@ from residrop.blocks.modes import evaluating
 from residrop.common.errors import ConfigError, PlanError
 from residrop.surgery.arguments import Whole, call
 
-__all__ = ["check_batch_first", "check_rows", "looking_on", "seen_alike"]
+__all__ = ["check_batch_first", "check_rows", "full_precision", "looking_on", "seen_alike"]
 
 
 def check_batch_first(name: str, block: nn.Module) -> None:
@@ -87,7 +87,7 @@ def check_rows(
     args, kwargs = given
     rows = torch.arange(len(x) - 1, -1, -2, device=x.device)  # backwards: causal attention over them would differ
     packed = along[0] if along else ((), {})
-    with looking_on(block, x), _full_precision(block, x):
+    with looking_on(block, x), full_precision(block, x):
         expected = run(x.clone(), *args, **kwargs)
         branch = _size(expected - x)
         allowed = _tolerance(block, x, expected) * branch + torch.finfo(expected.dtype).eps * _size(x)
@@ -131,17 +131,17 @@ def check_rows(
 
 
 def seen_alike(
-    block: nn.Module, x: Tensor, run: Callable[[], Any], trial: Callable[[frozenset[str]], tuple[Any, Any]]
+    block: nn.Module, x: Tensor, own: Any, trial: Callable[[frozenset[str]], tuple[Any, Any]]
 ) -> bool | frozenset[str]:
     """PlanError unless a block gives, with its branches called by themselves, what its own forward gives.
 
-    It costs at most two forwards of the block, in eval mode and without gradients; nothing is drawn from the random
-    number generators in the end, and no statistics move.
+    It costs one forward of the block (half of one where rows are cut), and as much again for every argument of which
+    has to be found out whether rows share it. It is called within `looking_on`.
 
     Args:
         block: whose training flags are put back.
         x: its input, Tensor[N, ...].
-        run: calls its own forward.
+        own: what its own forward gave.
         trial: calls the forward that was written, in which these arguments are not cut; returns what that gives, and
             what it knows: `rowwise`, `rows`, `names` (of the arguments that were cut) and `branches` (what they gave).
 
@@ -149,39 +149,40 @@ def seen_alike(
         The names of arguments that all rows share although their first size is that of the batch; False where it could
         not be seen, as branches are not finite, or so small beside the input that rounding hides them.
     """
-    with looking_on(block, x), _full_precision(block, x):
-        expected = [leaf for leaf in tree_leaves(run()) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    expected = [leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
-        def differs(shared: frozenset[str]) -> tuple[bool | None, Any]:
-            """Whether it differs; None where that cannot be seen."""
-            found, made = trial(shared)
-            if found is None:
-                return True, made
-            leaves = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-            if not leaves or not expected:
-                return None, made
-            wanted, got = expected[0], leaves[0]
-            if wanted.shape != got.shape:
-                return True, made
-            if made.rowwise:
-                wanted, got = wanted.index_select(0, made.rows), got.index_select(0, made.rows)
-            branch = min((_size(one) for one in made.branches), default=0.0)
-            tolerance = _tolerance(block, x, wanted)
-            allowed = tolerance * branch + 4 * torch.finfo(wanted.dtype).eps * _size(wanted)
-            difference = _size(got - wanted)
-            if difference <= allowed and isfinite(branch):
-                return (None if branch == 0.0 or allowed > branch / 4 else False), made
-            return (True if isfinite(branch) and isfinite(difference) else None), made
+    def differs(shared: frozenset[str]) -> tuple[bool | None, Any]:
+        """Whether it differs; None where that cannot be seen."""
+        found, made = trial(shared)
+        if found is None:
+            return True, made
+        leaves = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not leaves or not expected:
+            return None, made
+        wanted, got = expected[0], leaves[0]
+        if wanted.shape != got.shape:
+            return True, made
+        if made.rowwise:
+            wanted, got = wanted.index_select(0, made.rows), got.index_select(0, made.rows)
+        branch = min((_size(one) for one in made.branches), default=0.0)
+        tolerance = _tolerance(block, x, wanted)
+        allowed = tolerance * branch + 4 * torch.finfo(wanted.dtype).eps * _size(wanted)
+        difference = _size(got - wanted)
+        if difference <= allowed and isfinite(branch):
+            return (None if branch == 0.0 or allowed > branch / 4 else False), made
+        return (True if isfinite(branch) and isfinite(difference) else None), made
 
-        answer, made = differs(frozenset())
-        if answer is None:
-            return False
-        if not answer:
-            return frozenset()
-        return _shared(block, differs, made)
+    answer, made = differs(frozenset())
+    if answer is None:
+        return False
+    if not answer:
+        return frozenset()
+    return _shared(block, differs, made)
 
 
-def _shared(block: nn.Module, differs: Callable[[frozenset[str]], tuple[bool | None, Any]], made: Any) -> frozenset[str]:
+def _shared(
+    block: nn.Module, differs: Callable[[frozenset[str]], tuple[bool | None, Any]], made: Any
+) -> frozenset[str]:
     """The arguments that have to be left whole for rows to be right; PlanError if there are none such."""
     for name in made.names:
         if differs(frozenset({name}))[0] is False:
@@ -204,7 +205,7 @@ def _size(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-def _full_precision(block: nn.Module, x: Tensor) -> AbstractContextManager[Any]:
+def full_precision(block: nn.Module, x: Tensor) -> AbstractContextManager[Any]:
     """Without autocast, where the block can do without."""
     dtypes = {x.dtype, *(parameter.dtype for parameter in block.parameters())}
     if torch.is_autocast_enabled(x.device.type) and dtypes == {torch.float32}:

@@ -73,6 +73,10 @@ def stream_mixin(streams: Sequence[str | None]) -> type[StreamBlock]:
     """The mixin for blocks with these streams."""
     key = tuple(streams)
     if key not in _MADE:
-        attributes = {"residrop_streams": key, "residrop_made": (stream_mixin, (key,), {}), "__doc__": StreamBlock.__doc__}
+        attributes = {
+            "residrop_streams": key,
+            "residrop_made": (stream_mixin, (key,), {}),
+            "__doc__": StreamBlock.__doc__,
+        }
         _MADE[key] = type("StreamBlock", (StreamBlock,), attributes)
     return _MADE[key]

@@ -11,7 +11,16 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Function", "Unreadable", "function_of", "owner_of", "path_of", "paths_of_method", "set_outside_init", "wrapped_alike"]
+__all__ = [
+    "Function",
+    "Unreadable",
+    "function_of",
+    "owner_of",
+    "path_of",
+    "paths_of_method",
+    "set_outside_init",
+    "wrapped_alike",
+]
 
 
 class Unreadable(Exception):
@@ -84,9 +93,7 @@ def wrapped_alike(function: FunctionType, wrappers: Sequence[FunctionType]) -> F
         cells = list(wrapper.__closure__ or ())
         for number in _cells(wrapper):
             cells[number] = CellType(function)
-        made = FunctionType(
-            wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, tuple(cells)
-        )
+        made = FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, tuple(cells))
         made.__kwdefaults__ = wrapper.__kwdefaults__
         function = made
     return function

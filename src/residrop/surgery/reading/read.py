@@ -104,13 +104,15 @@ def _read(block_class: type[nn.Module], questions: Questions) -> Reading:
         except (Unreadable, RecursionError):
             streams = ()
         return Reading((), {}, "", streams, frozenset(), frozenset(), dict(questions.answers.log), str(error))
-    branches = tuple(_branching(forward, questions, [one for one in sums if one.number == number]) for number in _numbers(sums))
-    used = {path for step in _outside(forward.steps) for path in step.paths}
-    used |= {one.post for one in sums if one.post} | {path for one in sums for step in one.shortcut for path in step.paths}
-    elsewhere = frozenset(_expanded(questions, frozenset(used - {""})))
-    return Reading(
-        branches, methods, source, streams, elsewhere, forward.variadic, dict(questions.answers.log)
+    branches = tuple(
+        _branching(forward, questions, [one for one in sums if one.number == number]) for number in _numbers(sums)
     )
+    used = {path for step in _outside(forward.steps) for path in step.paths}
+    used |= {one.post for one in sums if one.post} | {
+        path for one in sums for step in one.shortcut for path in step.paths
+    }
+    elsewhere = frozenset(_expanded(questions, frozenset(used - {""})))
+    return Reading(branches, methods, source, streams, elsewhere, forward.variadic, dict(questions.answers.log))
 
 
 def _numbers(sums: list[Sum]) -> list[int]:
@@ -132,9 +134,7 @@ def _expanded(questions: Questions, paths: frozenset[str]) -> tuple[str, ...]:
 
 def _outside(steps: list[Step]) -> list[Step]:
     """The steps that are in no branch."""
-    return [
-        step for one in steps for step in one.walk() if not isinstance(step, (Sum, Fork))
-    ]
+    return [step for one in steps for step in one.walk() if not isinstance(step, (Sum, Fork))]
 
 
 def _taken_apart(

@@ -177,7 +177,9 @@ class _Scope:
         self.function, self.base, self.site = function, base, site
         self.names: dict[str, ast.expr] = {}
         self.local = {
-            part.id for part in ast.walk(function.node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+            part.id
+            for part in ast.walk(function.node)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
         }
         self.functions: dict[str, ast.FunctionDef] = {}
 
@@ -230,7 +232,9 @@ class _Lowering:
         self.count[name] = self.count.get(name, 0) + 1
         return f"{name}__{self.count[name]}"
 
-    def add(self, node: ast.stmt, scope: _Scope, *, effect: bool = False, mutates: frozenset[str] = frozenset()) -> Step:
+    def add(
+        self, node: ast.stmt, scope: _Scope, *, effect: bool = False, mutates: frozenset[str] = frozenset()
+    ) -> Step:
         """Append a statement with its names in place."""
         ast.fix_missing_locations(node)
         writes = tuple(
@@ -567,7 +571,9 @@ class _Lowering:
 
     # calls that are replaced by their steps
 
-    def called_function(self, node: ast.Call, scope: _Scope) -> "tuple[Function, ast.expr | None, list[Any], str] | None":
+    def called_function(
+        self, node: ast.Call, scope: _Scope
+    ) -> "tuple[Function, ast.expr | None, list[Any], str] | None":
         """What a call calls, as far as it may be replaced by its steps: the function, what it calls self, the
         arguments, and the path of the module that is called."""
         func, args = node.func, list(node.args)
@@ -692,9 +698,7 @@ class _Lowering:
                 default = ast.Constant(None) if name not in defaults else self.constant(defaults[name])
                 if name not in defaults:
                     raise Unreadable("an argument that may be among others")
-                taken = ast.Call(
-                    ast.Attribute(_load(holder), "pop", ast.Load()), [ast.Constant(name), default], []
-                )
+                taken = ast.Call(ast.Attribute(_load(holder), "pop", ast.Load()), [ast.Constant(name), default], [])
                 inner.names[name] = self.named(name, taken, inner)
             spread = [_load(holder)]
         else:
@@ -786,12 +790,7 @@ class _Rename(ast.NodeTransformer):
         return node
 
     def _comprehension(self, node: Any) -> ast.expr:
-        names = {
-            part.id
-            for one in node.generators
-            for part in ast.walk(one.target)
-            if isinstance(part, ast.Name)
-        }
+        names = {part.id for one in node.generators for part in ast.walk(one.target) if isinstance(part, ast.Name)}
         self.bound.append(names)
         self.generic_visit(node)
         self.bound.pop()
@@ -849,7 +848,9 @@ class _Hoist(_Rename):
             finally:
                 arm, lowering.steps = lowering.steps, steps
             arms.append(arm)
-        values = [value if _is_atom(value) else self._in_arm(value, arm) for value, arm in zip(values, arms, strict=True)]
+        values = [
+            value if _is_atom(value) else self._in_arm(value, arm) for value, arm in zip(values, arms, strict=True)
+        ]
         scope.names[name], kept = ast.Constant(None), scope.names.get(name)
         lowering.join(self._plainly(node.test), arms, [{name: value} for value in values], scope)
         made = scope.names.pop(name)
@@ -948,7 +949,9 @@ def _is_atom(node: ast.expr) -> bool:
 def _combined(left: ast.expr, op: ast.operator, right: ast.expr) -> ast.expr:
     """left op right; (a,) + b becomes (a, *b), of which the elements can be told."""
     if isinstance(op, ast.Add) and isinstance(left, ast.Tuple):
-        return ast.Tuple([*left.elts, *(right.elts if isinstance(right, ast.Tuple) else [ast.Starred(right)])], ast.Load())
+        return ast.Tuple(
+            [*left.elts, *(right.elts if isinstance(right, ast.Tuple) else [ast.Starred(right)])], ast.Load()
+        )
     return ast.BinOp(left, op, right)
 
 

@@ -38,6 +38,7 @@ def methods_of(forward: Forward, source: str) -> dict[str, Any]:
 class _Writer:
     def __init__(self, forward: Forward, sums: Sequence[Sum]) -> None:
         self.forward, self.sums = forward, sums
+
     def source(self) -> str:
         node = deepcopy(self.forward.function.node)
         node.name = "residrop_forward"
@@ -59,7 +60,11 @@ class _Writer:
         node.body = body
         functions: list[ast.stmt] = [node]
         for one in self.sums:
-            functions.append(self.function(f"residrop_branch_{one.result}", one.x, one.taken, one.branch, one.out, one.live, one.beyond))
+            functions.append(
+                self.function(
+                    f"residrop_branch_{one.result}", one.x, one.taken, one.branch, one.out, one.live, one.beyond
+                )
+            )
             if one.shortcut:
                 name = f"residrop_shortcut_{one.result}"
                 functions.append(self.function(name, one.x, one.skip_taken, one.shortcut, one.skip))
