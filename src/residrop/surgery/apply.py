@@ -124,7 +124,7 @@ def _tried(
     survival: Rates,
     options: dict[str, Any],
 ) -> tuple[Todo, Tried, list[LeftAlone]]:
-    """The blocks that an example shows to fit, and what was learnt of them; those whose rows do not fit get block level.
+    """The blocks that an example shows to fit, and what was learnt of them; block level for those whose rows do not.
 
     Raises:
         ConfigError: none fits.

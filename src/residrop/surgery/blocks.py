@@ -105,7 +105,7 @@ class AppliedBlock(Skippable):
     def _residrop_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Where it could not be seen, twice as many forwards go by until the next attempt as did before the last."""
         wait, gap = self.__dict__.get("residrop_checked", (0, 1))
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             return
         if wait:
             self.__dict__["residrop_checked"] = (wait - 1, gap)

@@ -146,8 +146,8 @@ def _nothing(model: nn.Module, blocks: Any, left: list[LeftAlone]) -> str:
         given = repr(blocks) if isinstance(blocks, (str, type)) else f"these {type(blocks).__name__}"
         return f"nothing in {what} matches blocks={given}; names look like {_examples(model)}"
     return (
-        f"{what} has no residual blocks: in the source of none of its modules is there a sum of a value and a function of "
-        f"it that holds most of the module's weights; if it has blocks all the same, name them, for example "
+        f"{what} has no residual blocks: in the source of none of its modules is there a sum of a value and a function "
+        "of it that holds most of the module's weights; if it has blocks all the same, name them, for example "
         f"residrop.apply(model, blocks={_examples(model)}, ...), by a pattern, a class or a module list"
     )
 

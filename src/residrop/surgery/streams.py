@@ -34,7 +34,11 @@ class StreamBlock(GenericBlock):
                 given |= given.pop(parameter.name, {})
             elif parameter.kind is parameter.VAR_POSITIONAL and given.pop(parameter.name, ()):
                 raise PlanError(f"{type(self).__name__} of several streams was called with unnamed further arguments")
-        names = {place: name for place, name in enumerate(self.residrop_streams) if isinstance(given.get(name), Tensor)}
+        names = {
+            place: name
+            for place, name in enumerate(self.residrop_streams)
+            if name is not None and isinstance(given.get(name), Tensor)
+        }
         streams: list[Tensor] = [given.pop(name) for name in names.values()]
         if not streams or len({(len(one), one.dtype, one.device) for one in streams}) != 1:
             raise PlanError(

@@ -110,9 +110,13 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
         block.__dict__["residrop_trying"] = of(block)
     devices = [leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_cuda]
     try:
-        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=devices[:1]):
-            with FlopCounterMode(display=False) as counter:
-                model(*args, **kwargs)
+        with (
+            torch.no_grad(),
+            evaluating(model),
+            torch.random.fork_rng(devices=devices[:1]),
+            FlopCounterMode(display=False) as counter,
+        ):
+            model(*args, **kwargs)
     except UsageError:
         raise
     except Exception as error:

@@ -39,7 +39,7 @@ class Function:
     """
 
     node: ast.FunctionDef
-    plain: FunctionType
+    plain: Any  # a FunctionType, which as an attribute would be taken for a method
     owner: type | None
     wrappers: tuple[FunctionType, ...]
 
@@ -133,9 +133,13 @@ def set_outside_init(cls: type) -> frozenset[str]:
 def _set_on_self(method: ast.FunctionDef) -> Iterator[str]:
     first = method.args.args[0].arg if method.args.args else ""
     for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
-            if isinstance(node.value, ast.Name) and node.value.id == first:
-                yield node.attr
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, (ast.Store, ast.Del))
+            and isinstance(node.value, ast.Name)
+            and node.value.id == first
+        ):
+            yield node.attr
 
 
 @cache

@@ -21,7 +21,11 @@ __all__ = ["Answers", "Questions", "Recorded", "at", "part_at"]
 
 
 def at(block: nn.Module, path: str) -> Any:
-    """The attribute of a block at a dotted path, through elements of lists, too; raises AttributeError, LookupError or TypeError."""
+    """The attribute of a block at a dotted path, through elements of lists, too.
+
+    Raises:
+        AttributeError, LookupError, TypeError: there is none.
+    """
     found: Any = block
     for name in path.split(".") if path else ():
         found = _inside(found, name)

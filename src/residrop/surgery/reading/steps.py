@@ -22,7 +22,22 @@ __all__ = ["Fork", "Forward", "Step", "forward_of", "names_in", "paths_in"]
 _BODY = "return"  # the name of what a forward returns
 _RAISES = ast.Constant("raises")  # in its place, where statements always end in an error
 _DEPTH = 4  # of calls within calls that are replaced by their steps
-_ASKED = {"isinstance", "hasattr", "len", "getattr", "callable", "bool", "type", "int", "float", "str", "tuple"}
+_ASKED = {
+    "self",
+    "torch",
+    "nn",
+    "isinstance",
+    "hasattr",
+    "len",
+    "getattr",
+    "callable",
+    "bool",
+    "type",
+    "int",
+    "float",
+    "str",
+    "tuple",
+}
 
 
 @dataclass(eq=False)
@@ -70,7 +85,7 @@ class Fork(Step):
     def update(self) -> None:
         """Compute what is read and written anew, after the arms have changed."""
         reads, paths, mutates, effect = set(names_in(self.test)), set(paths_in(self.test)), set(), False
-        writes: dict[str, None] = {}
+        writes: set[str] = set()
         for arm in self.arms:
             made: set[str] = set()
             for step in arm:
@@ -79,12 +94,9 @@ class Fork(Step):
                 paths |= step.paths
                 mutates |= step.mutates
                 effect = effect or step.effect
-            if arm is self.arms[0]:
-                first = made
-            else:
-                writes = dict.fromkeys(sorted(first | made))
+            writes |= made
         self.reads, self.paths = frozenset(reads), frozenset(paths)
-        self.writes, self.mutates, self.effect = tuple(writes), frozenset(mutates), effect
+        self.writes, self.mutates, self.effect = tuple(sorted(writes)), frozenset(mutates), effect
 
 
 @dataclass(eq=False)
@@ -163,10 +175,11 @@ def _cleared(steps: list[Step], used: set[str]) -> bool:
             step.update()
             if not any(step.arms):
                 steps.remove(step)
-        elif isinstance(step.node, ast.Assign) and not used & set(step.writes):
-            if step.writes and not step.effect and isinstance(step.node.value, (ast.Name, ast.Constant, ast.Subscript)):
+        elif isinstance(step.node, ast.Assign) and step.writes and not step.effect and not used & set(step.writes):
+            copies = isinstance(step.node.value, (ast.Name, ast.Constant, ast.Subscript))
+            if copies:
                 steps.remove(step)
-                changed = True
+            changed |= copies
     return changed
 
 
@@ -571,16 +584,16 @@ class _Lowering:
 
     # calls that are replaced by their steps
 
-    def called_function(
-        self, node: ast.Call, scope: _Scope
-    ) -> "tuple[Function, ast.expr | None, list[Any], str] | None":
+    def called_function(self, node: ast.Call) -> "tuple[Function, ast.expr | None, list[Any], str] | None":
         """What a call calls, as far as it may be replaced by its steps: the function, what it calls self, the
         arguments, and the path of the module that is called."""
         func, args = node.func, list(node.args)
-        if isinstance(func, ast.Name) and func.id in self.constants_or_globals(scope) and func.id != "self":
-            found = self.constants_or_globals(scope)[func.id]
+        known = {**self.root.plain.__globals__, **self.constants}
+        if isinstance(func, ast.Name) and func.id in known and func.id != "self":
+            found = known[func.id]
             if getattr(found, "__name__", "") == "apply_chunking_to_forward" and len(args) >= 4:
-                return self.called_function(ast.Call(args[0], args[3:], node.keywords), scope)
+                # what chunks of tokens give is what all of them give
+                return self.called_function(ast.Call(args[0], args[3:], node.keywords))
             if isinstance(found, FunctionType) and not found.__module__.startswith("torch."):
                 return function_of(found), None, args, ""
             return None
@@ -603,9 +616,6 @@ class _Lowering:
         assert isinstance(func, ast.Attribute)
         return function_of(vars(owner)[name], owner), func.value, args, ""
 
-    def constants_or_globals(self, scope: _Scope) -> dict[str, Any]:
-        return {**vars_of(self.root.plain), **self.constants}
-
     def wants(self, site: str, depth: int) -> bool:
         return site in self.inline or (bool(self.deep) and site.startswith(self.deep) and depth < _DEPTH)
 
@@ -615,10 +625,7 @@ class _Lowering:
         before = (dict(self.count), dict(self.guards), dict(self.constants), list(self.called), list(self.functions))
         steps, self.steps = self.steps, []
         try:
-            if local:
-                value = self.local_call(node, scope, site)
-            else:
-                value = self.other_call(node, scope, site)
+            value = self.local_call(node, scope) if local else self.other_call(node, scope, site)
         except Unreadable:
             value = None
         made, self.steps = self.steps, steps
@@ -628,7 +635,7 @@ class _Lowering:
         self.steps.extend(made)
         return value
 
-    def local_call(self, node: ast.Call, scope: _Scope, site: str) -> ast.expr | None:
+    def local_call(self, node: ast.Call, scope: _Scope) -> ast.expr | None:
         definition = scope.functions[node.func.id]  # pyright: ignore[reportAttributeAccessIssue]
         arguments = definition.args
         if node.keywords or len(node.args) != len(arguments.args) or arguments.kwarg or arguments.vararg:
@@ -641,7 +648,7 @@ class _Lowering:
             scope.names = names
 
     def other_call(self, node: ast.Call, scope: _Scope, site: str) -> ast.expr | None:
-        found = self.called_function(node, scope)
+        found = self.called_function(node)
         if found is None:
             return None
         function, base, args, path = found
@@ -735,7 +742,7 @@ class _Lowering:
         """Make the globals of another function available; Unreadable if they have the names of other things here."""
         if function.plain.__globals__ is self.root.plain.__globals__:
             return
-        ours, theirs = vars_of(self.root.plain), vars_of(function.plain)
+        ours, theirs = self.root.plain.__globals__, function.plain.__globals__
         for part in ast.walk(function.node):
             if isinstance(part, ast.Name) and part.id in theirs:
                 value, name = theirs[part.id], part.id
@@ -744,11 +751,6 @@ class _Lowering:
                 if (name in ours and ours[name] is not value) or self.constants.get(name, value) is not value:
                     raise Unreadable(f"two things are called {name}")
                 self.constants[name] = value
-
-
-def vars_of(function: FunctionType) -> dict[str, Any]:
-    """The globals of a function."""
-    return function.__globals__
 
 
 class _InPlace(ast.AugAssign):
@@ -995,9 +997,8 @@ def _always_returns(body: list[ast.stmt]) -> bool:
 def _may_be_asked(node: ast.AST) -> bool:
     """Whether a condition is about the block's attributes and constants alone."""
     for part in ast.walk(node):
-        if isinstance(part, ast.Name) and part.id != "self" and part.id not in _ASKED and not part.id[0].isupper():
-            if part.id not in ("torch", "nn"):
-                return False
+        if isinstance(part, ast.Name) and part.id not in _ASKED and not part.id[0].isupper():
+            return False
         if isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and part.func.id in _ASKED):
             return False
         if isinstance(part, (ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp, ast.IfExp)):

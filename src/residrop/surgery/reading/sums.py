@@ -330,7 +330,7 @@ class _Finder:
                 return None
         if total.mutates and any(self.users(name, {total, *collected}) for name in total.mutates):
             return None  # somebody else looks at what the sum overwrites
-        found = Sum(
+        return Sum(
             total.node,
             frozenset({start, *taken, *skip_taken}),
             (total.writes[0], *live),
@@ -347,7 +347,6 @@ class _Finder:
             skip=a,
             skip_taken=tuple(skip_taken),
         )
-        return found
 
     def taken(self, steps: list[Step], start: str) -> list[str]:
         """Names of the values that steps use, besides those they make and the one they start from."""
