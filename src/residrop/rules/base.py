@@ -66,7 +66,7 @@ class Rule(nn.Module, ABC):
 
     @executor.setter
     def executor(self, executor: Executor) -> None:
-        self.__dict__["_executor"] = executor
+        self._executor = executor
 
     @property
     def site(self) -> Site:
