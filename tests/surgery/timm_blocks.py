@@ -362,8 +362,8 @@ def _later() -> dict[str, Case]:
 
 CASES = {**ATTENTION, **WINDOWS, **MIXERS, **CONVOLUTIONS, **_later()}
 if "is_causal" not in signature(vision_transformer.Block.forward).parameters:
-    # timm 1.0.20 has no such argument, takes no float64 in ConViT, gives windows of GC ViT queries of other rows, and keeps
-    # the graph of attention biases in eval mode
+    # timm 1.0.20 has no such argument, takes no float64 in ConViT, gives windows of GC ViT queries of other rows, and
+    # keeps the graph of attention biases in eval mode
     faulty = ("convit", "gcvit", "levit", "levit, down", "efficientformer 1d", "efficientformer v2")
     for name in ("vit, causal", *faulty):
         del CASES[name]
