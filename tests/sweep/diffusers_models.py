@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from sweep.sources import ROWS, Built
 from torch import Tensor
+
+from sweep.sources import ROWS, Built
 
 
 def _latents(*shape: int) -> Tensor:
