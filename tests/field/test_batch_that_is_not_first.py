@@ -217,6 +217,7 @@ def test_compiled_models_are_compiled_where_a_rate_is_1():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own, of a graph's inputs
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # its own, in torch 2.9
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_models_look_at_their_first_batch_too(whole):
     good, bad = applied(Attention(1)), applied(Attention(0))

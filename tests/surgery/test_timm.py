@@ -212,7 +212,7 @@ def test_block_called_by_name_and_with_wrong_arguments():
     x = torch.randn(2, 17, 24)
     with residrop.using(model, Plan.of([False] * 8)):
         assert model.blocks[0](x=x) is x
-        assert model.blocks[0](x, None, is_causal=False) is x
+        assert model.blocks[0](x, attn_mask=None) is x
         with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
             model.blocks[0](x, mask=None)
         with pytest.raises(TypeError, match="too many positional arguments"):

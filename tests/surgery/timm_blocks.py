@@ -1,6 +1,9 @@
 """One small block of every family of timm that has an adapter."""
 
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,20 +17,15 @@ from timm.models import (
     convit,
     convnext,
     cspnet,
-    cspnext,
-    deepseek_vit,
     efficientformer,
     efficientformer_v2,
     eva,
     fastvit,
     focalnet,
     gcvit,
-    gemma4_vit,
     hgnet,
-    iformer,
     inception_next,
     levit,
-    lowformer,
     mambaout,
     maxxvit,
     metaformer,
@@ -103,7 +101,6 @@ ATTENTION = {
         {"attn_mask": lambda n: mask(n, 1, 5, 5)},
         exact=False,
     ),
-    "vit, differential": Case(_block(vision_transformer.DiffParallelScalingBlock), TOKENS, ONE, exact=False),
     "relpos": Case(
         _block(vision_transformer_relpos.RelPosBlock, init_values=0.1),
         TOKENS,
@@ -121,13 +118,6 @@ ATTENTION = {
         {"rope": lambda n: random(n, 1, *ROPE), "attn_mask": lambda n: mask(n, 1, 1, 4)},
     ),
     "eva, post": Case(_block(eva.EvaBlockPostNorm), TOKENS, TWO, {"rope": lambda n: random(2, *ROPE)}),
-    "deepseek": Case(_block(deepseek_vit.DeepseekVitBlock), TOKENS, TWO, {"rope": lambda n: random(4, D)}, digits=4),
-    "gemma4": Case(
-        partial(gemma4_vit.Gemma4Block, D, 2, 4, 16, **HALF),
-        TOKENS,
-        BOTH,
-        {name: lambda n: random(n, 4, 4) for name in ("rope_cos", "rope_sin")},
-    ),
     "cait": Case(_block(cait.LayerScaleBlock), TOKENS, BOTH),
     "convit": Case(_block(convit.Block), TOKENS, BOTH),
     "nest": Case(_block(nest.TransformerLayer), (2, *TOKENS), TWO),
@@ -231,7 +221,6 @@ CONVOLUTIONS = {
     ),
     "convnext, down": Case(partial(convnext.ConvNeXtBlock, D, 16, stride=2, **HALF), IMAGE, ONE),
     "inception next": Case(partial(inception_next.MetaNeXtBlock, 16, **HALF), (16, 4, 4), ONE),
-    "iformer": Case(lambda: iformer.Residual(nn.Conv2d(D, D, 3, padding=1), 0.5, 0.1, D), IMAGE, ONE, exact=False),
     "coatnet mbconv": Case(partial(maxxvit.MbConvBlock, D, D, **HALF), IMAGE, ONE),
     "coatnet mbconv, down": Case(partial(maxxvit.MbConvBlock, D, 12, 2, **HALF), IMAGE, ONE),
     "vitamin": Case(partial(vitamin.MbConvLNBlock, D, D, **HALF), IMAGE, ONE),
@@ -240,8 +229,6 @@ CONVOLUTIONS = {
     "darknet": Case(partial(cspnet.DarkBlock, D, D, **HALF), IMAGE, ONE),
     "cs3 edge": Case(partial(cspnet.EdgeBlock, D, D, **HALF), IMAGE, ONE),
     "csp bottleneck": Case(partial(cspnet.BottleneckBlock, D, D, **HALF), IMAGE, ONE),
-    "cspnext": Case(partial(cspnext.CspNextBlock, D, D, **HALF), IMAGE, ONE),
-    "lowformer": Case(lambda: lowformer.ResidualBlock(nn.Conv2d(D, D, 3, padding=1), nn.Identity(), 0.5), IMAGE, ONE),
     "hgnet": Case(partial(hgnet.HighPerfGpuBlock, D, 4, D, 2, residual=True, **HALF), IMAGE, ONE, exact=False),
     "resnet": Case(lambda: resnet.BasicBlock(D, D, drop_path=DropPath(0.5)), IMAGE, ONE, signed=False),
     "resnet, signed": Case(lambda: resnet.BasicBlock(D, D, drop_path=DropPath(0.5)), IMAGE, ONE),
@@ -327,4 +314,56 @@ CONVOLUTIONS = {
     "regnet z": Case(partial(regnet.PreBottleneck, D, D, **RATE), IMAGE, ONE),
 }
 
-CASES = {**ATTENTION, **WINDOWS, **MIXERS, **CONVOLUTIONS}
+# of classes that timm 1.0.20 lacks: module, class, and the case made of it
+_LATER: dict[str, tuple[str, str, Callable[[Any], Case]]] = {
+    "vit, differential": (
+        "vision_transformer",
+        "DiffParallelScalingBlock",
+        lambda kind: Case(_block(kind), TOKENS, ONE, exact=False),
+    ),
+    "deepseek": (
+        "deepseek_vit",
+        "DeepseekVitBlock",
+        lambda kind: Case(_block(kind), TOKENS, TWO, {"rope": lambda n: random(4, D)}, digits=4),
+    ),
+    "gemma4": (
+        "gemma4_vit",
+        "Gemma4Block",
+        lambda kind: Case(
+            partial(kind, D, 2, 4, 16, **HALF),
+            TOKENS,
+            BOTH,
+            {name: lambda n: random(n, 4, 4) for name in ("rope_cos", "rope_sin")},
+        ),
+    ),
+    "iformer": (
+        "iformer",
+        "Residual",
+        lambda kind: Case(lambda: kind(nn.Conv2d(D, D, 3, padding=1), 0.5, 0.1, D), IMAGE, ONE, exact=False),
+    ),
+    "cspnext": ("cspnext", "CspNextBlock", lambda kind: Case(partial(kind, D, D, **HALF), IMAGE, ONE)),
+    "lowformer": (
+        "lowformer",
+        "ResidualBlock",
+        lambda kind: Case(lambda: kind(nn.Conv2d(D, D, 3, padding=1), nn.Identity(), 0.5), IMAGE, ONE),
+    ),
+}
+
+
+def _later() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+    for name, (module, kind, case) in _LATER.items():
+        try:
+            found[name] = case(getattr(import_module(f"timm.models.{module}"), kind))
+        except (ImportError, AttributeError):
+            continue
+    return found
+
+
+CASES = {**ATTENTION, **WINDOWS, **MIXERS, **CONVOLUTIONS, **_later()}
+if "is_causal" not in signature(vision_transformer.Block.forward).parameters:
+    # timm 1.0.20 has no such argument, takes no float64 in ConViT, gives windows of GC ViT queries of other rows, and
+    # keeps the graph of attention biases in eval mode
+    faulty = ("convit", "gcvit", "levit", "levit, down", "efficientformer 1d", "efficientformer v2")
+    for name in ("vit, causal", *faulty):
+        del CASES[name]

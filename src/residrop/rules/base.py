@@ -37,7 +37,6 @@ class Rule(nn.Module, ABC):
         fewest: number of rows that live at least where any do; `residrop.attach` makes it 2 where the branch has a norm
             that one row may be too few for.
         rescale: who multiplies the branch by p or 1/p, see `StochasticDepth`.
-        executor: what runs the parts that are present; engines replace it.
     """
 
     earlier: int = 0
@@ -45,7 +44,6 @@ class Rule(nn.Module, ABC):
     rows: Literal["window", "bernoulli"] | None = None
     fewest: int = 1
     rescale: Rescale = "none"
-    executor: Executor = EAGER
 
     def __init__(
         self, rates: tuple[float, ...], granularity: Granularity = "block", scope: Scope | None = None
@@ -59,6 +57,16 @@ class Rule(nn.Module, ABC):
         check_choice("scope", self.scope, Scope)
         self._sampler: DepthSampler | None = None
         self._index = -1
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the parts that are present; engines replace it."""
+        # torch 2.9 exports no module that reads an object from its class, but follows a property
+        return self.__dict__.get("_executor", EAGER)
+
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        self._executor = executor
 
     @property
     def site(self) -> Site:
@@ -148,7 +156,7 @@ class Rule(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state.pop("executor", None)  # copies are not compiled, as those of any module that was compiled in place
+        state.pop("_executor", None)  # copies are not compiled, as those of any module that was compiled in place
         return state
 
     def extra_repr(self) -> str:
