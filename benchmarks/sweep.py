@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="pattern of library/model, such as 'timm/*' or '*/bert'")
     parser.add_argument("--workers", type=int, default=2, help="models at a time")
     parser.add_argument("--seconds", type=float, default=120.0, help="limit for one model")
+    parser.add_argument("--quick", action="store_true", help="leave out fewer branches, one by one or some together")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     names = [name for name in all_names() if fnmatchcase(name, arguments.only)]
@@ -39,7 +40,7 @@ def main() -> None:
     rows = []
     with Progress(*columns) as progress:
         task = progress.add_task("", total=len(names))
-        for row in examined(names, arguments.workers, arguments.seconds):
+        for row in examined(names, arguments.workers, arguments.seconds, quick=arguments.quick):
             rows.append(row)
             progress.update(task, advance=1, description=f"{row['library']}/{row['model']}")
             for problem in row["problems"]:
@@ -49,6 +50,7 @@ def main() -> None:
     _print(rows, progress.console)
     if arguments.json:
         command = "python benchmarks/sweep.py" + ("" if arguments.only == "*" else f" --only '{arguments.only}'")
+        command += " --quick" if arguments.quick else ""
         kept = [{name: value for name, value in row.items() if value is not None} for row in rows]
         what = "residrop on every model that can be built small, against a masked reference"
         libraries = {name: metadata.version(name) for name in _installed()}

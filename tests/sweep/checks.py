@@ -355,7 +355,7 @@ class _Examination:
     def choices(self, number: int, most: int) -> list[list[bool]]:
         """Which branches are present, case by case: one left out, some, all. At least three cases, at most `most`."""
         subsets = 1 if self.quick or most < 8 else SUBSETS
-        singles = min(number, 3 if self.quick else MOST_SITES, max(most - subsets - 1, 1))
+        singles = min(number, 2 if self.quick else MOST_SITES, max(most - subsets - 1, 1))
         single = sorted({round((i + 0.5) * number / singles - 0.5) for i in range(singles)})
         cases = [[i != one for i in range(number)] for one in single]
         generator = torch.Generator().manual_seed(number)
