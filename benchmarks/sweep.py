@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # in front of this folder, which has a file of that name
 
+import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -30,25 +32,34 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="pattern of library/model, such as 'timm/*' or '*/bert'")
     parser.add_argument("--workers", type=int, default=2, help="models at a time")
     parser.add_argument("--seconds", type=float, default=120.0, help="limit for one model")
+    parser.add_argument("--quick", action="store_true", help="leave out fewer branches, one by one or some together")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as the processes have it
     names = [name for name in all_names() if fnmatchcase(name, arguments.only)]
     if not names:
         sys.exit(f"no model is named {arguments.only}; names look like timm/vision_transformer")
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows = []
-    with Progress(*columns) as progress:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(names))
-        for row in examined(names, arguments.workers, arguments.seconds):
+        for row in examined(names, arguments.workers, arguments.seconds, quick=arguments.quick):
             rows.append(row)
             progress.update(task, advance=1, description=f"{row['library']}/{row['model']}")
+            if not console.is_terminal:  # for logs, which have no bar
+                print(
+                    f"{len(rows)}/{len(names)} {row['library']}/{row['model']}: {row['status']}, {row['seconds']} s",
+                    flush=True,
+                )
             for problem in row["problems"]:
-                progress.console.print(f"{row['library']}/{row['model']}: {problem}", markup=False, soft_wrap=True)
+                console.print(f"{row['library']}/{row['model']}: {problem}", markup=False, soft_wrap=True)
     order = {name: number for number, name in enumerate(names)}
     rows.sort(key=lambda row: order[f"{row['library']}/{row['model']}"])
-    _print(rows, progress.console)
+    _print(rows, console)
     if arguments.json:
         command = "python benchmarks/sweep.py" + ("" if arguments.only == "*" else f" --only '{arguments.only}'")
+        command += " --quick" if arguments.quick else ""
         kept = [{name: value for name, value in row.items() if value is not None} for row in rows]
         what = "residrop on every model that can be built small, against a masked reference"
         libraries = {name: metadata.version(name) for name in _installed()}
@@ -59,8 +70,8 @@ def _installed() -> list[str]:
     return [one.library for one in SOURCES if one.names()]
 
 
-def _print(rows: list[dict], console: object) -> None:
-    table = Table("library", "family", *STATES, "not compared", "largest error: block", "row", "faults")
+def _print(rows: list[dict], console: Console) -> None:
+    table = Table("library", "family", *STATES, "not compared", "error, block", "error, row", "faults")
     families: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         families.setdefault((row["library"], row["family"] if row["library"] == "transformers" else ""), []).append(row)

@@ -29,7 +29,7 @@ SUBSETS = 3
 ALLOWED = {("block", True): 1e-9, ("row", True): 1e-9, ("block", False): 1e-6, ("row", False): 1e-5}
 LARGEST = 9e7  # parameters
 LARGEST_IN_DOUBLE = 4e7
-PATIENCE = 3.0  # seconds for the passes of one granularity, if these are not fewer than three cases
+PATIENCE = 1.5  # seconds for the passes of one granularity, if these are not fewer than three cases
 
 
 @dataclass
@@ -252,17 +252,24 @@ class _Examination:
         expected = self.call(plain.eval())
         if not _same(self.call(model.eval()), expected):
             self.problem(f"{granularity}: eval differs after apply")
-        wanted, got = self.call(plain.train()), self.call(model.train())
-        if not _same(self.call(plain, 2), wanted):
-            self.found.mode = "eval"  # random in training, whatever is zeroed
-        elif (error := _worst(got, wanted)) > 1e-5:
-            self.problem(f"{granularity}: training at survival 1 differs by {error:.1e}")
+        if self.trains(plain.train()):
+            if (error := _worst(self.call(model.train()), self.call(plain))) > 1e-5:
+                self.problem(f"{granularity}: training at survival 1 differs by {error:.1e}")
+        else:
+            self.found.mode = "eval"
         residrop.remove(model)
         if _forms(model) != _forms(plain):
             self.problem(f"{granularity}: remove leaves something behind")
         model.load_state_dict(self.plain.state_dict())
         if not _same(self.call(model.eval()), expected):
             self.problem(f"{granularity}: eval differs after remove")
+
+    def trains(self, plain: nn.Module) -> bool:
+        """Whether there are training forwards to compare: without targets, and not random whatever is zeroed."""
+        try:
+            return _same(self.call(plain, 2), self.call(plain, 1))
+        except (ValueError, TypeError, RuntimeError):
+            return False
 
     def call(self, model: nn.Module, seed: int = 1) -> list[Tensor]:
         torch.manual_seed(seed)
@@ -348,7 +355,7 @@ class _Examination:
     def choices(self, number: int, most: int) -> list[list[bool]]:
         """Which branches are present, case by case: one left out, some, all. At least three cases, at most `most`."""
         subsets = 1 if self.quick or most < 8 else SUBSETS
-        singles = min(number, 3 if self.quick else MOST_SITES, max(most - subsets - 1, 1))
+        singles = min(number, 2 if self.quick else MOST_SITES, max(most - subsets - 1, 1))
         single = sorted({round((i + 0.5) * number / singles - 0.5) for i in range(singles)})
         cases = [[i != one for i in range(number)] for one in single]
         generator = torch.Generator().manual_seed(number)

@@ -45,6 +45,7 @@ NUMBERS: dict[str, int] = {
     "pred_num_attention_heads": 4,
     "pred_num_hidden_layers": 2,
     "upsample_groups": 64,
+    **dict.fromkeys(("text_hidden_size", "audio_hidden_size", "condition_dim", "adapter_in_dim"), 64),
     **dict.fromkeys(
         ("t2u_vocab_size", "char_vocab_size", "unit_hifi_gan_vocab_size", "encoder_hash_byte_group_vocab"), 96
     ),
@@ -134,12 +135,13 @@ def parts(config: Any) -> list[Any]:
     return [config, *(part for one in inner for part in parts(one))]
 
 
-def small(kind: Any) -> Any:
-    """A small configuration of a class."""
+def small(kind: Any, base: Any = None) -> Any:
+    """A small configuration of a class, like `base` (default: the class's own default)."""
     if kind.model_type == "timm_backbone":
         return _backbone()
     special = SPECIAL.get(kind.model_type, {})
-    base = kind(**{name: special[name] for name in special.get("first", ())})
+    usual = kind(**{name: special[name] for name in special.get("first", ())})
+    base = usual if base is None else base
     aliases = getattr(base, "attribute_map", {})
     chosen = _layers(base)
     options: dict[str, Any] = {}
@@ -148,15 +150,26 @@ def small(kind: Any) -> Any:
             value = getattr(base, name)
         except Exception:
             continue  # it differs from layer to layer
-        fitting = small(type(value)) if is_config(value) else _fitting(base, name, value, chosen)
+        fitting = small(type(value), value) if is_config(value) else _fitting(base, name, value, chosen)
+        if fitting is None and name in vars(usual) and _differs(value, vars(usual)[name]):
+            fitting = value  # as the model around it has it
         if fitting is not None:
             options[aliases.get(name, name)] = fitting
+    if wanted := getattr(base, "_out_features", None):
+        options["out_features"] = list(wanted)
+        if _number_of_layers(base):  # of the last ones
+            options["num_hidden_layers"] = max(3, len(wanted))
+            options["out_features"] = [f"stage{3 + i - min(len(wanted), 3) + 1}" for i in range(len(wanted))]
     for name, value in special.items():
         if name not in ("first", "without"):
             options[name] = value(options, base) if callable(value) else value
     for name in special.get("without", ()):
         options.pop(name, None)
     return kind(**options)
+
+
+def _differs(value: Any, other: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) and type(value) is type(other) and value != other
 
 
 def _backbone() -> Any:
@@ -212,6 +225,8 @@ def _fitting(base: Any, name: str, value: Any, chosen: list[int] | None) -> Any:
             return TOKENS[name]
         if name == "num_hidden_layers" and chosen is not None:
             return len(chosen)
+        if name.endswith("_token_id") and value >= 60:
+            return 60 + sum(map(ord, name)) % 30  # inside of the small vocabulary; `place_tokens` tells them apart
         if name == "head_dim" and value == getattr(base, "qk_rope_head_dim", None):
             return NUMBERS["qk_rope_head_dim"]
         if name in ("num_key_value_heads", "num_kv_heads") and _all_heads(base, value):

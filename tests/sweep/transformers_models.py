@@ -249,7 +249,7 @@ SHAPES: dict[str, tuple[Callable[[nn.Module], Any], ...]] = {
     "query_embeds": (lambda model: torch.randn(ROWS, 6, _width(model)),),
     "attention_mask": (lambda model: _mask(),),
     "bbox": (lambda model: torch.randint(0, 90, (ROWS, 9, 4)).sort(-1)[0],),
-    "pixel_values": (_images(), _patches, _frames, _images(2), _images(side=64), _images(side=128)),
+    "pixel_values": (_images(), _patches, _frames, _images(2), _images(1), _images(side=64), _images(side=128)),
     "pixel_values_videos": (_frames,),
     "hidden_states": (_patches, lambda model: torch.randn(ROWS, 9, _width(model))),
     "grid_thw": (_grid,),

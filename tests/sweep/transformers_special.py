@@ -78,6 +78,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "timesformer": {"num_frames": 4},
     "videomae": {"num_frames": 4},
     "vivit": {"num_frames": 4, "tubelet_size": [2, 8, 8]},
+    "sam2_hiera_det_model": {"hidden_size": 16},
+    "sam_vision_model": {"output_channels": 64},
+    "sam_hq_vision_model": {"output_channels": 64},
+    "cvt": {"depth": [1, 2, 3]},
+    "encodec": {"codebook_dim": 64, "num_filters": 8},
+    "mimi": {"num_filters": 8},
+    "chameleon": {"vocabulary_map": {"<image>": 95}},
+    "rt_detr": {"encoder_in_channels": [32, 64, 64], "decoder_in_channels": [64] * 3, "encoder_hidden_dim": 64},
+    "rt_detr_v2": {"encoder_in_channels": [32, 64, 64], "decoder_in_channels": [64] * 3, "encoder_hidden_dim": 64},
+    "d_fine": {"encoder_in_channels": [128, 256, 512], "decoder_in_channels": [64] * 3, "encoder_hidden_dim": 64},
     "zaya": {"num_experts_per_tok": 1},
     "zaya_text": {"num_experts_per_tok": 1},
     "siglip2_vision_model": {"num_patches": 16},
@@ -134,6 +144,14 @@ def _siglip2(model: nn.Module) -> dict[str, torch.Tensor]:
     return batch if config is model.config else {**batch, "input_ids": torch.randint(3, 60, (3, 9))}
 
 
+def _seggpt(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(3, 3, 16, 16) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
+
+
+def _speecht5(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {"input_values": torch.randn(3, 9, 64), "decoder_input_values": torch.randn(3, 5, 64)}
+
+
 def _ids(length: int) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
     return lambda model: {"input_ids": torch.randint(3, 60, (3, length))}
 
@@ -147,6 +165,8 @@ INPUTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     "decision_transformer": _decision,
     "blip_2_qformer": _qformer,
     "reformer": _ids(8),
+    "seggpt": _seggpt,
+    "speecht5": _speecht5,
     "siglip2": _siglip2,
     "siglip2_vision_model": _siglip2,
     "perceiver": lambda model: {"inputs": torch.randn(3, 9, 32)},

@@ -25,11 +25,11 @@ def serve(connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while True:
         try:
-            name = connection.recv()
+            name, quick = connection.recv()
         except EOFError:
             return
         try:
-            found = examine(name)
+            found = examine(name, quick=quick)
         except Exception as error:  # a model that breaks the sweep is a row of its results
             found = _broken(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         connection.send((dataclasses.asdict(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
@@ -46,11 +46,11 @@ class Worker:
     def __init__(self) -> None:
         self.process: Any = None
 
-    def examine(self, name: str, seconds: float) -> dict[str, Any]:
+    def examine(self, name: str, seconds: float, quick: bool) -> dict[str, Any]:
         """What was found of a model; "broken" if it took too long or ended the process."""
         if self.process is None:
             self.start()
-        self.connection.send(name)
+        self.connection.send((name, quick))
         if not self.connection.poll(seconds):
             self.stop()
             return dataclasses.asdict(_broken(name, f"it took more than {seconds:.0f} s"))
@@ -78,7 +78,7 @@ class Worker:
             self.process = None
 
 
-def examined(names: Sequence[str], number: int, seconds: float) -> Iterator[dict[str, Any]]:
+def examined(names: Sequence[str], number: int, seconds: float, *, quick: bool = False) -> Iterator[dict[str, Any]]:
     """What was found of every model, as `number` processes get to it."""
     free: SimpleQueue[Worker] = SimpleQueue()
     workers = [Worker() for _ in range(number)]
@@ -88,7 +88,7 @@ def examined(names: Sequence[str], number: int, seconds: float) -> Iterator[dict
     def one(name: str) -> dict[str, Any]:
         worker = free.get()
         try:
-            return worker.examine(name, seconds)
+            return worker.examine(name, seconds, quick)
         finally:
             free.put(worker)
 

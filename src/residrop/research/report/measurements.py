@@ -16,7 +16,7 @@ __all__ = ["VIEWS", "section_of_document", "summarise"]
 Entry = Mapping[str, Any]
 Entries = Sequence[Entry]
 
-_VERSIONS = ("residrop", "torch", "timm", "python", "threads")  # the others are in the file
+_VERSIONS = ("residrop", "torch", "timm", "transformers", "python", "threads")  # the others are in the file
 _MANY_ROWS, _MANY_COLUMNS = 60, 9
 
 
