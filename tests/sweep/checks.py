@@ -83,6 +83,10 @@ def examine(name: str, *, quick: bool = False) -> Found:
     return found
 
 
+def _doubled(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
 @contextmanager
 def _fixed() -> Any:
     """The global state of torch as it was."""
@@ -206,7 +210,8 @@ class _Examination:
     def apply(self, model: nn.Module, granularity: str, survival: float) -> Any:
         options: dict[str, Any] = {"survival": survival, "granularity": granularity, "rescale": "none"}
         if "example" in inspect.signature(residrop.apply).parameters:
-            options["example"] = self.example()
+            double = any(one.dtype == torch.float64 for one in model.parameters())
+            options["example"] = tree_map(_doubled, self.example()) if double else self.example()
         before = _forms(model)
         try:
             return residrop.apply(model, **options)

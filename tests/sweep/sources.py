@@ -62,6 +62,7 @@ SOURCES: tuple[Source, ...] = (
     Source("torchvision", "torchvision_models"),
     Source("timm", "timm_models"),
     Source("transformers", "transformers_models"),
+    Source("diffusers", "diffusers_models"),
 )
 
 

@@ -90,7 +90,8 @@ def _mixin(module: nn.Module) -> type[AppliedBlock] | None:
         return as_whole
     parts = [part_at(module, path) for branch in reading.branches for path in branch.paths]
     share = _size([part for part in parts if part is not None]) / _size([module])
-    if as_whole is not None and (share < _LEAST_SHARE or (len(reading.branches) == 1 and share < _NEARLY_ALL)):
+    one_coin = len(reading.branches) == 1 or sum(one is not None for one in reading.streams) > 1
+    if as_whole is not None and (share < _LEAST_SHARE or (one_coin and share < _NEARLY_ALL)):
         return as_whole  # the same law where there is one branch, and more is left out with it
     if share >= _LEAST_SHARE or (reading.branches[-1].last and share >= _LEAST_SHARE_OF_ENDING):
         return mixin_of(module)

@@ -243,7 +243,7 @@ class Call:
 
 
 def _kind(leaf: Any) -> Any:
-    return leaf if leaf is None or isinstance(leaf, (bool, str)) else type(leaf)
+    return leaf if leaf is None or isinstance(leaf, (bool, int, str)) else type(leaf)
 
 
 def _place(block: nn.Module, x: Tensor, leaves: list[Any]) -> int:

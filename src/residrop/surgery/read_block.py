@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from residrop.blocks.skippable import Part, parameters_of
 from residrop.common.errors import ConfigError, PlanError, UsageError
@@ -15,6 +14,7 @@ from residrop.rules.base import Rule
 from residrop.surgery.arguments import Whole, is_cache
 from residrop.surgery.blocks import AppliedBlock, ForeignBlock
 from residrop.surgery.generic import Call
+from residrop.surgery.operations import Operations
 from residrop.surgery.reading.questions import part_at
 from residrop.surgery.reading.read import Reading, read, read_again
 from residrop.surgery.rowwise import full_precision, looking_on, seen_alike
@@ -129,7 +129,8 @@ class ReadBlock(ForeignBlock):
         if isinstance(value, dict):
             return {key: self._residrop_leaf(name, one, rows, cut) for key, one in value.items()}
         if isinstance(value, Tensor):
-            if not cut and (value.ndim < _LEAST_DIMENSIONS.get(name, 1) or value.shape[0] != rows):
+            heads = name.endswith("mask") and value.ndim == 3 and value.shape[0] > rows and value.shape[0] % rows == 0
+            if not cut and not heads and (value.ndim < _LEAST_DIMENSIONS.get(name, 1) or value.shape[0] != rows):
                 return Whole(value)
             if value.ndim and value.shape[0] == rows:
                 return value
@@ -246,9 +247,9 @@ class _Trial:
     def _run(self, branch: Callable[..., Any], x: Tensor, taken: dict[str, Any], share: float) -> Any:
         if not self.count:
             return branch(x, **taken)
-        with FlopCounterMode(display=False) as counter:
+        with Operations() as counter:
             out = branch(x, **taken)
-        self.flops.append(counter.get_total_flops() * share)
+        self.flops.append(counter.total * share)
         return out
 
     def _note(self, packed: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from residrop.blocks.modes import evaluating
 from residrop.common.errors import ConfigError, UsageError
+from residrop.surgery.operations import Operations
 
 __all__ = ["Tried", "called_with", "tried"]
 
@@ -87,12 +87,12 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
                 return forward(*args, **kwargs)
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             versions = [leaf._version for leaf in inputs]
-            with FlopCounterMode(display=False) as own:
+            with Operations() as own:
                 out = forward(*args, **kwargs)
             if versions != [leaf._version for leaf in inputs]:
                 result.wrong[block] = "it overwrites what it is given"
                 return out
-            with FlopCounterMode(display=False) as again:
+            with Operations() as again:
                 try:
                     seen = block.residrop_check(args, kwargs, out)
                 except UsageError as error:
@@ -100,8 +100,8 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
                 else:
                     block.__dict__["residrop_checked"] = (None, 0) if seen else (0, 1)
                     result.learnt[block] = {name: block.__dict__[name] for name in _KEPT if name in block.__dict__}
-                    result.flops += sum(block.__dict__.get("residrop_flops", (own.get_total_flops(),)))
-            extra += again.get_total_flops()
+                    result.flops += sum(block.__dict__.get("residrop_flops", (own.total,)))
+            extra += again.total
             return out
 
         return run
@@ -114,7 +114,7 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
             torch.no_grad(),
             evaluating(model),
             torch.random.fork_rng(devices=devices[:1]),
-            FlopCounterMode(display=False) as counter,
+            Operations() as counter,
         ):
             model(*args, **kwargs)
     except UsageError:
@@ -127,5 +127,5 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
     finally:
         for block in blocks:
             block.__dict__.pop("residrop_trying", None)
-    result.total = counter.get_total_flops() - extra
+    result.total = counter.total - extra
     return result

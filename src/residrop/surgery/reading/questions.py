@@ -18,6 +18,7 @@ from residrop.surgery.drops import own_survival
 from residrop.surgery.reading.functions import Unreadable, paths_of_method, set_outside_init
 
 __all__ = ["Answers", "Questions", "Recorded", "at", "part_at"]
+_SHORTCUT = 0.75  # a shortcut's parameters, compared with its branch's, at most
 
 
 def at(block: nn.Module, path: str) -> Any:
@@ -116,9 +117,10 @@ class Questions:
         return drops or any(one.numel() > max(one.shape, default=1) for one in parameters_of(layers))
 
     def _lighter(self, these: tuple[str, ...], those: tuple[str, ...]) -> bool:
-        """Whether there are fewer parameters at these paths than at those."""
+        """Whether there are clearly fewer parameters at these paths than at those: they are a shortcut's, not those of
+        a second branch."""
         first, second = (sum(one.numel() for one in self._parameters(paths)) for paths in (these, those))
-        return first < second
+        return first <= _SHORTCUT * second
 
     def _parameters(self, paths: tuple[str, ...]) -> list[nn.Parameter]:
         return list(dict.fromkeys(parameters_of(self._found(paths))))

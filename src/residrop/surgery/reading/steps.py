@@ -21,7 +21,11 @@ __all__ = ["Fork", "Forward", "Step", "forward_of", "names_in", "paths_in"]
 
 _BODY = "return"  # the name of what a forward returns
 _RAISES = ast.Constant("raises")  # in its place, where statements always end in an error
+_SPLITS = 8  # conditions after which a forward may have returned: what follows them is read twice
 _DEPTH = 4  # of calls within calls that are replaced by their steps
+# torch's own encoder layer has a fused kernel as a second way, in which no branch could be left out; it takes it only
+# where this attribute is true
+_FUSED = {"activation_relu_or_gelu"}
 _ASKED = {
     "self",
     "torch",
@@ -210,6 +214,8 @@ class _Lowering:
         self.functions = [function]
         self.steps: list[Step] = []
         self.variadic: set[str] = set()
+        self.splits = 0
+        self.lists: set[str] = set()  # values that are lists made in the forward
 
     def forward(self) -> Forward:
         arguments = self.root.node.args
@@ -294,6 +300,10 @@ class _Lowering:
         match statement:
             case ast.Pass() | ast.Delete() | ast.Expr(value=ast.Constant()):
                 pass
+            case ast.Expr() if (name := self.grown(statement, scope)) is not None:
+                new = self.renewed(name, scope)
+                step = self.add(self.renamed(statement, scope), scope)
+                step.writes, step.reads = (new,), step.reads - {new}
             case ast.Expr():
                 value = self.value(statement.value, scope)
                 if isinstance(value, ast.Name) and self.steps and value.id in self.steps[-1].writes:
@@ -346,6 +356,8 @@ class _Lowering:
                 return
             name = self.fresh(target.id)
             self.add(ast.Assign([_store(name)], value), scope)
+            if isinstance(value, ast.List):
+                self.lists.add(name)
             scope.names[target.id] = _load(name)
         elif (
             isinstance(target, ast.Tuple)
@@ -466,12 +478,13 @@ class _Lowering:
         return _load(own)
 
     def split(self, statement: ast.If, rest: list[ast.stmt], scope: _Scope) -> ast.expr:
-        """A condition of which an arm returns: the statements after it belong to the other one."""
+        """A condition of which an arm may return: the statements after it belong to both."""
         bodies = [
             body if _always_returns(body) else [*body, *rest] for body in (list(statement.body), list(statement.orelse))
         ]
-        if not any(_always_returns(body) for body in (statement.body, statement.orelse)):
-            raise Unreadable("its forward returns in several places")
+        self.splits += 1
+        if self.splits > _SPLITS:
+            raise Unreadable("its forward returns in too many places")
         test = self.expression(statement.test, scope, hoist=False)
         before = dict(scope.names)
         arms: list[list[Step]] = []
@@ -493,6 +506,25 @@ class _Lowering:
         scope.names = before
         return result
 
+    def grown(self, statement: ast.stmt, scope: _Scope) -> str | None:
+        """The variable of a list that was made in this forward, if a statement appends to it."""
+        match statement:
+            case ast.Expr(
+                value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append" | "extend"))
+            ) if isinstance(value := scope.names.get(name), ast.Name) and value.id in self.lists:
+                return name
+        return None
+
+    def renewed(self, name: str, scope: _Scope) -> str:
+        """A new name for the value of a variable that is about to be changed."""
+        new = self.fresh(name)
+        old = scope.names[name]
+        self.add(ast.Assign([_store(new)], deepcopy(old)), scope)
+        if isinstance(old, ast.Name) and old.id in self.lists:
+            self.lists.add(new)
+        scope.names[name] = _load(new)
+        return new
+
     def opaque(self, statement: ast.stmt, scope: _Scope) -> None:
         """A loop or the like, as one step."""
         for part in ast.walk(statement):
@@ -501,13 +533,15 @@ class _Lowering:
         stored = [
             part.id for part in ast.walk(statement) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
         ]
+        inner = [part for part in ast.walk(statement) if isinstance(part, ast.Expr)]
+        grown = [self.grown(part, scope) for part in inner]
         mutated: set[str] = set()
+        stored += [name for name in grown if name is not None]
         for name in dict.fromkeys(stored):
-            old = scope.names.get(name)
-            new = self.fresh(name)
-            if old is not None:
-                self.add(ast.Assign([_store(new)], deepcopy(old)), scope)
-            scope.names[name] = _load(new)
+            if name in scope.names:
+                self.renewed(name, scope)
+            else:
+                scope.names[name] = _load(self.fresh(name))
         node = self.renamed(statement, scope)
         for part in ast.walk(node):
             if isinstance(part, (ast.AugAssign, ast.Assign)):
@@ -516,10 +550,11 @@ class _Lowering:
                     if not isinstance(target, ast.Name) or isinstance(part, ast.AugAssign):
                         mutated |= names_in(target)
         written = frozenset(self.renamed(_load(name), scope).id for name in stored)  # pyright: ignore
-        does = any(isinstance(part, ast.Expr) for part in ast.walk(node))
+        does = None in grown
         step = self.add(node, scope, effect=does or bool(mutated - written), mutates=frozenset(mutated) - written)
         # what it changes it reads, too
         step.reads = step.reads | (names_in(node) & written)
+        step.writes = tuple(dict.fromkeys((*step.writes, *(written & {scope.names[name].id for name in stored}))))  # pyright: ignore
 
     # expressions
 
@@ -574,6 +609,8 @@ class _Lowering:
         if not _may_be_asked(test):
             return None
         text = ast.unparse(test)
+        if paths_in(test) & _FUSED:
+            return False
         for path in paths_in(test):
             if not path or path.rpartition(".")[2] == "training" or not self.questions.ask("lasting", path):
                 return None

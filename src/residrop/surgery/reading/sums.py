@@ -89,7 +89,7 @@ def roots_of_results(forward: Forward, questions: Questions) -> list[str | None]
     for one in values:
         chain = finder.chain(one.id) if isinstance(one, ast.Name) else frozenset()
         starts = [arguments[name] for name in chain if name in arguments]
-        results.append(starts[0] if len(starts) == 1 and len(chain) > 1 else None)
+        results.append(starts[0] if len(starts) == 1 and chain & finder.summed else None)
     return results
 
 
@@ -208,6 +208,7 @@ class _Finder:
         for step in steps:
             for name in step.mutates if not isinstance(step, Fork) else ():
                 self.mutated.setdefault(name, []).append(step)
+        self.summed: set[str] = set()
         self.chains = self._chains(steps)
 
     def _chains(self, steps: list[Step]) -> dict[str, frozenset[str]]:
@@ -222,9 +223,13 @@ class _Finder:
                     if self.depends.get(y, frozenset()) & chains.get(x, frozenset({x})):
                         earlier |= chains.get(x, frozenset({x}))
                 chains[step.writes[0]] = earlier | {step.writes[0]}
+                if earlier:
+                    self.summed.add(step.writes[0])
             elif isinstance(step.node, ast.Assign) and isinstance(step.node.value, ast.Name) and len(step.writes) == 1:
                 source, name = step.node.value.id, step.writes[0]
                 chains[name] = chains.get(name, frozenset({name})) | chains.get(source, frozenset({source}))
+            elif not isinstance(step, Fork):
+                chains.update({name: frozenset({name}) for name in step.writes})  # of a loop, which changes it
         return chains
 
     def chain(self, name: str) -> frozenset[str]:
@@ -299,7 +304,7 @@ class _Finder:
             order = order or [name for name in self.forward.arguments.values() if name in common]
             if not order:
                 return None
-            start = order[-1]
+            start = order[-1] if order[0] not in self.forward.arguments.values() else order[0]
             roots = self.chain(start)
             shortcut = self.way(before, a, start)
             if not self.is_shortcut(shortcut):
@@ -325,6 +330,11 @@ class _Finder:
             taken = self.taken(collected, start)
         skip_made = {name for step in shortcut for name in step.writes}
         skip_taken = sorted({name for step in shortcut for name in step.reads} - skip_made - {start})
+        own = {total, *collected, *shortcut}
+        if any(self.users(name, own) for step in shortcut for name in step.writes):
+            # what the shortcut computes is needed elsewhere, too: it stays where it is
+            shortcut, skip_taken, start = [], [], a
+            taken = self.taken(collected, start)
         for name in {start, *taken, *skip_taken}:
             if any(step is not total for step in self.mutated.get(name, ())):
                 return None
