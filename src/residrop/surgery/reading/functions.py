@@ -18,7 +18,7 @@ __all__ = [
     "owner_of",
     "path_of",
     "paths_of_method",
-    "set_outside_init",
+    "set_in_forward",
     "wrapped_alike",
 ]
 
@@ -105,28 +105,27 @@ def owner_of(cls: type, name: str) -> type | None:
 
 
 @cache
-def set_outside_init(cls: type) -> frozenset[str]:
-    """Names of attributes that methods of a class other than `__init__` set: their values may change at any time."""
-    names: set[str] = set()
+def set_in_forward(cls: type) -> frozenset[str]:
+    """Names of attributes that the forward of a class, or a method that it calls, sets on its module."""
+    methods: dict[str, list[ast.FunctionDef]] = {}
     for one in cls.__mro__:
-        if one is nn.Module or not issubclass(one, nn.Module):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        methods = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__")
-        # methods that `__init__` calls to build the module set attributes for good
-        built = {
-            node.func.attr
-            for method in ast.walk(tree)
-            if isinstance(method, ast.FunctionDef) and method.name == "__init__"
-            for node in ast.walk(method)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-        }
-        for method in methods:
-            if method.name not in built:
+        if one is not nn.Module and issubclass(one, nn.Module):
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
+            except (OSError, TypeError, SyntaxError):
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef):
+                    methods.setdefault(node.name, []).append(node)
+    seen, waiting, names = set[str](), ["forward"], set[str]()
+    while waiting:
+        one = waiting.pop()
+        if one not in seen:
+            seen.add(one)
+            for method in methods.get(one, ()):
                 names.update(_set_on_self(method))
+                calls = (node.func for node in ast.walk(method) if isinstance(node, ast.Call))
+                waiting += [call.attr for call in calls if isinstance(call, ast.Attribute)]
     return frozenset(names)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from residrop.blocks.skippable import parameters_of
 from residrop.surgery.drops import own_survival
-from residrop.surgery.reading.functions import Unreadable, paths_of_method, set_outside_init
+from residrop.surgery.reading.functions import Unreadable, paths_of_method, set_in_forward
 
 __all__ = ["Answers", "Questions", "Recorded", "at", "part_at"]
 _SHORTCUT = 0.75  # a shortcut's parameters, compared with its branch's, at most
@@ -74,17 +74,17 @@ class Questions:
             return None
 
     def _lasting(self, path: str) -> bool:
-        """Whether an attribute of the block, once made, is never set by the code of its module."""
+        """Whether an attribute of the block is set by no forward. (Whoever sets it elsewhere is told, see `guards`.)"""
         *inner, name = path.split(".")
         owner: Any = self.block
         for one in inner:
-            if isinstance(owner, nn.Module) and one in set_outside_init(type(owner)):
+            if isinstance(owner, nn.Module) and one in set_in_forward(type(owner)):
                 return False
             try:
                 owner = at(owner, one) if isinstance(owner, nn.Module) else getattr(owner, one)
             except (AttributeError, LookupError, TypeError):
                 return True
-        return not (isinstance(owner, nn.Module) and name in set_outside_init(type(owner)))
+        return not (isinstance(owner, nn.Module) and name in set_in_forward(type(owner)))
 
     def _class(self, path: str) -> type | None:
         """The class of a child; None where there is no module."""

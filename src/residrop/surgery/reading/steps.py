@@ -509,9 +509,9 @@ class _Lowering:
     def grown(self, statement: ast.stmt, scope: _Scope) -> str | None:
         """The variable of a list that was made in this forward, if a statement appends to it."""
         match statement:
-            case ast.Expr(
-                value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append" | "extend"))
-            ) if isinstance(value := scope.names.get(name), ast.Name) and value.id in self.lists:
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append" | "extend"))) if (
+                isinstance(value := scope.names.get(name), ast.Name) and value.id in self.lists
+            ):
                 return name
         return None
 
