@@ -44,7 +44,7 @@ def candidates(
     kinds = {type(block) for block in chosen}
     inside = {part for block in chosen for part in block.modules()}
     left = [
-        (name, "no sum over its input is found in it (where width or stride change, blocks often have none)")
+        (name, "it has no residual sum (blocks that change the stride or the width often have none)")
         for module, name in names.items()
         if type(module) in kinds and module not in inside
     ]
