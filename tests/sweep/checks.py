@@ -76,6 +76,8 @@ def examine(name: str, *, quick: bool = False) -> Found:
             built = prepared(build(name))
         except NotBuilt as error:
             found.status, found.refused = "not built", {"": _short(error)}
+        except Exception as error:  # of a library: not every model type can be made by its configuration
+            found.status, found.refused = "not built", {"": f"{type(error).__name__} {_short(error)}"}
         else:
             found.family = built.family
             _Examination(built, found, quick).run()
