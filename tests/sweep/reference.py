@@ -348,14 +348,16 @@ class Reference:
 
     def _record(self, place: Place, number: int, terms: list[Term]) -> None:
         joins = list(dict.fromkeys(term.join for term in terms))
+        by_parts: list[list[Term]] = []
+        for parts in place.parts:
+            others = [name for own in place.parts for name in own if name not in parts]
+            by_parts.append([term for term in terms if _belongs(term, parts, others)])
         if len(terms) == place.branches:
             groups = [[term] for term in terms]
         elif len(joins) == place.branches:
             groups = [[term for term in terms if term.join == join] for join in joins]
-        elif place.parts and all(
-            groups := [[term for term in terms if _belongs(term, parts)] for parts in place.parts]
-        ):
-            pass
+        elif any(by_parts) and all(group or not parts for group, parts in zip(by_parts, place.parts, strict=True)):
+            groups = by_parts  # a rule without parts is of a branch that the block does not have
         else:
             kind = type(self.model.get_submodule(place.name)).__name__
             self.why_not[place.name] = f"{kind} has {len(terms)} sums of its input, and {place.branches} rules"
@@ -363,11 +365,13 @@ class Reference:
         self.terms[place.name, number] = groups
 
 
-def _belongs(term: Term, parts: Sequence[str]) -> bool:
-    """Whether a branch is computed in these modules alone."""
-    return bool(term.inside) and all(
-        any(name == part or name.startswith(f"{part}.") for part in parts) for name in term.inside
-    )
+def _belongs(term: Term, parts: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether a branch is computed in some of these modules, and in none of the others."""
+
+    def within(names: Sequence[str]) -> bool:
+        return any(one == name or one.startswith(f"{name}.") for one in term.inside for name in names)
+
+    return within(parts) and not within(others)
 
 
 def _enter(calls: list[tuple[_Call, _Recorder, Tensor]], name: str) -> Callable[..., None]:

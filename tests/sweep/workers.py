@@ -56,7 +56,7 @@ class Worker:
             return dataclasses.asdict(_broken(name, f"it took more than {seconds:.0f} s"))
         try:
             found, held = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.stop()
             return dataclasses.asdict(_broken(name, "the process ended"))
         if held > WORN:
