@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 import residrop
 from residrop import StochasticDepth
 from residrop.blocks.skippable import parameters_of
-from residrop.common.errors import PlanError, UsageError
+from residrop.common.errors import PlanError
 from residrop.schedule.sampler import Draw, Plan
 from residrop.surgery import Report
 from residrop.surgery.drops import ReplacedDrop
@@ -131,12 +131,7 @@ def test_rows_multiply_rows_of_branches(family):
     assert_same(ours, step(tossed(plain, layers, masks), inputs), CLOSE)
 
 
-def test_layers_of_other_forms_are_not_taken_for_known():
-    options = {**TEXT, "pad_token_id": 0}
-    # the forward of BertLayer, but an attention and an output with their norms elsewhere
-    other = built("RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", **options)()
-    with pytest.raises(UsageError, match=r"no block of a known class; name its residual blocks .*'encoder.layer.\*'"):
-        residrop.apply(other, survival=0.5)
+def test_layers_that_call_their_base_class_are_whole_blocks():
     model = FAMILIES["llama"].model()
 
     class Own(type(model.model.layers[0])):
@@ -149,11 +144,11 @@ def test_layers_of_other_forms_are_not_taken_for_known():
     assert [entry.name for entry in report.blocks] == ["model.layers.0"]
     residrop.remove(model)
     report = residrop.apply(model, survival=0.5, blocks="model.layers.*")
-    assert [entry.kind for entry in report.blocks] == ["transformers LlamaDecoderLayer", "Own, generic"]
+    assert [entry.kind for entry in report.blocks] == ["transformers LlamaDecoderLayer", "tests Own, whole"]
     assert report.left_alone[0][0] == "model.layers.2"
 
 
-def test_subclass_with_the_same_forward_is_known():
+def test_subclass_with_the_same_forward_is_read():
     model = FAMILIES["llama"].model()
 
     class Own(type(model.model.layers[0])):
@@ -162,7 +157,9 @@ def test_subclass_with_the_same_forward_is_known():
     model.model.layers[1].__class__ = Own
     report = residrop.apply(model, survival=0.5)
     assert [entry.kind for entry in report.blocks] == [
-        f"transformers {kind}" for kind in ("LlamaDecoderLayer", "Own", "LlamaDecoderLayer")
+        "transformers LlamaDecoderLayer",
+        "tests Own",
+        "transformers LlamaDecoderLayer",
     ]
 
 

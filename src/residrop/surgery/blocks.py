@@ -88,9 +88,9 @@ class AppliedBlock(Skippable):
     def residrop_unchecked(self) -> bool:
         return self.__dict__.get("residrop_checked", (0, 1))[0] is not None
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
         """Compare the block with what it was taken for, on the arguments of a forward; returns whether it could be
-        seen. PlanError if it is something else."""
+        seen, None if there was nothing to compare. PlanError if it is something else."""
         return True
 
     def _residrop_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,7 +102,8 @@ class AppliedBlock(Skippable):
             self.__dict__["residrop_checked"] = (wait - 1, gap)
         elif wait is not None and torch._C._current_graph_task_id() == -1:  # in backward it is a recomputation
             seen = self.residrop_check(args, kwargs)
-            self.__dict__["residrop_checked"] = (None, 0) if seen else (gap, 2 * gap)
+            if seen is not None:
+                self.__dict__["residrop_checked"] = (None, 0) if seen else (gap, 2 * gap)
 
     def _residrop_count(self) -> None:
         sampler: Any = self.residrop_rules[0].sampler

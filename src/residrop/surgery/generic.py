@@ -52,13 +52,13 @@ class GenericBlock(AppliedBlock):
         along = self.residrop_along(rule, x, args, kwargs)
         return restored(call.result(rule.forward_block(x, Branch(self, call), along), x, args, kwargs))
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
         """Compare what rows give by themselves with what they give in a batch of two rows or more."""
         if not self.residrop_rules[0].cuts_rows():  # pyright: ignore[reportCallIssue]
-            return False
+            return None
         (x, args, kwargs, name, forward), _ = self.residrop_take(args, kwargs)
         if len(x) < 2:
-            return False
+            return None
         call = Call(self, forward, name, True, ())
         along = self.residrop_along(self.residrop_rules[0], x, args, kwargs)
         return check_rows(self, call.hidden, x, (args, kwargs), along, self.residrop_signature.names[1:])

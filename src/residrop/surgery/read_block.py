@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from residrop.blocks.skippable import Part, parameters_of
 from residrop.common.errors import ConfigError, PlanError, UsageError
@@ -143,7 +143,7 @@ class ReadBlock(ForeignBlock):
 
     # what is looked at once
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
         rules: list[Any] = list(self.residrop_rules)
         if any(type(value).__name__.endswith("Cache") for value in (*args, *kwargs.values())):
             return False
@@ -152,7 +152,7 @@ class ReadBlock(ForeignBlock):
             return False
         rowwise = any(rule.cuts_rows() for rule in rules)
         if rowwise and len(x) < 2:
-            return False
+            return None
         plain = super(AppliedBlock, self).forward
 
         def trial(shared: frozenset[str]) -> tuple[Any, _Trial]:
@@ -169,7 +169,9 @@ class ReadBlock(ForeignBlock):
                 del self.__dict__["residrop_trial"]
 
         def run() -> Any:
-            return plain(*args, **kwargs)
+            # of what it is given it may overwrite something
+            own, named = tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, (args, kwargs))
+            return plain(*own, **named)
 
         found = seen_alike(self, x, run, trial)
         if isinstance(found, frozenset):
