@@ -219,7 +219,7 @@ def test_named_block_without_a_residual_sum_is_refused_at_its_first_forward():
     model = small_efficientnet().train()
     report = residrop.apply(model, survival=0.5, blocks="features.2.0")
     assert report.blocks[0].kind == "torchvision MBConv, whole"
-    with pytest.raises(ConfigError, match=r"MBConv turns \(2, 8, 16, 16\) into \(2, 12, 8, 8\).*leave this block out"):
+    with pytest.raises(ConfigError, match=r"MBConv turns \(2, 8, 16, 16\) into \(2, 16, 8, 8\).*leave this block out"):
         model(torch.randn(2, 3, 32, 32))
 
 

@@ -1,6 +1,6 @@
 """The rule for blocks nobody knows: x + b (block(x) - x), for any module with input and output of one shape."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,9 +40,9 @@ class GenericBlock(AppliedBlock):
         # what else the block returns is found out by running it once, for which its parameters must be there
         return "residrop_forms" in self.__dict__ and super().residrop_absent()
 
-    def residrop_unchecked(self) -> bool:
+    def residrop_unchecked(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> bool:
         rule = self.residrop_rules[0]
-        return rule.granularity == "row" and super().residrop_unchecked()
+        return rule.granularity == "row" and super().residrop_unchecked(args, kwargs)
 
     def residrop_forward(self, *args: Any, **kwargs: Any) -> Any:
         rule = self.residrop_branches()[0][0]

@@ -36,8 +36,8 @@ def overlooked(model: nn.Module, taken: Iterable[nn.Module], named: Iterable[str
     return [
         (
             one.name,
-            f"{one.number} x {one.kind}, {one.share:.1%} of the model's parameters, no residual blocks as far as can be "
-            f"read ({one.why}); if they are, name them in `blocks` for the generic rule",
+            f"{one.number} x {one.kind}, {one.share:.1%} of the model's parameters, no residual blocks as far as can "
+            f"be read ({one.why}); if they are, name them in `blocks` for the generic rule",
         )
         for one in lists
         if shares[one.kind] >= LEAST_SHARE

@@ -53,6 +53,12 @@ class ReadBlock(ForeignBlock):
             found.append((rule, [part for part in parts if part is not None]))
         return found
 
+    def residrop_unchecked(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> bool:
+        if super().residrop_unchecked(args, kwargs):
+            return True
+        # rows of arguments that have not come yet, or not with these dimensions, are looked at once more
+        return "residrop_kinds" in self.__dict__ and _kind(args, kwargs) not in self.__dict__["residrop_kinds"]
+
     def residrop_absent(self) -> bool:
         # the block is looked at once, for which its parameters must be there
         return "residrop_checked" in self.__dict__ and super().residrop_absent()
@@ -116,21 +122,36 @@ class ReadBlock(ForeignBlock):
         if own in self.residrop_reading.variadic and isinstance(value, dict):
             return {key: self._residrop_marked(key, one, rows) for key, one in value.items()}
         whole, cut = self.__dict__.get("residrop_cutting", ((), ()))
-        known = self.__dict__.get("residrop_shared", ())
-        if name in whole or (name in known and name not in cut):
+        trial: _Trial | None = self.__dict__.get("residrop_trial")
+        if name in whole:
             return Whole(value)
-        return self._residrop_leaf(name, value, rows, name in cut)
+        return self._residrop_leaf(name, (own,), value, rows, name in cut, trial)
 
-    def _residrop_leaf(self, name: str, value: Any, rows: int, cut: bool) -> Any:
+    def _residrop_leaf(
+        self, name: str, place: tuple[Any, ...], value: Any, rows: int, cut: bool, trial: "_Trial | None"
+    ) -> Any:
+        """Marked, for one argument or one element of it, at this place."""
         if isinstance(value, (tuple, list)):
-            made = [self._residrop_leaf(name, one, rows, cut) for one in value]
+            made = [self._residrop_leaf(name, (*place, at), one, rows, cut, trial) for at, one in enumerate(value)]
             return tuple(made) if isinstance(value, tuple) else made
         if isinstance(value, dict):
-            return {key: self._residrop_leaf(name, one, rows, cut) for key, one in value.items()}
+            return {key: self._residrop_leaf(name, (*place, key), one, rows, cut, trial) for key, one in value.items()}
         if isinstance(value, Tensor):
-            if not cut and (value.ndim < _LEAST_DIMENSIONS.get(name, 1) or value.shape[0] != rows):
-                return Whole(value)
-            if value.ndim and value.shape[0] == rows:
+            size = value.shape[0] if value.ndim else 0
+            batched = size == rows
+            if not cut:
+                # what was seen when the block was looked at tells more than sizes, which may agree by chance
+                seen = self.__dict__.get("residrop_seen", {}).get((place, value.ndim))
+                shared = trial is not None and name in trial.shared
+                if shared or seen is False or value.ndim < _LEAST_DIMENSIONS.get(name, 1):
+                    batched = False
+                if trial is not None:
+                    trial.note(name, (place, value.ndim), batched, size)
+                if not batched and not (seen and size > 1 and size != rows):
+                    return Whole(value)
+            elif trial is not None:
+                trial.note(name, (place, value.ndim), batched, size)
+            if batched:
                 return value
         elif value is None or isinstance(value, (bool, int, float, complex, str, Whole, torch.dtype, torch.device)):
             return Whole(value)
@@ -155,12 +176,16 @@ class ReadBlock(ForeignBlock):
             return None
         plain = super(AppliedBlock, self).forward
 
+        seen: dict[Any, bool] = {}
+
         def trial(shared: frozenset[str]) -> tuple[Any, _Trial]:
             made = _Trial(x, rowwise, shared)
             self.__dict__["residrop_trial"] = made
-            self.__dict__["residrop_shared"] = shared
             try:
-                return self.residrop_forward(*args, **kwargs), made
+                out = self.residrop_forward(*args, **kwargs)
+                seen.clear()
+                seen.update(made.seen)
+                return out, made
             except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
                 if isinstance(error, (torch.OutOfMemoryError, UsageError)):
                     raise
@@ -173,12 +198,12 @@ class ReadBlock(ForeignBlock):
             own, named = tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, (args, kwargs))
             return plain(*own, **named)
 
-        found = seen_alike(self, x, run, trial)
-        if isinstance(found, frozenset):
-            self.__dict__["residrop_shared"] = found
-            return True
-        self.__dict__.pop("residrop_shared", None)
-        return found
+        if not seen_alike(self, x, run, trial):
+            return False
+        if rowwise:
+            self.__dict__["residrop_seen"] = {**self.__dict__.get("residrop_seen", {}), **seen}
+            self.__dict__["residrop_kinds"] = {*self.__dict__.get("residrop_kinds", ()), _kind(args, kwargs)}
+        return True
 
 
 class _Trial:
@@ -195,6 +220,7 @@ class _Trial:
         self.total, self.rowwise, self.shared = len(x), rowwise, shared
         self.rows = torch.arange(len(x) - 1, -1, -2, device=x.device)  # backwards: causal attention over them would differ
         self.names: dict[str, None] = {}
+        self.seen: dict[Any, bool] = {}
         self.branches: list[Tensor] = []
 
     def sum(
@@ -220,7 +246,6 @@ class _Trial:
                     f"{tuple(x.shape)}, has not the batch of {self.total} first; use granularity='block'"
                 )
             packed = block.residrop_cut(x, (), taken)[1]
-            self._note(packed)
             cut = _cut(packed, self.rows)
             out = call(x.index_select(0, self.rows), **cut)
             z = y.index_add(0, self.rows, out.to(y.dtype))
@@ -240,11 +265,23 @@ class _Trial:
         assert isinstance(call, Call)
         return call.result(z, x, (), taken)
 
-    def _note(self, packed: dict[str, Any]) -> None:
-        """Remember which arguments are cut."""
-        for name, value in packed.items():
-            inner = value.items() if isinstance(value, dict) else [(name.rpartition("__")[0], value)]
-            self.names.update({key: None for key, one in inner if any(isinstance(leaf, Tensor) for leaf in tree_flatten(one)[0])})
+    def note(self, name: str, key: Any, batched: bool, size: int) -> None:
+        """Remember of a tensor whether it is cut, if that says something of other batches."""
+        if batched:
+            self.names[name] = None
+        if batched or size > 1:
+            self.seen[key] = batched
+
+
+def _kind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which arguments are cut: which are tensors, of how many dimensions, with the batch first or not."""
+    leaves = tree_flatten((args, dict(kwargs)))[0]
+    rows = next((len(one) for one in leaves if isinstance(one, Tensor)), 0)
+    return (
+        len(args),
+        *kwargs,
+        *((one.ndim, one.ndim and len(one) == rows) if isinstance(one, Tensor) else None for one in leaves),
+    )
 
 
 def _cut(packed: Any, rows: Tensor) -> Any:

@@ -154,7 +154,7 @@ def test_gradcheck(name, coins):
             )
 
     names = [name for name, _ in model.named_parameters()]
-    torch.autograd.gradcheck(run, (x, *model.parameters()))
+    assert torch.autograd.gradcheck(run, (x, *model.parameters()))
 
 
 def test_branches_are_not_computed_where_they_are_absent():
