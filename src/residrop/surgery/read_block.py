@@ -16,7 +16,7 @@ from residrop.surgery.blocks import AppliedBlock, ForeignBlock
 from residrop.surgery.generic import Call
 from residrop.surgery.reading.questions import part_at
 from residrop.surgery.reading.read import Reading, read, read_again
-from residrop.surgery.rowwise import looking_on, seen_alike
+from residrop.surgery.rowwise import seen_alike
 
 __all__ = ["ReadBlock", "mixin_of"]
 
