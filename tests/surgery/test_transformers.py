@@ -227,8 +227,8 @@ def test_masks_of_three_tokens_for_three_rows(value):
     model = _Asked().train()
     plain = copy.deepcopy(model.layer)
     residrop.apply(model, survival=RATE, granularity="row", rescale="none")
-    for step in range(2):
-        x, (first, second) = torch.randn(3, 3, 32), (Draw((RATE,), key=step), Draw((RATE,), key=step + 7))
+    for key in range(2):
+        x, (first, second) = torch.randn(3, 3, 32), (Draw((RATE,), key=key), Draw((RATE,), key=key + 7))
         with residrop.using(model, Plan((first, second))):
             found = model(x, attention_mask=value)
         masks = []

@@ -1,4 +1,4 @@
-"""One small model for every form of layer of transformers that has a mixin, and steps with coins in the plain model."""
+"""One small model for every form of layer of transformers, and steps with coins in the plain model."""
 
 import copy
 import itertools

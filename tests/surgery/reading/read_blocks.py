@@ -269,10 +269,9 @@ class LocalFunctions(Layers):
             return self.b(self.a(x).tanh())
 
         if self.use_checkpoint and x.requires_grad:
-            x = x + checkpoint(run, x, use_reentrant=False)
-        else:
-            x = x + run(x)
-        return x
+            return x + checkpoint(run, x, use_reentrant=False)
+        x = x + run(x)
+        return x  # noqa: RET504
 
 
 class LocalFunction(Layers):

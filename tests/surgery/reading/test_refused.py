@@ -1,6 +1,7 @@
-"""Forwards that have no residual branches, or whose branches cannot be told apart, and models that change afterwards."""
+"""Forwards without branches, or whose branches cannot be told apart, and models that change afterwards."""
 
 import copy
+import functools
 import pickle
 import re
 from typing import Any
@@ -124,6 +125,7 @@ class Returning(Layers):
         return x
 
 
+@functools.cache
 def made_by_exec() -> type[nn.Module]:
     made: dict[str, Any] = {"Layers": Layers, "__name__": __name__}
     exec("class Made(Layers):\n    def forward(self, x):\n        return x + self.a(x)\n", made)

@@ -21,6 +21,7 @@ __all__ = ["Fork", "Forward", "Step", "forward_of", "names_in", "paths_in"]
 
 _BODY = "return"  # the name of what a forward returns
 _RAISES = ast.Constant("raises")  # in its place, where statements always end in an error
+_FAST_PATH = "torch.backends.mha.get_fastpath_enabled"  # which has no branches: it computes whole layers at once
 _DEPTH = 4  # of calls within calls that are replaced by their steps
 _ASKED = {"isinstance", "hasattr", "len", "getattr", "callable", "bool", "type", "int", "float", "str", "tuple"}
 
@@ -881,6 +882,8 @@ class _Hoist(_Rename):
         if isinstance(node.func, ast.Name) and node.func.id == "super":
             raise Unreadable("its forward calls that of a base class")
         local = isinstance(node.func, ast.Name) and node.func.id in scope.functions
+        if ast.unparse(node.func) == _FAST_PATH:
+            return ast.Constant(False)
         func: ast.expr = node.func if local else self.visit(node.func)
         args = [self.visit(one) for one in node.args]
         keywords = [ast.keyword(one.arg, self.visit(one.value)) for one in node.keywords]
