@@ -1,4 +1,4 @@
-"""Row level on blocks nobody knows: whether the first dimension is the batch, found out at the first forward.
+"""Row level on blocks of any class: whether the first dimension is the batch, found out at the first forward.
 
 Which dimension is the batch is asked again and again of one well-known family: mlfoundations/open_clip#1037.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import residrop
 from residrop.common.errors import ConfigError, PlanError
 from residrop.schedule.sampler import Draw, Plan
+from residrop.surgery import rowwise
 
 D = 8
 
@@ -48,6 +49,18 @@ def applied(*blocks: nn.Module, **options: Any) -> Model:
     return model
 
 
+def has_looked(block: nn.Module) -> bool:
+    return block.__dict__["residrop_checked"] == (None, 0)
+
+
+REFUSED = {
+    True: r"gives for some rows of an input of shape \(\d+, \d+, 8\) something else.*first dimension is not the batch",
+    False: r"dimension 1 of its input of shape \(\d+, \d+, 8\)",
+}
+# blocks of which the branches are known, and whole blocks
+either = pytest.mark.parametrize("branches", [True, False])
+
+
 def several(model: nn.Module, forwards: int) -> None:
     for _ in range(forwards):
         model(torch.randn(4, 6, D))
@@ -57,18 +70,20 @@ def causal(tokens: int) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
 
 
+@either
 @pytest.mark.parametrize("mask", [None, causal(6), causal(6).T])
-def test_a_batch_that_is_not_first_is_refused(mask):
-    model = applied(Attention(0))
-    with pytest.raises(PlanError, match=r"dimension 1 of its input of shape \(6, 4, 8\).*granularity='block'"):
+def test_a_batch_that_is_not_first_is_refused(mask, branches):
+    model = applied(Attention(0), branches=branches)
+    with pytest.raises(PlanError, match=REFUSED[branches] + ".*granularity='block'"):
         model(torch.randn(6, 4, D), mask=mask)
 
 
+@either
 @pytest.mark.parametrize("mask", [None, causal(6)])
-def test_a_batch_that_is_first_is_taken(mask):
-    model = applied(Attention(1), whole=["mask"])
+def test_a_batch_that_is_first_is_taken(mask, branches):
+    model = applied(Attention(1), whole=["mask"], branches=branches)
     model(torch.randn(4, 6, D), mask=mask, pad=torch.arange(6) > torch.tensor([[2], [5], [3], [4]]))
-    assert not model.blocks[0].residrop_unchecked()
+    assert has_looked(model.blocks[0])
 
 
 def test_an_argument_that_all_rows_share_is_named():
@@ -76,21 +91,62 @@ def test_an_argument_that_all_rows_share_is_named():
     model = applied(Attention(1))
     table = torch.rand(6, 1, 1)  # one number per sample, or so it seems
     model(x, scale=table)
-    model = applied(Shared())
+    model = applied(Shared(), branches=False)
     with pytest.raises(PlanError, match=r"an argument table that all rows share.*first size.*\(6\).*whole=\['table'\]"):
         model(x, table=torch.rand(6, D))
-    model = applied(Shared(), whole=["table"])
-    model(x, table=torch.rand(6, D))
+    for options in ({"branches": False, "whole": ["table"]}, {"whole": ["table"]}, {}):
+        # of a branch it is found out
+        assert_row_wise(applied(Shared(), **options), x, torch.rand(6, D))
 
 
-class Shared(nn.Linear):
+def assert_row_wise(model: Model, x: Tensor, table: Tensor) -> None:
+    """Rows of branches are those that the block gives."""
+    with torch.no_grad():
+        block = model.blocks[0]
+        whole = block.eval()(x, table)
+        block.train()
+        for key in range(3):
+            draw = Draw((0.5,), key=key)
+            with residrop.using(model, Plan((draw,))):
+                found = model(x, table=table)
+            window = draw.rows(len(x))
+            for row in range(len(x)):
+                live = (row - window.start) % len(x) < window.live
+                expected = x[row] + 2 * (whole[row] - x[row]) if live else x[row]
+                torch.testing.assert_close(found[row], expected)
+
+
+def test_a_table_that_happens_to_be_as_long_as_a_later_batch_stays_whole():
+    """Which of its dimensions is the batch is not told by the last, smaller batch of an epoch."""
+    for first in (4, 6):
+        model, table = applied(Shared()), torch.rand(6, D)
+        for rows in (first, 6, 5, 6):
+            assert_row_wise(model, torch.randn(rows, 3, D), table)
+
+
+def test_an_argument_of_every_row_that_comes_later_is_cut():
+    model = applied(Attention(1), rescale="none")
+    model.blocks[0].drop.p = 0.0
+    block, x = model.blocks[0], torch.randn(4, 6, D)
+    draw = Draw((0.5,), key=2)
+    window = draw.rows(4)
+    live = torch.tensor([(row - window.start) % 4 < window.live for row in range(4)]).view(4, 1, 1)
+    for scale in (None, torch.rand(1, 1, 1), torch.rand(4, 1, 1), torch.rand(4, 1, 1), torch.rand(6, 1)):
+        with residrop.using(model, Plan((draw,))):
+            found = model(x, scale=scale)
+        y = block.attend(x, x, x, need_weights=False)[0] * (1.0 if scale is None else scale)
+        torch.testing.assert_close(found, torch.where(live, x + y, x))
+
+
+class Shared(nn.Module):
     """Looks its table up by a hash of the row."""
 
     def __init__(self) -> None:
-        super().__init__(D, D)
+        super().__init__()
+        self.body = nn.Linear(D, D)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        return x + super().forward(x) + table[(x.sum((1, 2)) > 0).long() + 1][:, None]
+        return x + self.body(x + table[(x.sum((1, 2)) > 0).long() + 1][:, None])
 
 
 class Contrast(nn.Linear):
@@ -154,25 +210,26 @@ def test_rounding_is_no_difference(dtype):
     for scale in (1.0, 10.0):
         model(scale * torch.randn(16, 12, D, dtype=dtype))
         for block in model.blocks:
-            assert block.__dict__.pop("residrop_rowwise")
+            assert block.__dict__.pop("residrop_checked") == (None, 0)
 
 
 def test_what_is_not_finite_is_no_difference_either():
-    model = applied(Attention(0))
-    model(torch.full((4, 6, D), float("inf")))
-    with pytest.raises(PlanError, match="dimension 1"):  # another batch tells
-        several(model, 2)
+    for branches in (True, False):
+        model = applied(Attention(0), branches=branches)
+        model(torch.full((4, 6, D), float("inf")))
+        with pytest.raises(PlanError, match=REFUSED[branches]):  # another batch tells
+            several(model, 2)
 
 
-def test_a_branch_that_is_nearly_zero_is_looked_at_again():
-    model = applied(Attention(0))
-    looks = 0
-    look = model.blocks[0].drop.register_forward_hook(lambda *_: model.blocks[0].drop.training or tell())
-
-    def tell():
-        nonlocal looks
-        looks += 1
-
+@either
+def test_a_branch_that_is_nearly_zero_is_looked_at_again(branches, monkeypatch):
+    model = applied(Attention(0), branches=branches)
+    looks: list[nn.Module] = []
+    where, name = ("read_block", "seen_alike") if branches else ("generic", "check_rows")
+    look = getattr(rowwise, name)
+    monkeypatch.setattr(
+        f"residrop.surgery.{where}.{name}", lambda block, *given: looks.append(block) or look(block, *given)
+    )
     weight = model.blocks[0].attend.out_proj.weight
     saved = weight.detach().clone()
     for scale in (0.0, 1e-6):
@@ -180,11 +237,10 @@ def test_a_branch_that_is_nearly_zero_is_looked_at_again():
             weight.copy_(scale * saved)
         for _ in range(8):
             model(torch.randn(4, 6, D))
-    assert 4 <= looks <= 8  # at the forwards 1, 3, 6, 11 and so on, not at each
-    look.remove()
+    assert len(looks) == 4  # at the forwards 1, 3, 6 and 11, not at each
     with torch.no_grad():
         weight.copy_(saved)
-    with pytest.raises(PlanError, match="dimension 1"):
+    with pytest.raises(PlanError, match=REFUSED[branches]):
         several(model, 16)
 
 
@@ -203,9 +259,10 @@ def test_autocast_is_no_difference_and_hides_none():
     model = applied(Attention(1), Attention(1))
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(16, 12, D))
-        with pytest.raises(PlanError, match="dimension 1"):
-            applied(Attention(0))(torch.randn(64, 12, D))
-    assert not any(block.residrop_unchecked() for block in model.blocks)
+        for branches in (True, False):
+            with pytest.raises(PlanError, match=REFUSED[branches]):
+                applied(Attention(0), branches=branches)(torch.randn(64, 12, D))
+    assert all(map(has_looked, model.blocks))
 
 
 def test_compiled_models_are_compiled_where_a_rate_is_1():
@@ -213,7 +270,7 @@ def test_compiled_models_are_compiled_where_a_rate_is_1():
     residrop.apply(model, survival=[1.0, 0.5], blocks="blocks.*", granularity="row")
     residrop.compile(model, fullgraph=True, backend="eager")
     model(torch.randn(6, 4, D))
-    assert not any(block.residrop_unchecked() for block in model.blocks)
+    assert all(map(has_looked, model.blocks))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own, of a graph's inputs
@@ -228,7 +285,7 @@ def test_compiled_models_look_at_their_first_batch_too(whole):
         else:
             call = torch.compile(model, backend="eager")
         if fails:
-            with pytest.raises(PlanError, match="dimension 1"):
+            with pytest.raises(PlanError, match=REFUSED[True]):
                 call(torch.randn(6, 4, D))
         else:
             for _ in range(3):

@@ -1,7 +1,9 @@
-"""Blocks of two streams (diffusers' SD3 and Flux) and layers that hand a bias on (WavLM) under the generic rule."""
+"""Blocks of two streams (diffusers' SD3 and Flux) and layers that hand a bias on (WavLM)."""
 
+import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import residrop
 from residrop.common.errors import PlanError
+from residrop.schedule.sampler import Draw, Plan
 
 D = 8
 
@@ -22,7 +25,8 @@ class Joint(nn.Module):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
         mean = hidden_states.mean(1, keepdim=True) + encoder_hidden_states.mean(1, keepdim=True) + temb[:, None]
-        return encoder_hidden_states + self.of_text(mean), hidden_states + self.of_image(mean)
+        text = encoder_hidden_states + self.of_text(encoder_hidden_states + mean)
+        return text, hidden_states + self.of_image(hidden_states * mean)
 
 
 class Single(nn.Module):
@@ -41,24 +45,69 @@ class Diffusion(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(kind() for _ in range(3))
 
-    def forward(self, image: Tensor, text: Tensor, time: Tensor) -> Tensor:
+    def forward(self, image: Tensor, text: Tensor, time: Tensor, both: bool = False) -> Any:
         for block in self.blocks:
             out = block(hidden_states=image, encoder_hidden_states=text, temb=time)
             text, image = (text, out) if isinstance(out, Tensor) else out
-        return image
+        return (image, text) if both else image
+
+    def both(self, *given: Tensor) -> tuple[Tensor, Tensor]:
+        return self(*given, both=True)
 
 
+def by_hand(model: nn.Module, given: tuple[Tensor, ...], factors: list[Any]) -> tuple[Tensor, Tensor]:
+    """Image and text, the branches (text first) times factors."""
+    image, text, time = given
+    for block in model.blocks:
+        new_text, new_image = block(image, text, time)
+        of_text, of_image = factors.pop(0), factors.pop(0)
+        text, image = text + of_text * (new_text - text), image + of_image * (new_image - image)
+    return image, text
+
+
+def live(draw: Draw, rows: int) -> Any:
+    if draw.key is None:
+        return float(bool(draw.alive))
+    window = draw.rows(rows)
+    return torch.tensor([(row - window.start) % rows < window.live for row in range(rows)]).view(-1, 1, 1).double()
+
+
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("level", ["block", "row"])
 @pytest.mark.parametrize("tokens", [5, 6])  # of the text; the image has 6
-def test_two_streams_are_refused_at_the_first_training_forward(level, tokens):
-    model = Diffusion(Joint)
-    given = torch.randn(2, 6, D), torch.randn(2, tokens, D), torch.randn(2, D)
-    plain = model(*given)
-    residrop.apply(model, survival=0.5, blocks="blocks.*", granularity=level)
-    with pytest.raises(PlanError, match=r"Joint returns, besides the hidden state, .* of two streams"):
-        model(*given)
-    assert residrop.sampler_of(model).step == 0
-    assert torch.equal(model.eval()(*given), plain)
+def test_two_streams_train(level, tokens, whole):
+    """Each stream is a branch with a coin of its own; of a whole block both skip together."""
+    torch.manual_seed(0)
+    model = Diffusion(Joint).double().train()
+    plain = copy.deepcopy(model)
+    given = [torch.randn(4, *inner, dtype=torch.float64) for inner in ((6, D), (tokens, D), (D,))]
+    for one in given:
+        one.requires_grad_()
+    report = residrop.apply(
+        model, survival=0.5, blocks="blocks.*", granularity=level, rescale="none", branches=not whole, seed=1
+    )
+    assert [len(entry.rates) for entry in report.blocks] == [1 if whole else 2] * 3
+    for step in range(6):
+        plan = residrop.sampler_of(model).plan(step)
+        found = model.both(*given)
+        factors = [live(draw, 4) for draw in plan.draws for _ in range(2 if whole else 1)]
+        expected = by_hand(plain, given, factors)
+        torch.testing.assert_close(found, expected)
+        ours = torch.autograd.grad(sum(one.square().sum() for one in found), given)
+        theirs = torch.autograd.grad(sum(one.square().sum() for one in expected), given)
+        torch.testing.assert_close(ours, theirs)
+    assert residrop.sampler_of(model).step == 6
+    torch.testing.assert_close(model.eval()(*given), plain(*given), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_absent_block_hands_both_streams_on(whole):
+    model = Diffusion(Joint).train()
+    image, text, time = torch.randn(2, 6, D), torch.randn(2, 5, D), torch.randn(2, D)
+    residrop.apply(model, survival=0.5, blocks="blocks.*", branches=not whole)
+    with residrop.using(model, Plan.of([False] * (3 if whole else 6))):
+        found = model.both(image, text, time)
+        assert all(torch.equal(*pair) for pair in zip(found, (image, text), strict=True))
 
 
 @pytest.mark.parametrize("level", ["block", "row"])
@@ -77,11 +126,11 @@ def test_layer_that_makes_a_bias_for_the_others_is_refused():
     from transformers_models import SPEECH, audio, built
 
     model = built("WavLMModel", "WavLMConfig", **SPEECH)()
-    residrop.apply(model, survival=0.5, blocks="encoder.layers.*")
+    residrop.apply(model, survival=0.5, blocks="encoder.layers.*", branches=False)
     with pytest.raises(PlanError, match=r"WavLMEncoderLayer returns, besides the hidden state, .* leave it out"):
         model.train()(**audio())
     residrop.remove(model)
-    residrop.apply(model, survival=0.5, blocks="encoder.layers.[12]")  # all but the first
+    residrop.apply(model, survival=0.5, blocks="encoder.layers.[12]", branches=False)  # all but the first
     for _ in range(4):
         model(**audio())[0].sum().backward()
     assert residrop.sampler_of(model).step == 4

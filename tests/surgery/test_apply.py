@@ -277,35 +277,49 @@ def test_blocks_that_cannot_be(blocks, match):
     assert not rules_in(model)
 
 
-def test_model_of_unknown_blocks_says_how_to_name_them():
+def test_model_without_residual_sums_says_how_to_name_blocks():
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(
-        ConfigError, match=r"no block of a known class.*blocks='1\.\*', \.\.\.\), by a pattern, a class or a"
+        ConfigError, match=r"no residual blocks: in the source.*blocks='1\.\*', \.\.\.\), by a pattern, a class or a"
     ):
         residrop.apply(model, survival=0.5)
 
 
-def test_subclass_with_a_forward_of_its_own_is_not_known():
+def test_subclass_with_a_forward_of_its_own_is_read_by_itself():
+    """That of its base class says nothing of it; one that calls it cannot be taken apart, and is a whole block."""
+
     class Own(BasicBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.bn1(self.conv1(x)) * 0.5
+
+    class Calling(BasicBlock):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
     class Same(BasicBlock):
         pass
 
-    model = nn.Sequential(Own(4, 4), Same(4, 4))
+    model = nn.Sequential(Own(4, 4), Calling(4, 4), Calling(4, 4), Same(4, 4))
+    del model[0].conv2, model[0].bn2
     report = residrop.apply(model, survival=0.5)
-    assert [entry.name for entry in report.blocks] == ["1"]
-    ((name, why),) = report.left_alone
-    assert name == "0"
-    assert why.startswith("its forward is none of those that are known")
+    assert [entry.name for entry in report.blocks] == ["0", "3"]
+    ((names, why),) = report.left_alone
+    assert names == "1, 2"
+    assert "2 x Calling" in why
+    assert "its forward calls that of a base class" in why
+    x = torch.rand(2, 4, 3, 3)
+    with residrop.using(model.train(), Plan.of([True, False])):
+        torch.testing.assert_close(model[0](x), x + model[0].bn1(model[0].conv1(x)))  # twice a half
+        assert torch.equal(model[3](x), x)
     residrop.remove(model)
     report = residrop.apply(model, survival=0.5, blocks="*")
-    assert [entry.kind for entry in report.blocks] == ["Own, generic", "torchvision Same"]
+    assert [entry.kind for entry in report.blocks] == [
+        f"tests {kind}" for kind in ("Own", "Calling, whole", "Calling, whole", "Same")
+    ]
 
 
-def test_copy_of_a_known_class_is_known_by_its_form():
-    class Copied(nn.Module):
+def test_blocks_of_any_class_are_found_with_their_branches():
+    class Mine(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.norm1, self.attn, self.norm2, self.mlp = (nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())
@@ -317,8 +331,8 @@ def test_copy_of_a_known_class_is_known_by_its_form():
             x = x + self.drop_path(self.mlp(self.norm2(x)))
             return x  # noqa: RET504
 
-    report = residrop.apply(nn.Sequential(Copied()))
-    assert [(entry.rates, entry.kind) for entry in report.blocks] == [((0.75, 0.75), "Copied, as in timm")]
+    report = residrop.apply(nn.Sequential(Mine()))
+    assert [(entry.rates, entry.kind) for entry in report.blocks] == [((0.75, 0.75), "tests Mine")]
 
 
 def test_block_whose_forward_was_replaced_is_left_alone():
@@ -428,6 +442,10 @@ def test_what_a_wrapper_remembers_of_its_block_goes_with_the_rule():
     for _ in range(2):
         residrop.apply(model, survival=0.5)
         with residrop.using(model, absent):
+            assert not is_skipped(
+                model[0]
+            )  # the block looks at its first batch, for which its parameters must be there
+            model.train()(torch.randn(2, 4, 3, 3))
             assert is_skipped(model[0])
         residrop.remove(model)
         assert not is_skipped(model[0])
@@ -483,7 +501,7 @@ def test_report_of_generic_blocks_and_what_is_left_alone():
     assert str(report) == "\n".join(
         [
             "1 block, 1 branch, expected depth 0.25",
-            "  0  0.25  block  Sequential, generic",
+            "  0  0.25  block  torch Sequential, whole",
             "  left alone: 1: its forward was replaced on the object, by an engine or by hand",
         ]
     )

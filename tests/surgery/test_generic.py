@@ -1,4 +1,4 @@
-"""The generic rule x + b (block(x) - x), for blocks of any class."""
+"""The generic rule x + b (block(x) - x), for blocks of any class whose branches are not told apart."""
 
 import copy
 from collections import OrderedDict
@@ -74,7 +74,7 @@ def model_of(*blocks: nn.Module, **options: Any) -> tuple[Model, list[nn.Module]
     torch.manual_seed(0)
     plain = [copy.deepcopy(block).double().train() for block in blocks]
     model = Model(*blocks).double().train()
-    residrop.apply(model, **{"survival": 0.4, "blocks": "blocks.*", **options})
+    residrop.apply(model, **{"survival": 0.4, "blocks": "blocks.*", "branches": False, **options})
     return model, plain
 
 
@@ -426,7 +426,7 @@ class Dropping(Mlp):
 def test_drop_modules_inside_are_taken_over():
     model = Model(Dropping(0.5), Dropping(0.0)).double().train()
     plain = copy.deepcopy(model)
-    report = residrop.apply(model, blocks=Dropping)
+    report = residrop.apply(model, blocks=Dropping, branches=False)
     assert [(entry.rates, entry.granularity) for entry in report.blocks] == [((0.5,), "block"), ((1.0,), "block")]
     drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
     x = batch()
@@ -445,7 +445,7 @@ def test_one_drop_module_of_many_blocks_is_put_back():
     for block in blocks:
         block.depth = shared
     model = Model(*blocks)
-    report = residrop.apply(model, blocks="blocks.*")
+    report = residrop.apply(model, blocks="blocks.*", branches=False)
     assert [entry.rates for entry in report.blocks] == [(0.7,), (0.7,)]
     residrop.remove(model)
     assert shared.p == 0.3
@@ -497,7 +497,7 @@ def test_attribute_that_would_be_hidden_is_refused():
 def test_block_used_twice_lives_or_dies_as_one():
     block = Mlp()
     model = nn.Sequential(block, nn.Identity(), block).double().train()
-    residrop.apply(model, survival=0.5, blocks=Mlp)
+    residrop.apply(model, survival=0.5, blocks=Mlp, branches=False)
     x = batch()
     with residrop.using(model, Plan.of([False])):
         assert model(x) is x
@@ -510,7 +510,14 @@ def test_torch_transformer_layers():
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double().train()
     plain = copy.deepcopy(model)
     residrop.apply(
-        model, survival=0.6, blocks=model.layers, granularity="row", rescale="none", whole=["src_mask"], seed=1
+        model,
+        survival=0.6,
+        blocks=model.layers,
+        branches=False,
+        granularity="row",
+        rescale="none",
+        whole=["src_mask"],
+        seed=1,
     )
     x = torch.randn(5, 5, 8, dtype=torch.float64)
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
@@ -523,6 +530,7 @@ def test_torch_transformer_layers():
         model,
         survival=0.6,
         blocks=model.layers,
+        branches=False,
         granularity="row",
         rescale="none",
         whole=["src_mask"],

@@ -206,13 +206,21 @@ def test_blocks_without_a_residual_sum_are_left_alone():
     report = residrop.apply(model, survival="linear_decay(0.5)")
     assert [entry.name for entry in report.blocks] == ["features.1.0", "features.1.1", "features.2.1"]
     assert [entry.rates for entry in report.blocks] == [(pytest.approx(rate),) for rate in (1 - 1 / 6, 1 - 2 / 6, 0.5)]
-    assert report.left_alone == (("features.2.0", "it has no residual sum (its stride or width change)"),)
-    assert "left alone: features.2.0: it has no residual sum" in str(report)
+    assert report.left_alone == (
+        (
+            "features.2.0",
+            "no sum over its input is found in it (where width or stride change, blocks often have none)",
+        ),
+    )
+    assert "left alone: features.2.0: no sum over its input is found in it" in str(report)
 
 
-def test_only_blocks_without_a_residual_sum_is_an_error():
-    with pytest.raises(ConfigError, match="none of the 1 blocks found in EfficientNet can be put under a rule"):
-        residrop.apply(small_efficientnet(), survival=0.5, blocks="features.2.0")
+def test_named_block_without_a_residual_sum_is_refused_at_its_first_forward():
+    model = small_efficientnet().train()
+    report = residrop.apply(model, survival=0.5, blocks="features.2.0")
+    assert report.blocks[0].kind == "torchvision MBConv, whole"
+    with pytest.raises(ConfigError, match=r"MBConv turns \(2, 8, 16, 16\) into \(2, 16, 8, 8\).*leave this block out"):
+        model(torch.randn(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize(

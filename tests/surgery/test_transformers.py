@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 import residrop
 from residrop import StochasticDepth
 from residrop.blocks.skippable import parameters_of
-from residrop.common.errors import PlanError, UsageError
+from residrop.common.errors import PlanError
 from residrop.schedule.sampler import Draw, Plan
 from residrop.surgery import Report
 from residrop.surgery.drops import ReplacedDrop
@@ -131,12 +131,7 @@ def test_rows_multiply_rows_of_branches(family):
     assert_same(ours, step(tossed(plain, layers, masks), inputs), CLOSE)
 
 
-def test_layers_of_other_forms_are_not_taken_for_known():
-    options = {**TEXT, "pad_token_id": 0}
-    # the forward of BertLayer, but an attention and an output with their norms elsewhere
-    other = built("RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", **options)()
-    with pytest.raises(UsageError, match=r"no block of a known class; name its residual blocks .*'encoder.layer.\*'"):
-        residrop.apply(other, survival=0.5)
+def test_layers_that_call_their_base_class_are_whole_blocks():
     model = FAMILIES["llama"].model()
 
     class Own(type(model.model.layers[0])):
@@ -149,11 +144,11 @@ def test_layers_of_other_forms_are_not_taken_for_known():
     assert [entry.name for entry in report.blocks] == ["model.layers.0"]
     residrop.remove(model)
     report = residrop.apply(model, survival=0.5, blocks="model.layers.*")
-    assert [entry.kind for entry in report.blocks] == ["transformers LlamaDecoderLayer", "Own, generic"]
+    assert [entry.kind for entry in report.blocks] == ["transformers LlamaDecoderLayer", "tests Own, whole"]
     assert report.left_alone[0][0] == "model.layers.2"
 
 
-def test_subclass_with_the_same_forward_is_known():
+def test_subclass_with_the_same_forward_is_read():
     model = FAMILIES["llama"].model()
 
     class Own(type(model.model.layers[0])):
@@ -162,7 +157,9 @@ def test_subclass_with_the_same_forward_is_known():
     model.model.layers[1].__class__ = Own
     report = residrop.apply(model, survival=0.5)
     assert [entry.kind for entry in report.blocks] == [
-        f"transformers {kind}" for kind in ("LlamaDecoderLayer", "Own", "LlamaDecoderLayer")
+        "transformers LlamaDecoderLayer",
+        "tests Own",
+        "transformers LlamaDecoderLayer",
     ]
 
 
@@ -209,26 +206,50 @@ class _Asked(nn.Module):
         model = FAMILIES["llama"].model()
         self.layer, self.rotary = model.model.layers[0], model.model.rotary_emb
 
-    def forward(self, **kwargs):
-        x = torch.randn(3, 3, 32)
+    def forward(self, x=None, **kwargs):
+        x = torch.randn(3, 3, 32) if x is None else x
         return self.layer(x, position_embeddings=self.rotary(x, torch.arange(3)[None]), **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "value",
     [
-        ("position_ids", torch.zeros(3, 3, 3, dtype=torch.long)),  # as in multimodal rotary embeddings, rows second
-        ("attention_mask", torch.zeros(3, 3, 3)),
-        ("attention_mask", torch.zeros(2, 1, 3, 3)),
-        ("cu_seq_lens_q", torch.tensor([0, 3, 9])),
-        ("attention_mask", object()),
+        -3 * torch.rand(3, 3),
+        -3 * torch.rand(1, 1, 3, 3),
+        -3 * torch.rand(4, 3, 3),  # for every head
+        -3 * torch.rand(3, 1, 1, 3),
+        -3 * torch.rand(3, 4, 3, 3),
     ],
+    ids=lambda value: "x".join(map(str, value.shape)),
 )
-def test_what_cannot_be_cut_by_its_meaning_is_refused(name, value):
+def test_masks_of_three_tokens_for_three_rows(value):
+    """Whatever the first dimension of a mask means, rows get what is theirs."""
     model = _Asked().train()
-    residrop.apply(model, survival=RATE, granularity="row", seed=1)
-    with pytest.raises(PlanError, match=rf"argument {name}, .*whole=\[.*cut=\[.*granularity='block'"):
-        model(**{name: value})
+    plain = copy.deepcopy(model.layer)
+    residrop.apply(model, survival=RATE, granularity="row", rescale="none")
+    for key in range(2):
+        x, (first, second) = torch.randn(3, 3, 32), (Draw((RATE,), key=key), Draw((RATE,), key=key + 7))
+        with residrop.using(model, Plan((first, second))):
+            found = model(x, attention_mask=value)
+        masks = []
+        for draw in (first, second):
+            window, live = draw.rows(3), torch.zeros(3, 1, 1)
+            live[[(window.start + row) % 3 for row in range(window.live)]] = 1.0
+            masks.append(live)
+        rotary = model.rotary(x, torch.arange(3)[None])
+        normed = plain.input_layernorm(x)
+        y = x + masks[0] * plain.self_attn(normed, position_embeddings=rotary, attention_mask=value)[0]
+        torch.testing.assert_close(found, y + masks[1] * plain.mlp(plain.post_attention_layernorm(y)))
+
+
+def test_objects_that_may_have_rows_are_refused():
+    model = _Asked().train()
+    residrop.apply(model, survival=RATE, granularity="row")
+    with pytest.raises(PlanError, match=r"a object as argument mine, .*whole=\[.*cut=\[.*granularity='block'"):
+        model(mine=object())
+    residrop.remove(model)
+    residrop.apply(model, survival=RATE, granularity="row", whole=["mine"])
+    model(mine=object()).sum().backward()
 
 
 def test_unknown_arguments_can_be_explained():

@@ -1,4 +1,4 @@
-"""One small block of every family of timm that has an adapter."""
+"""One small block of every family of timm."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""One small block of every family of torchvision that has an adapter."""
+"""One small block of every family of torchvision."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""One small model for every form of layer of transformers that has a mixin, and steps with coins in the plain model."""
+"""One small model for every form of layer of transformers, and steps with coins in the plain model."""
 
 import copy
 import itertools
@@ -172,6 +172,12 @@ FAMILIES = {
     ),
     "bert-chunked": Family(built("BertModel", "BertConfig", **TEXT, chunk_size_feed_forward=TOKENS), text, _BERT),
     "roberta": Family(built("RobertaModel", "RobertaConfig", **TEXT), text, _BERT),
+    # the forward of BertLayer, but an attention and an output with their norms elsewhere
+    "roberta-prenorm": Family(
+        built("RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", **TEXT),
+        text,
+        ("attention.output.dropout", "output.dropout"),
+    ),
     "layoutlm": Family(built("LayoutLMModel", "LayoutLMConfig", **TEXT), text, _BERT),
     "distilbert": Family(
         built("DistilBertModel", "DistilBertConfig", vocab_size=64, dim=WIDTH, n_layers=3, n_heads=4, hidden_dim=48),
@@ -208,7 +214,7 @@ FAMILIES = {
             adapter_attn_dim=4,
         ),
         audio,
-        ("attention", "feed_forward"),
+        ("attention", "feed_forward", "adapter_layer"),
     ),
     "hubert": Family(built("HubertModel", "HubertConfig", **SPEECH), audio, ("attention", "feed_forward")),
     "bart": Family(built("BartModel", "BartConfig", **SEQ2SEQ), text, ("self_attn", "fc2"), _DECODER),

@@ -75,7 +75,7 @@ class AppliedBlock(Skippable):
                 return node
             self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
-        if self.residrop_unchecked() and any(rule.tosses() for rule in self.residrop_rules):  # pyright: ignore
+        if self.residrop_unchecked(args, kwargs) and any(rule.tosses() for rule in self.residrop_rules):  # pyright: ignore
             if torch.compiler.is_compiling():
                 from residrop.rules import tracing
 
@@ -87,15 +87,16 @@ class AppliedBlock(Skippable):
                 return self.residrop_forward(*args, **kwargs)
         return super().forward(*args, **kwargs)  # to the last bit, and with whatever else the class does in eval
 
-    def residrop_unchecked(self) -> bool:
+    def residrop_unchecked(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> bool:
+        """Whether the block is still to be compared with what it was taken for, for such arguments."""
         return self.__dict__.get("residrop_checked", (0, 1))[0] is not None
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool | None:
         """Compare the block with what it was taken for, on the arguments of a forward, of which its own forward has
         given `own`, or has still to be called.
 
         Returns:
-            Whether it could be seen.
+            Whether it could be seen; None if there was nothing to compare.
 
         Raises:
             PlanError: it is something else.
@@ -105,13 +106,16 @@ class AppliedBlock(Skippable):
     def _residrop_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Where it could not be seen, twice as many forwards go by until the next attempt as did before the last."""
         wait, gap = self.__dict__.get("residrop_checked", (0, 1))
+        if wait is None:
+            wait, gap = 0, 1  # compared already, for other arguments
         if torch._C._get_tracing_state() is not None:
             return
         if wait:
             self.__dict__["residrop_checked"] = (wait - 1, gap)
-        elif wait is not None and torch._C._current_graph_task_id() == -1:  # in backward it is a recomputation
+        elif torch._C._current_graph_task_id() == -1:  # in backward it is a recomputation
             seen = self.residrop_check(args, kwargs)
-            self.__dict__["residrop_checked"] = (None, 0) if seen else (gap, 2 * gap)
+            if seen is not None:
+                self.__dict__["residrop_checked"] = (None, 0) if seen else (gap, 2 * gap)
 
     def _residrop_count(self) -> None:
         sampler: Any = self.residrop_rules[0].sampler

@@ -87,7 +87,7 @@ def _mixin(module: nn.Module) -> type[AppliedBlock] | None:
     reading = read(module)
     as_whole = whole_mixin(module)
     if not reading.branches:
-        return as_whole
+        return as_whole if _weighs(module) else None
     parts = [part_at(module, path) for branch in reading.branches for path in branch.paths]
     share = _size([part for part in parts if part is not None]) / _size([module])
     one_coin = len(reading.branches) == 1 or sum(one is not None for one in reading.streams) > 1
@@ -96,6 +96,11 @@ def _mixin(module: nn.Module) -> type[AppliedBlock] | None:
     if share >= _LEAST_SHARE or (reading.branches[-1].last and share >= _LEAST_SHARE_OF_ENDING):
         return mixin_of(module)
     return None
+
+
+def _weighs(module: nn.Module) -> bool:
+    """Whether there are weights of layers in a module, rather than of norms and activations (x + sin(ax)^2 / a)."""
+    return any(one.numel() > max(one.shape, default=1) for one in module.parameters())
 
 
 def whole_mixin(module: nn.Module) -> type[AppliedBlock] | None:

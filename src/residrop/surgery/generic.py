@@ -1,6 +1,6 @@
 """The rule for blocks nobody knows: x + b (block(x) - x), for any module with input and output of one shape."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,9 +40,9 @@ class GenericBlock(AppliedBlock):
         # what else the block returns is found out by running it once, for which its parameters must be there
         return "residrop_forms" in self.__dict__ and super().residrop_absent()
 
-    def residrop_unchecked(self) -> bool:
+    def residrop_unchecked(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> bool:
         rule = self.residrop_rules[0]
-        return rule.granularity == "row" and super().residrop_unchecked()
+        return rule.granularity == "row" and super().residrop_unchecked(args, kwargs)
 
     def residrop_forward(self, *args: Any, **kwargs: Any) -> Any:
         rule = self.residrop_branches()[0][0]
@@ -52,7 +52,7 @@ class GenericBlock(AppliedBlock):
         along = self.residrop_along(rule, x, args, kwargs)
         return restored(call.result(rule.forward_block(x, Branch(self, call), along), x, args, kwargs))
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool | None:
         """Compare what rows give by themselves with what they give in a batch of two rows or more."""
         (x, args, kwargs, name, forward), _ = self.residrop_take(args, kwargs)
         rowwise = self.residrop_rules[0].granularity == "row"
@@ -61,7 +61,7 @@ class GenericBlock(AppliedBlock):
             with looking_on(self, x):
                 call(x.clone(), *args, **kwargs)
         if not rowwise or len(x) < 2:
-            return not rowwise
+            return None if rowwise else True
         along = (self.residrop_cut(x, args, kwargs),) if args or kwargs else ()
         return check_rows(self, call.hidden, x, (args, kwargs), along, self.residrop_signature.names[1:])
 

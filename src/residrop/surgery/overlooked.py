@@ -1,4 +1,4 @@
-"""What of a model may be residual blocks, but is of no known class: the report names it, so that a part of a
+"""What of a model may be residual blocks although no sums were found in it: the report names it, so that a part of a
 model under rules is not taken for all of it.
 """
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
+
+from residrop.surgery.reading.read import read
 
 __all__ = ["overlooked"]
 
@@ -32,7 +34,11 @@ def overlooked(model: nn.Module, taken: Iterable[nn.Module], named: Iterable[str
     for one in lists:
         shares[one.kind] = shares.get(one.kind, 0.0) + one.share
     return [
-        (one.name, f"{one.number} x {one.kind}, {one.share:.1%} of the model's parameters, {_WHY}")
+        (
+            one.name,
+            f"{one.number} x {one.kind}, {one.share:.1%} of the model's parameters, no residual blocks as far as can "
+            f"be read ({one.why}); if they are, name them in `blocks` for the generic rule",
+        )
         for one in lists
         if shares[one.kind] >= LEAST_SHARE
     ]
@@ -52,15 +58,17 @@ def _may_be_residual(module: nn.Module) -> bool:
 
 
 class _List(NamedTuple):
-    """Modules of one class in a list: their names, class, number and share of the model's parameters."""
+    """Modules of one class in a list: their names, class, number, share of the model's parameters, and why they are no
+    blocks."""
 
     name: str
     kind: str
     number: int
     share: float
+    why: str
 
 
-_WHY = "of a class that is not known; if these are residual blocks, name them in `blocks` for the generic rule"
+_LITTLE = "what it adds to its input holds few of its weights"
 
 
 def _lists(module: nn.Module, name: str, around: set[nn.Module], done: set[nn.Module], total: int) -> Iterator[_List]:
@@ -87,7 +95,8 @@ def _lists(module: nn.Module, name: str, around: set[nn.Module], done: set[nn.Mo
             names = [f"{prefix}*"]
         elif len(names) > 4:
             names[2:-1] = ["..."]
-        yield _List(", ".join(names), kind.__name__, len(members), share)
+        why = read(next(iter(members.values()))).why or _LITTLE
+        yield _List(", ".join(names), kind.__name__, len(members), share, why)
     for key, child in module.named_children():
         if child not in listed:
             yield from _lists(child, f"{prefix}{key}", around, done, total)

@@ -54,6 +54,12 @@ class ReadBlock(ForeignBlock):
             found.append((rule, [part for part in parts if part is not None]))
         return found
 
+    def residrop_unchecked(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> bool:
+        if super().residrop_unchecked(args, kwargs):
+            return True
+        # rows of arguments that have not come yet, or not with these dimensions, are looked at once more
+        return "residrop_kinds" in self.__dict__ and _kind(args, kwargs) not in self.__dict__["residrop_kinds"]
+
     def residrop_absent(self) -> bool:
         # the block is looked at once, for which its parameters must be there
         return "residrop_checked" in self.__dict__ and super().residrop_absent()
@@ -117,22 +123,37 @@ class ReadBlock(ForeignBlock):
         if own in self.residrop_reading.variadic and isinstance(value, dict):
             return {key: self._residrop_marked(key, one, rows) for key, one in value.items()}
         whole, cut = self.__dict__.get("residrop_cutting", ((), ()))
-        known = self.__dict__.get("residrop_shared", ())
-        if name in whole or (name in known and name not in cut):
+        trial: _Trial | None = self.__dict__.get("residrop_trial")
+        if name in whole:
             return Whole(value)
-        return self._residrop_leaf(name, value, rows, name in cut)
+        return self._residrop_leaf(name, (own,), value, rows, name in cut, trial)
 
-    def _residrop_leaf(self, name: str, value: Any, rows: int, cut: bool) -> Any:
+    def _residrop_leaf(
+        self, name: str, place: tuple[Any, ...], value: Any, rows: int, cut: bool, trial: "_Trial | None"
+    ) -> Any:
+        """Marked, for one argument or one element of it, at this place."""
         if isinstance(value, (tuple, list)):
-            made = [self._residrop_leaf(name, one, rows, cut) for one in value]
+            made = [self._residrop_leaf(name, (*place, at), one, rows, cut, trial) for at, one in enumerate(value)]
             return tuple(made) if isinstance(value, tuple) else made
         if isinstance(value, dict):
-            return {key: self._residrop_leaf(name, one, rows, cut) for key, one in value.items()}
+            return {key: self._residrop_leaf(name, (*place, key), one, rows, cut, trial) for key, one in value.items()}
         if isinstance(value, Tensor):
-            heads = name.endswith("mask") and value.ndim == 3 and value.shape[0] > rows and value.shape[0] % rows == 0
-            if not cut and not heads and (value.ndim < _LEAST_DIMENSIONS.get(name, 1) or value.shape[0] != rows):
-                return Whole(value)
-            if value.ndim and value.shape[0] == rows:
+            size = value.shape[0] if value.ndim else 0
+            batched = size == rows
+            heads = name.endswith("mask") and value.ndim == 3 and size > rows and size % rows == 0
+            if not cut and not heads:
+                # what was seen when the block was looked at tells more than sizes, which may agree by chance
+                seen = self.__dict__.get("residrop_seen", {}).get((place, value.ndim))
+                shared = trial is not None and name in trial.shared
+                if shared or seen is False or value.ndim < _LEAST_DIMENSIONS.get(name, 1):
+                    batched = False
+                if trial is not None:
+                    trial.note(name, (place, value.ndim), batched, size)
+                if not batched and not (seen and size > 1 and size != rows):
+                    return Whole(value)
+            elif trial is not None:
+                trial.note(name, (place, value.ndim), batched, size)
+            if batched:
                 return value
         elif value is None or isinstance(value, (bool, int, float, complex, str, Whole, torch.dtype, torch.device)):
             return Whole(value)
@@ -145,19 +166,26 @@ class ReadBlock(ForeignBlock):
 
     # what is looked at once
 
-    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool:
+    def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool | None:
         rules: list[Any] = list(self.residrop_rules)
         x = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        if x is None or any(map(is_cache, (*args, *kwargs.values()))):
+            return False  # what a pass leaves in a cache would be seen by the next
         rowwise = any(rule.granularity == "row" for rule in rules)
-        if x is None or (rowwise and len(x) < 2) or any(map(is_cache, (*args, *kwargs.values()))):
-            return False  # the batch is too small, or what a pass leaves in a cache would be seen by the next
+        if rowwise and len(x) < 2:
+            return None
+
+        seen: dict[Any, bool] = {}
 
         def trial(shared: frozenset[str]) -> tuple[Any, _Trial]:
-            made = _Trial(x, rowwise, flops=own is not None)
-            self.__dict__.update(residrop_trial=made, residrop_shared=shared)
+            made = _Trial(x, rowwise, shared, flops=own is not None)
+            self.__dict__["residrop_trial"] = made
             try:
                 given = _copied(args), _copied(kwargs)  # a block may overwrite what it is given
-                return self.residrop_forward(*given[0], **given[1]), made
+                out = self.residrop_forward(*given[0], **given[1])
+                seen.clear()
+                seen.update(made.seen)
+                return out, made
             except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
                 if isinstance(error, (torch.OutOfMemoryError, UsageError)):
                     raise
@@ -167,15 +195,15 @@ class ReadBlock(ForeignBlock):
                 if shared == frozenset() and made.flops:
                     self.__dict__["residrop_flops"] = tuple(made.flops)
 
-        shared: bool | frozenset[str] = False
-        try:
-            with looking_on(self, x), full_precision(self, x):
-                if own is None:
-                    own = super(AppliedBlock, self).forward(*_copied(args), **_copied(kwargs))
-                shared = seen_alike(self, x, own, trial)
-        finally:
-            self.__dict__["residrop_shared"] = shared or frozenset()
-        return shared is not False
+        with looking_on(self, x), full_precision(self, x):
+            if own is None:
+                own = super(AppliedBlock, self).forward(*_copied(args), **_copied(kwargs))
+            if not seen_alike(self, x, own, trial):
+                return False
+        if rowwise:
+            self.__dict__["residrop_seen"] = {**self.__dict__.get("residrop_seen", {}), **seen}
+            self.__dict__["residrop_kinds"] = {*self.__dict__.get("residrop_kinds", ()), _kind(args, kwargs)}
+        return True
 
 
 def _copied(value: Any) -> Any:
@@ -189,16 +217,18 @@ class _Trial:
     Args:
         x: the block's input.
         rowwise: whether only some rows go through branches.
+        shared: names of arguments that are not cut.
         flops: whether to count the operations of the branches for all rows.
     """
 
-    def __init__(self, x: Tensor, rowwise: bool, flops: bool) -> None:
-        self.total, self.rowwise, self.count = len(x), rowwise, flops
+    def __init__(self, x: Tensor, rowwise: bool, shared: frozenset[str], flops: bool) -> None:
+        self.total, self.rowwise, self.shared, self.count = len(x), rowwise, shared, flops
         self.flops: list[float] = []
         self.rows = torch.arange(
             len(x) - 1, -1, -2, device=x.device
         )  # backwards: causal attention over them would differ
         self.names: dict[str, None] = {}
+        self.seen: dict[Any, bool] = {}
         self.branches: list[Tensor] = []
 
     def sum(
@@ -224,7 +254,6 @@ class _Trial:
                     f"{tuple(x.shape)}, has not the batch of {self.total} first; use granularity='block'"
                 )
             packed = block.residrop_cut(x, (), taken)[1]
-            self._note(packed)
             cut = _cut(packed, self.rows)
             out = self._run(call, x.index_select(0, self.rows), cut, self.total / len(self.rows))
             z = y.index_add(0, self.rows, out.to(y.dtype))
@@ -252,13 +281,23 @@ class _Trial:
         self.flops.append(counter.total * share)
         return out
 
-    def _note(self, packed: dict[str, Any]) -> None:
-        """Remember which arguments are cut."""
-        for name, value in packed.items():
-            inner = value.items() if isinstance(value, dict) else [(name.rpartition("__")[0], value)]
-            self.names.update(
-                {key: None for key, one in inner if any(isinstance(leaf, Tensor) for leaf in tree_flatten(one)[0])}
-            )
+    def note(self, name: str, key: Any, batched: bool, size: int) -> None:
+        """Remember of a tensor whether it is cut, if that says something of other batches."""
+        if batched:
+            self.names[name] = None
+        if batched or size > 1:
+            self.seen[key] = batched
+
+
+def _kind(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which arguments are cut: which are tensors, of how many dimensions, with the batch first or not."""
+    leaves = tree_flatten((args, dict(kwargs)))[0]
+    rows = next((len(one) for one in leaves if isinstance(one, Tensor) and one.ndim), 0)
+    return (
+        len(args),
+        *kwargs,
+        *((one.ndim, one.ndim and len(one) == rows) if isinstance(one, Tensor) else None for one in leaves),
+    )
 
 
 def _cut(packed: Any, rows: Tensor) -> Any:

@@ -130,9 +130,7 @@ def check_rows(
         )
 
 
-def seen_alike(
-    block: nn.Module, x: Tensor, own: Any, trial: Callable[[frozenset[str]], tuple[Any, Any]]
-) -> bool | frozenset[str]:
+def seen_alike(block: nn.Module, x: Tensor, own: Any, trial: Callable[[frozenset[str]], tuple[Any, Any]]) -> bool:
     """PlanError unless a block gives, with its branches called by themselves, what its own forward gives.
 
     It costs one forward of the block (half of one where rows are cut), and as much again for every argument of which
@@ -146,8 +144,8 @@ def seen_alike(
             what it knows: `rowwise`, `rows`, `names` (of the arguments that were cut) and `branches` (what they gave).
 
     Returns:
-        The names of arguments that all rows share although their first size is that of the batch; False where it could
-        not be seen, as branches are not finite, or so small beside the input that rounding hides them.
+        Whether it could be seen: not where branches are not finite, or so small beside the input that rounding hides
+        them. The last `trial` was the one that gave the same.
     """
     expected = [leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -159,34 +157,41 @@ def seen_alike(
         leaves = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not leaves or not expected:
             return None, made
-        wanted, got = expected[0], leaves[0]
-        if wanted.shape != got.shape:
-            return True, made
-        if made.rowwise:
-            wanted, got = wanted.index_select(0, made.rows), got.index_select(0, made.rows)
         branch = min((_size(one) for one in made.branches), default=0.0)
-        tolerance = _tolerance(block, x, wanted)
-        allowed = tolerance * branch + 4 * torch.finfo(wanted.dtype).eps * _size(wanted)
-        difference = _size(got - wanted)
-        if difference <= allowed and isfinite(branch):
-            return (None if branch == 0.0 or allowed > branch / 4 else False), made
-        return (True if isfinite(branch) and isfinite(difference) else None), made
+        if not isfinite(branch):
+            return None, made
+        # besides the first of them a block may give what is of some rows only: the weights of an attention
+        pairs = zip(expected, leaves, strict=True) if len(expected) == len(leaves) else [(expected[0], leaves[0])]
+        seen = True
+        for number, (wanted, got) in enumerate(pairs):
+            if wanted.shape != got.shape:
+                if number and made.rowwise:
+                    continue
+                return True, made
+            if made.rowwise and wanted.ndim and len(wanted) == len(x):
+                wanted, got = wanted.index_select(0, made.rows), got.index_select(0, made.rows)
+            allowed = _tolerance(block, x, wanted) * branch + 4 * torch.finfo(wanted.dtype).eps * _size(wanted)
+            difference = _size(got - wanted)
+            if not difference <= allowed:
+                return (True if isfinite(difference) else None), made
+            seen = seen and allowed <= branch / 4
+        return (False if seen and branch else None), made
 
     answer, made = differs(frozenset())
     if answer is None:
         return False
-    if not answer:
-        return frozenset()
-    return _shared(block, differs, made)
+    if answer:
+        _find_shared(block, differs, made, x.shape)
+    return True
 
 
-def _shared(
-    block: nn.Module, differs: Callable[[frozenset[str]], tuple[bool | None, Any]], made: Any
-) -> frozenset[str]:
-    """The arguments that have to be left whole for rows to be right; PlanError if there are none such."""
+def _find_shared(
+    block: nn.Module, differs: Callable[[frozenset[str]], tuple[bool | None, Any]], made: Any, shape: torch.Size
+) -> None:
+    """Find an argument that has to be left whole for rows to be right; PlanError if there is none such."""
     for name in made.names:
         if differs(frozenset({name}))[0] is False:
-            return frozenset({name})
+            return
     where = f"{type(block).__name__}, with its branches called by themselves,"
     if not made.rowwise:
         raise PlanError(
@@ -194,9 +199,10 @@ def _shared(
             "out of `blocks`"
         )
     raise PlanError(
-        f"{where} gives for some rows something else than for the whole batch, or an argument has to be cut with them "
-        "and is not; use granularity='block', name arguments in residrop.apply(..., whole=[...], cut=[...]), or leave "
-        "the block out of `blocks`"
+        f"{where} gives for some rows of an input of shape {tuple(shape)} something else than for all of them: its first "
+        "dimension is not the batch, rows depend on each other, or an argument has to be cut with them and is not; use "
+        "granularity='block', name arguments in residrop.apply(..., whole=[...], cut=[...]), or leave the block out of "
+        "`blocks`"
     )
 
 

@@ -15,7 +15,7 @@ from residrop.surgery.operations import Operations
 __all__ = ["Tried", "called_with", "tried"]
 
 _ROWS = 4  # of an example that are looked at
-_KEPT = ("residrop_checked", "residrop_shared", "residrop_forms")
+_KEPT = ("residrop_checked", "residrop_seen", "residrop_kinds", "residrop_forms")
 
 
 @dataclass

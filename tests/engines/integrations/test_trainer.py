@@ -40,12 +40,12 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.steps.append(residrop.sampler_of(model).step)
         branches = [rules for block in model.model.layers for rules in block.residrop_branches()]
-        self.live.append([parts[1].weight.grad is not None for parts in map(_linear, branches)])
+        self.live.append([_last(parts).weight.grad is not None for _, parts in branches])
 
 
-def _linear(branch):
-    _, (norm, body) = branch
-    return norm, body.down_proj if hasattr(body, "down_proj") else body.o_proj
+def _last(parts):
+    (body,) = [part for part in parts if hasattr(part, "down_proj") or hasattr(part, "o_proj")]
+    return body.down_proj if hasattr(body, "down_proj") else body.o_proj
 
 
 def trained(place: Path, *, steps: int = 6, resume: bool = False, per: str = "forward", accumulate: int = 1, **options):

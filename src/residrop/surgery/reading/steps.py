@@ -22,10 +22,8 @@ __all__ = ["Fork", "Forward", "Step", "forward_of", "names_in", "paths_in"]
 _BODY = "return"  # the name of what a forward returns
 _RAISES = ast.Constant("raises")  # in its place, where statements always end in an error
 _SPLITS = 8  # conditions after which a forward may have returned: what follows them is read twice
+_FAST_PATH = "torch.backends.mha.get_fastpath_enabled"  # which has no branches: it computes whole layers at once
 _DEPTH = 4  # of calls within calls that are replaced by their steps
-# torch's own encoder layer has a fused kernel as a second way, in which no branch could be left out; it takes it only
-# where this attribute is true
-_FUSED = {"activation_relu_or_gelu"}
 _ASKED = {
     "self",
     "torch",
@@ -609,8 +607,6 @@ class _Lowering:
         if not _may_be_asked(test):
             return None
         text = ast.unparse(test)
-        if paths_in(test) & _FUSED:
-            return False
         for path in paths_in(test):
             if not path or path.rpartition(".")[2] == "training" or not self.questions.ask("lasting", path):
                 return None
@@ -921,6 +917,8 @@ class _Hoist(_Rename):
         if isinstance(node.func, ast.Name) and node.func.id == "super":
             raise Unreadable("its forward calls that of a base class")
         local = isinstance(node.func, ast.Name) and node.func.id in scope.functions
+        if ast.unparse(node.func) == _FAST_PATH:
+            return ast.Constant(False)
         func: ast.expr = node.func if local else self.visit(node.func)
         args = [self.visit(one) for one in node.args]
         keywords = [ast.keyword(one.arg, self.visit(one.value)) for one in node.keywords]
