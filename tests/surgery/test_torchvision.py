@@ -209,7 +209,7 @@ def test_blocks_without_a_residual_sum_are_left_alone():
     assert report.left_alone == (
         (
             "features.2.0",
-            "no sum over its input is found in it (where width or stride change, blocks often have none)",
+            "it has no residual sum (blocks that change the stride or the width often have none)",
         ),
     )
     assert "left alone: features.2.0: no sum over its input is found in it" in str(report)
