@@ -151,6 +151,8 @@ def _packs(step: Step) -> bool:
         )
     if isinstance(node, ast.AugAssign):
         return isinstance(value, (ast.Tuple, ast.List))
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
+        return value.func.id in ("tuple", "list")
     return isinstance(value, (ast.Subscript, ast.Tuple, ast.Name, ast.Starred, ast.Constant, ast.Dict, ast.List))
 
 
