@@ -164,8 +164,8 @@ def branch_flops(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[int, ...]
     """FLOPs of the forward of every branch, one number per rule, for one batch, by PyTorch's counter.
 
     A branch costs what model(*args, **kwargs) needs with this branch alone, less what it needs without any. These L + 1
-    forwards, nearly empty, run twice (in one of them blocks under `residrop.apply` may look at themselves), in eval mode
-    and without gradients: nothing is drawn, no statistics move, and training flags are as before. Rules that never
+    forwards, nearly empty, run twice (in one of them blocks under `residrop.apply` may look at themselves), in eval
+    mode and without gradients: nothing is drawn, no statistics move, and training flags are as before. Rules that never
     leave out a branch (constant depth, unit level, Gaussian) count 0. The counter knows matrix products, convolutions
     and attention, and sees nothing of compiled graphs: measure before compiling.
 

@@ -202,8 +202,8 @@ def _find_shared(
             "out of `blocks`"
         )
     raise PlanError(
-        f"{where} gives for some rows of an input of shape {tuple(shape)} something else than for all of them: its first "
-        "dimension is not the batch, rows depend on each other, or an argument has to be cut with them and is not; use "
+        f"{where} gives for some rows of an input of shape {tuple(shape)} something else than for all of them: its "
+        "first dimension is not the batch, rows depend on each other, or an argument has to be cut with them and is not; use "
         "granularity='block', name arguments in residrop.apply(..., whole=[...], cut=[...]), or leave the block out of "
         "`blocks`"
     )
