@@ -169,6 +169,35 @@ def test_what_cannot_be_read_is_a_whole_block_by_name(make, why, coin):
         torch.testing.assert_close(model(x), x + 2.5 * coin * (plain(x) - x))
 
 
+class Halves(Layers):
+    """The half that is added to is cut from the input together with the one that goes through the branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        first = first + self.a(torch.cat([second, second], -1))[..., :3]
+        return torch.cat([first, second], -1)
+
+
+class Twice(Layers):
+    """A projection that is added twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x * self.scale
+        y = skip + self.b(self.a(x))
+        return y + skip
+
+
+@pytest.mark.parametrize("make", [lambda: Halves("a"), lambda: Twice("a b", scale=nn.Parameter(torch.ones(6)))])
+def test_shortcuts_that_are_needed_elsewhere_are_left_where_they_are(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).train()
+    plain = copy.deepcopy(model[0])
+    residrop.apply(model, survival=0.5, blocks="0", rescale="none")
+    x, coins = torch.randn(3, 6), [True] * len(list(residrop.sampler_of(model).sites))
+    with residrop.using(model, Plan.of(coins)):
+        torch.testing.assert_close(model(x), plain(x))
+
+
 # What is refused at the first forward
 
 
