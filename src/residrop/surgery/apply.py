@@ -318,3 +318,4 @@ def _put(
         record_changes(one.block, replaced(drops, inherits and one.drop is None))
         one.block.__dict__["residrop_cutting"] = cutting
         one.block.__dict__["residrop_unused"] = unused
+        one.block.__dict__["residrop_forms"] = {}

@@ -134,7 +134,7 @@ def refuse_caches(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if given or not any(is_cache(value) for value in (*args, *kwargs.values())):
         return  # under a plan given by hand nothing is drawn
     for block in root.modules():
-        taken = getattr(type(block), "residrop_signature", None)
+        taken = getattr(block, "residrop_signature", None)
         if taken is not None and not _NAMES.isdisjoint(taken.own.parameters):
             rules: Any = block.residrop_rules
             if any(rule.tosses() and min(rule.rates) < 1.0 for rule in rules):

@@ -280,8 +280,11 @@ def _class_of(mixin: type[AppliedBlock], own: type[nn.Module]) -> type[nn.Module
     if key not in _CLASSES:
         bases = (mixin, Container, own) if issubclass(own, (nn.Sequential, nn.ModuleList)) else (mixin, own)
         # the same name: wrapping policies of engines name classes of blocks
-        attributes = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-        _CLASSES[key] = type(own.__name__, bases, {**attributes, "residrop_signature": Signature.of(own.forward)})
+        attributes: dict[str, Any] = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+        attributes["__doc__"] = own.__doc__
+        signature = Signature.of(own.forward)
+        attributes["residrop_signature"] = property(lambda self: signature)  # strict export wants no objects on classes
+        _CLASSES[key] = type(own.__name__, bases, attributes)
     return _CLASSES[key]
 
 

@@ -38,7 +38,7 @@ class GenericBlock(AppliedBlock):
 
     def residrop_absent(self) -> bool:
         # what else the block returns is found out by running it once, for which its parameters must be there
-        return "residrop_forms" in self.__dict__ and super().residrop_absent()
+        return bool(self.__dict__["residrop_forms"]) and super().residrop_absent()
 
     def residrop_unchecked(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> bool:
         rule = self.residrop_rules[0]
@@ -152,7 +152,7 @@ class Call:
 
     def knows(self) -> bool:
         """Whether it is known what the block returns for such arguments."""
-        return self.kind in self.block.__dict__.get("residrop_forms", ())
+        return self.kind in self.block.__dict__["residrop_forms"]
 
     def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.forward(x, *args, **kwargs) if self.name is None else self.forward(**{self.name: x}, **kwargs)
@@ -171,7 +171,7 @@ class Call:
         out = self.run(x, *args, **kwargs)
         leaves, spec = tree_flatten(out)
         got = tree_flatten((x, args, kwargs))[0]
-        forms: dict[Any, _Form] = self.block.__dict__.setdefault("residrop_forms", {})
+        forms: dict[Any, _Form] = self.block.__dict__["residrop_forms"]
         form = forms.get(self.kind)
         if form is None or form.spec != spec or not _still(form, leaves, got):
             form = forms[self.kind] = self.learn(x, out, leaves, got, form)

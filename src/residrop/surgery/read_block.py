@@ -169,7 +169,7 @@ class ReadBlock(ForeignBlock):
     def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool | None:
         rules: list[Any] = list(self.residrop_rules)
         x = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
-        if x is None or any(map(is_cache, (*args, *kwargs.values()))):
+        if x is None or x.is_nested or any(map(is_cache, (*args, *kwargs.values()))):
             return False  # what a pass leaves in a cache would be seen by the next
         rowwise = any(rule.granularity == "row" for rule in rules)
         if rowwise and len(x) < 2:

@@ -170,7 +170,7 @@ def seen_alike(block: nn.Module, x: Tensor, own: Any, trial: Callable[[frozenset
                 return True, made
             if made.rowwise and wanted.ndim and len(wanted) == len(x):
                 wanted, got = wanted.index_select(0, made.rows), got.index_select(0, made.rows)
-            allowed = _tolerance(block, x, wanted) * branch + 4 * torch.finfo(wanted.dtype).eps * _size(wanted)
+            allowed = _tolerance(block, x, wanted) * branch + 2 * torch.finfo(wanted.dtype).eps * _size(wanted)
             difference = _size(got - wanted)
             if not difference <= allowed:
                 return (True if isfinite(difference) else None), made
