@@ -5,6 +5,6 @@ Reading finds these sums, and cuts the statements that make up each branch out o
 them out. Every operation stays that of the block's own source; only what is called, and when, is decided by rules.
 
 `functions` gets sources, `questions` asks what a block itself has to say (which attributes are None, which class a
-child has), `steps` takes a forward apart, `sums` finds the branches, `writing` writes the forward with rules in it, and
-`read` puts these together.
+child has), `statements`, `expressions` and `calls` take a forward apart into `steps`, `sums` finds the branches among
+them, `writing` writes the forward with rules in it, and `read` puts these together.
 """

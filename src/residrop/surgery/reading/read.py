@@ -9,7 +9,8 @@ from torch import nn
 
 from residrop.surgery.reading.functions import Unreadable
 from residrop.surgery.reading.questions import Questions, Recorded
-from residrop.surgery.reading.steps import Fork, Forward, Step, forward_of
+from residrop.surgery.reading.statements import forward_of
+from residrop.surgery.reading.steps import Fork, Forward, Step
 from residrop.surgery.reading.sums import Sum, find_sums, roots_of_results
 from residrop.surgery.reading.writing import methods_of, written
 
