@@ -200,9 +200,9 @@ def _find_shared(
         )
     raise PlanError(
         f"{where} gives for some rows of an input of shape {tuple(shape)} something else than for all of them: its "
-        "first dimension is not the batch, rows depend on each other, or an argument has to be cut with them and is not; use "
-        "granularity='block', name arguments in residrop.apply(..., whole=[...], cut=[...]), or leave the block out of "
-        "`blocks`"
+        "first dimension is not the batch, rows depend on each other, or an argument has to be cut with them and is "
+        "not; use granularity='block', name arguments in residrop.apply(..., whole=[...], cut=[...]), or leave the "
+        "block out of `blocks`"
     )
 
 
