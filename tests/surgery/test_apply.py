@@ -484,7 +484,7 @@ def test_report_is_readable():
     report = residrop.apply(model, survival="linear_decay(0.5)", granularity="row")
     assert str(report) == "\n".join(
         [
-            "4 blocks, 8 branches, expected depth 5.50",
+            "4 blocks, 8 branches, expected depth 5.50, 72% of the parameters may be left out",
             "  encoder.layers.encoder_layer_0  0.875, 0.875  row  torchvision EncoderBlock",
             "  encoder.layers.encoder_layer_1  0.75, 0.75    row  torchvision EncoderBlock",
             "  encoder.layers.encoder_layer_2  0.625, 0.625  row  torchvision EncoderBlock",
@@ -500,7 +500,7 @@ def test_report_of_generic_blocks_and_what_is_left_alone():
     report = residrop.apply(model, survival=0.25, blocks=["0", "1"])
     assert str(report) == "\n".join(
         [
-            "1 block, 1 branch, expected depth 0.25",
+            "1 block, 1 branch, expected depth 0.25, 10% of the parameters may be left out",
             "  0  0.25  block  torch Sequential, whole",
             "  left alone: 1: its forward was replaced on the object, by an engine or by hand",
         ]

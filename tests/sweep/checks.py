@@ -485,7 +485,7 @@ def _relative(got: Tensor, wanted: Tensor, least: float = 0.0) -> float:
     if not wanted.numel():
         return 0.0
     finite = wanted.isfinite()
-    if not torch.equal(finite, got.isfinite()):
+    if not got.isfinite()[finite].all():  # a masked branch may give 0 * inf, an absent one gives nothing
         return math.inf
     got, wanted = got[finite], wanted[finite]
     if not wanted.numel():

@@ -293,18 +293,26 @@ class Reference:
 
     def _whole(self, stack: ExitStack, block: nn.Module, mask: Mask) -> None:
         given: list[Tensor] = []
+        others: list[list[Tensor]] = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            given.append(hidden_in(args, kwargs).clone())
+            x = hidden_in(args, kwargs)
+            given.append(x.clone())
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one is not x]
+            others.append([one.clone() for one in tensors])
 
         def after(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-            x = given.pop()
+            x, rest = given.pop(), others.pop()
             y = hidden_out(out, x)
             if y.shape != x.shape:
                 raise NoReferenceError("a block changes the shape of its input")
             leaves, spec = tree_flatten(out)
             place = next(i for i, leaf in enumerate(leaves) if leaf is y)
             leaves[place] = x + (y - x) * _shaped(mask, y, len(x))
+            for number, leaf in enumerate(leaves):  # a second stream: an output of the shape of one other argument
+                alike = [one for one in rest if isinstance(leaf, Tensor) and one.shape == leaf.shape]
+                if number != place and len(alike) == 1 and leaf.is_floating_point():
+                    leaves[number] = alike[0] + (leaf - alike[0]) * _shaped(mask, leaf, len(x))
             return tree_unflatten(leaves, spec)
 
         stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -16,6 +16,9 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, flag in flags.items():
+            if flag != module.training and type(module).train is not nn.Module.train:
+                module.train(flag)  # which may do more than set flags: LeViT keeps attention biases until then
+        for module, flag in flags.items():
             module.training = flag
 
 

@@ -38,6 +38,11 @@ def methods_of(forward: Forward, source: str) -> dict[str, Any]:
 class _Writer:
     def __init__(self, forward: Forward, sums: Sequence[Sum]) -> None:
         self.forward, self.sums = forward, sums
+        self.results = {one.result for one in sums}  # and what else they are called
+        for step in (step for one in forward.steps for step in one.walk()):
+            value = step.node.value if isinstance(step.node, ast.Assign) and not isinstance(step, Sum) else None
+            if isinstance(value, ast.Name) and value.id in self.results:
+                self.results |= set(step.writes)
 
     def source(self) -> str:
         node = deepcopy(self.forward.function.node)
@@ -109,13 +114,13 @@ class _Writer:
         if isinstance(step, Fork):
             return [ast.If(step.test, self.statements(step.arms[0], set(step.writes)), self._orelse(step))]
         node = step.node
+        # the sum of an absent branch is the block's own input, which is not ours to overwrite
         if isinstance(node, ast.AugAssign) and hasattr(node, "old"):
             old: ast.Name = node.old  # pyright: ignore[reportAttributeAccessIssue]
-            # the sum of an absent branch is the block's own input, which is not ours to overwrite
-            results = {one.result for one in self.sums}
-            value = f"self.residrop_own({old.id})" if old.id in results else old.id
+            value = f"self.residrop_own({old.id})" if old.id in self.results else old.id
             return [*ast.parse(f"{node.name} = {value}").body, ast.AugAssign(node.target, node.op, node.value)]  # pyright: ignore
-        return [node]
+        owned = [f"{name} = self.residrop_own({name})" for name in sorted(step.mutates & self.results)]
+        return [*(statement for text in owned for statement in ast.parse(text).body), node]
 
     def _orelse(self, step: Fork) -> list[ast.stmt]:
         return self.statements(step.arms[1], set(step.writes)) if step.arms[1] else []
