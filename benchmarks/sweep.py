@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from fnmatch import fnmatchcase
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # in front of this folder, which has a file of that name
@@ -60,10 +61,15 @@ def main() -> None:
     if arguments.json:
         command = "python benchmarks/sweep.py" + ("" if arguments.only == "*" else f" --only '{arguments.only}'")
         command += " --quick" if arguments.quick else ""
-        kept = [{name: value for name, value in row.items() if value is not None} for row in rows]
+        kept = [{name: value for name, value in row.items() if _is_kept(value)} for row in rows]
         what = "residrop on every model that can be built small, against a masked reference"
         libraries = {name: metadata.version(name) for name in _installed()}
         ledger.save(arguments.json, what, command, [{**row, "versions": libraries} for row in kept])
+
+
+def _is_kept(value: object) -> bool:
+    """Whether a value goes into the results: they hold no numbers that are not finite."""
+    return value is not None and not (isinstance(value, float) and not isfinite(value))
 
 
 def _installed() -> list[str]:
