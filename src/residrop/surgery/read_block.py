@@ -244,6 +244,11 @@ class _Trial:
     ) -> Any:
         """What `ReadBlock.residrop_sum` gives, without a rule."""
         rule: Any = block.residrop_rules[number]
+        if not isinstance(x, Tensor):
+            raise PlanError(
+                f"{type(block).__name__} adds to a {type(x).__name__} where a hidden state was expected; leave it out of "
+                "`blocks`"
+            )
         version = None if x.is_inference() else x._version
         y = x if skip is None else skip(x)
         call = Call(block, branch, None, self.rowwise, (x, (), taken), number) if live else branch

@@ -74,6 +74,7 @@ class _Statements(Calls):
             self.called,
             self.functions,
             frozenset(self.variadic),
+            frozenset(self.maybe),
         )
 
     def body(self, statements: list[ast.stmt], scope: Scope) -> ast.expr | None:
@@ -271,6 +272,8 @@ class _Statements(Calls):
         if text(first) == text(second) and first is not None:
             return first
         own = self.fresh(name)
+        if None in values:
+            self.maybe.add(own)
         for arm, value in zip(arms, values, strict=True):
             if value is not None:
                 steps, self.steps = self.steps, arm

@@ -82,6 +82,7 @@ class Forward:
         called: paths of the modules whose calls were replaced by steps.
         functions: all functions that steps come from.
         variadic: names of values that are `*args` or `**kwargs`.
+        maybe: names of values that there are in some cases only.
     """
 
     function: Function
@@ -92,6 +93,7 @@ class Forward:
     called: list[str]
     functions: list[Function]
     variadic: frozenset[str]
+    maybe: frozenset[str]
 
 
 def names_in(node: ast.AST) -> frozenset[str]:

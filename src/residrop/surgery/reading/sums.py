@@ -340,6 +340,8 @@ class _Finder:
             # what the shortcut computes is needed elsewhere, too: it stays where it is
             shortcut, skip_taken, start = [], [], a
             taken = self.taken(collected, start)
+        if self.forward.maybe & {start, *taken, *skip_taken, *live}:
+            return None
         for name in {start, *taken, *skip_taken}:
             if any(step is not total for step in self.mutated.get(name, ())):
                 return None
