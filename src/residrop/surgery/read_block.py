@@ -186,7 +186,7 @@ class ReadBlock(ForeignBlock):
                 seen.clear()
                 seen.update(made.seen)
                 return out, made
-            except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
+            except (RuntimeError, LookupError, ValueError, AssertionError, TypeError, NameError, AttributeError) as error:
                 if isinstance(error, (torch.OutOfMemoryError, UsageError)):
                     raise
                 return None, made
@@ -246,8 +246,8 @@ class _Trial:
         rule: Any = block.residrop_rules[number]
         if not isinstance(x, Tensor):
             raise PlanError(
-                f"{type(block).__name__} adds to a {type(x).__name__} where a hidden state was expected; leave it out of "
-                "`blocks`"
+                f"{type(block).__name__} adds to a {type(x).__name__} where a hidden state was expected; leave it out "
+                "of `blocks`"
             )
         version = None if x.is_inference() else x._version
         y = x if skip is None else skip(x)
