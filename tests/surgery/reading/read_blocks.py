@@ -24,7 +24,6 @@ class Case:
         shape: of its input, without the batch.
         given: further arguments, each a function of the number of rows.
         by_place: whether they are given by place.
-        refused: what row level says; "" where it trains.
     """
 
     make: Callable[[], nn.Module]
@@ -33,7 +32,6 @@ class Case:
     shape: tuple[int, ...] = (D,)
     given: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
     by_place: bool = False
-    refused: str = ""
 
 
 class Layers(nn.Module):
