@@ -77,9 +77,16 @@ class ReadBlock(ForeignBlock):
         shortcut: Callable[..., Tensor] | None = None,
         skip_taken: dict[str, Any] | None = None,
         post: nn.Module | None = None,
+        batch: Any = None,
     ) -> Any:
-        """shortcut(x) + branch(x) by rule `number`; with `live` a tuple of that and the branch's other values."""
+        """shortcut(x) + branch(x) by rule `number`; with `live` a tuple of that and the branch's other values.
+
+        Where `x` is Tensor[N * T, ...], the tokens of a `batch` Tensor[N, ...] as rows, the rule has it as [N, T, ...].
+        """
         rule: Any = self.residrop_rules[number]
+        if isinstance(batch, Tensor) and rule.granularity == "row" and _has_flat(batch, x):
+            sequences = x.unflatten(0, (batch.shape[0], -1))
+            return self.residrop_sum(number, sequences, partial(_of_tokens, branch)).flatten(0, 1)
         taken = taken or {}
         skip: Any = shortcut
         if shortcut is not None and skip_taken:
@@ -204,6 +211,18 @@ class ReadBlock(ForeignBlock):
             self.__dict__["residrop_seen"] = {**self.__dict__.get("residrop_seen", {}), **seen}
             self.__dict__["residrop_kinds"] = {*self.__dict__.get("residrop_kinds", ()), _kind(args, kwargs)}
         return True
+
+
+def _has_flat(batch: Tensor, x: Any) -> bool:
+    """Whether x may have several rows for each of a batch; what its rows are is seen when the block is looked at."""
+    if not isinstance(x, Tensor) or not batch.ndim or not x.ndim or batch.shape[0] == 0:
+        return False
+    return x.shape[0] > batch.shape[0] and x.shape[0] % batch.shape[0] == 0
+
+
+def _of_tokens(branch: Callable[[Tensor], Tensor], sequences: Tensor) -> Tensor:
+    """A branch of Tensor[N * T, ...] on Tensor[N, T, ...]."""
+    return branch(sequences.flatten(0, 1)).unflatten(0, sequences.shape[:2])
 
 
 def _copied(value: Any) -> Any:

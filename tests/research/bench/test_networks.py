@@ -1,23 +1,30 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 
-from residrop.common.errors import ConfigError
+from residrop.common.errors import ConfigError, MissingExtraError
+from residrop.research.bench.found import FOUND
 from residrop.research.bench.networks import has_timm, network
 from residrop.research.bench.peers import IndexGather
 from residrop.rules import StochasticDepth
 from residrop.schedule.sampler import Draw
 from residrop.schedule.survival import linear_decay
+from small_networks import small_found
 
 NAMES = ["resnet-8", "resnet-8/v2", "resnet-ours-8", "depth-dropout-resnet-8", "torchvision/resnet18"]
 NAMES += ["timm/test_vit"] if has_timm() else []
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, *FOUND])
 def net(request):
+    pytest.importorskip(request.param.partition("/")[0] if request.param in FOUND else "torch")
     torch.manual_seed(0)
-    return network(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        small_found(patch)
+        return network(request.param)
 
 
 def branches(net):
@@ -25,7 +32,7 @@ def branches(net):
 
 
 def test_chain_is_the_network(net):
-    x = torch.randn(3, 3, net.pixels, net.pixels)
+    x = net.inputs(3)
     chain = net.chain()
     y = chain.stem(x)
     for unit in chain.units:
@@ -48,13 +55,31 @@ def test_every_branch_ends_in_a_mask(net):
     model = net.masked(lambda rate: TorchvisionStochasticDepth(1 - rate, "batch"), "0")  # every branch is dropped
     masks = [module for module in model.modules() if isinstance(module, TorchvisionStochasticDepth)]
     assert len(masks) == branches(net)
-    x = torch.randn(3, 3, net.pixels, net.pixels)
+    x = net.inputs(3)
     chain = net.chain()
     y = chain.stem(x)
     for unit in chain.units:
         y = y if unit.absent is None else unit.absent(y)
     torch.testing.assert_close(model(x), chain.head(y))
     assert not any(isinstance(module, TorchvisionStochasticDepth) for module in net.model.modules())
+
+
+def test_sizes_of_found_networks():
+    pytest.importorskip("transformers")
+    net = network("transformers/opt_6_layers")
+    assert (net.pixels, net.tokens, net.batch_size) == (None, 64, 32)
+    batch = net.inputs(5, torch.Generator().manual_seed(0))
+    assert (batch.shape, batch.dtype) == ((5, 64), torch.int64)
+    assert torch.equal(batch, net.inputs(5, torch.Generator().manual_seed(0)))
+    assert branches(net) == 12
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_packages_of_found_networks_are_asked_for(name, monkeypatch):
+    package = name.partition("/")[0]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"residrop\[{package}\]"):
+        network(name)
 
 
 def test_sizes():

@@ -12,6 +12,8 @@ from residrop.research import ledger
 from residrop.research.bench import Comparison, Settings, bench_skip
 from residrop.research.bench.networks import has_timm, network
 from residrop.research.bench.peers import draws
+from residrop.research.report.measurements import summarise
+from small_networks import small_found
 
 ROOM = sys.modules["residrop.research.bench.skip"]
 KEYS = [
@@ -113,6 +115,17 @@ def test_rows(precision):
     assert [of(rows, "ideal", level)["relative_to_ideal"] for level in ("block", "row")] == [1.0, 1.0]
     assert {row["precision"] for row in rows} == {precision}
     assert rows[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.parametrize("name", ["transformers/t5_small_encoder", "transformers/opt_6_layers"])
+def test_rows_of_networks_of_tokens(name, monkeypatch):
+    pytest.importorskip("transformers")
+    small_found(monkeypatch)
+    rows = compared(name)
+    assert [(row["variant"], row["granularity"]) for row in rows] == VARIANTS
+    assert {(row.get("pixels"), row["tokens"], row["memory_format"]) for row in rows} == {(None, 64, "contiguous")}
+    assert "transformers" in rows[0]["versions"]
+    assert "batch of 4 at 64 tokens, fp32, contiguous, 2 steps" in str(summarise([ledger.flat(row) for row in rows]))
 
 
 def test_memory_is_what_is_kept_for_backward():

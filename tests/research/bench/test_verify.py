@@ -6,18 +6,22 @@ import pytest
 import torch
 
 from residrop.common.errors import ConfigError
+from residrop.research.bench.found import FOUND
 from residrop.research.bench.networks import has_timm, network
 from residrop.research.bench.peers import IndexGather, live_network, narrow_network
 from residrop.research.bench.verify import verify
 from residrop.rules import StochasticDepth
+from small_networks import small_found
 
 NAMES = ["resnet-8", "resnet-14/v2", "resnet-ours-8", "depth-dropout-resnet-8", "torchvision/resnet18"]
 NAMES += ["timm/test_vit"] if has_timm() else []
 ROOM = sys.modules["residrop.research.bench.verify"]  # its function has the same name
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_variants_compute_what_they_should(name):
+@pytest.mark.parametrize("name", [*NAMES, *FOUND])
+def test_variants_compute_what_they_should(name, monkeypatch):
+    pytest.importorskip(name.partition("/")[0] if name in FOUND else "torch")
+    small_found(monkeypatch)
     verify(name, "0.5")
     with pytest.raises(ConfigError, match="survival"):
         verify(name, "half")

@@ -37,11 +37,12 @@ class BenchSkip:
     """
 
     models: tuple[str, ...] = MODELS
-    """Networks: ours (resnet-56; resnet-56/v2 for pre-activation), torchvision/RESNET, timm/VIT."""
+    """Networks: ours (resnet-56; resnet-56/v2 for pre-activation), torchvision/RESNET, timm/VIT, and three whose blocks
+    are found by their source: timm/hiera_tiny_224, transformers/t5_small_encoder, transformers/opt_6_layers."""
     survival: tuple[str, ...] = ("uniform(0.5)", "linear_decay(0.5)")
     """Survival rates: a number, one number per block, or a schedule."""
     batch_size: int | None = None
-    """Images in a step (default: 64 of 32 pixels, or 32 of 64 pixels)."""
+    """Images or sequences in a step (default: 64 of 32 pixels, 32 of 64 pixels, 32 of 64 tokens)."""
     steps: int = 15
     """Timed steps of every variant."""
     quick: bool = False

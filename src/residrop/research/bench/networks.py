@@ -1,13 +1,7 @@
-"""The networks that benchmarks run: ours, torchvision's ResNets and timm's ViTs, each in every form to be compared.
+"""The networks that benchmarks run, by name: ours, torchvision's ResNets, timm's ViTs, and those of `found`."""
 
-All forms of a network share one set of parameters, so that they compute the same and memory holds them once.
-"""
-
-import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torchvision
@@ -18,97 +12,11 @@ from residrop.blocks.residual import Residual
 from residrop.common.errors import ConfigError
 from residrop.engines.compiling import compile_branches
 from residrop.models import create, list_models, reads_flat_rows
-from residrop.rules.base import Rule
+from residrop.research.bench.base import CLASSES, Chain, MakeRule, Map, Network, Unit, sharing
+from residrop.research.bench.found import FOUND
 from residrop.schedule.survival import parse
-from residrop.surgery import apply
 
-__all__ = ["Chain", "Network", "Unit", "has_timm", "network"]
-
-Map = Callable[[Tensor], Tensor]
-MakeRule = Callable[[float], Rule]
-MakeMask = Callable[[float], nn.Module]
-CLASSES = 100
-
-
-class Unit(NamedTuple):
-    """A piece of a network with one branch, or with none.
-
-    Attributes:
-        present: what it computes with its branch.
-        absent: what it computes without (None: nothing, its input goes on).
-        droppable: whether it has a branch, and so a place in the plan.
-    """
-
-    present: Map
-    absent: Map | None = None
-    droppable: bool = True
-
-
-class Chain(NamedTuple):
-    """A plain network taken apart: head(units(stem(x))), with one droppable unit per branch, from input to output."""
-
-    stem: Map
-    units: Sequence[Unit]
-    head: Map
-
-
-class Network(ABC):
-    """A network of constant depth, and how its other forms are made.
-
-    Attributes:
-        name: as the user gave it.
-        model: the network of constant depth, in training mode.
-        pixels: height and width of its images.
-        batch_size: default number of images in a step.
-        rescale: who scales branches by default: "test" in our own networks, "train" in foreign ones.
-        convolutional: whether a memory format means something to it.
-    """
-
-    pixels = 64
-    batch_size = 32
-    rescale = "train"
-    convolutional = True
-
-    def __init__(self, name: str, model: nn.Module) -> None:
-        self.name = name
-        self.model: Any = model.train()
-
-    @abstractmethod
-    def chain(self, compiled: bool = False) -> Chain:
-        """The network taken apart; `compiled` if `compile_blocks` compiled its blocks."""
-
-    @abstractmethod
-    def blocks_of(self, model: Any) -> list[Any]:
-        """The residual blocks of a form of the network, from input to output."""
-
-    @abstractmethod
-    def end(self, block: Any, make: Callable[[], nn.Module]) -> None:
-        """Put a module of a peer at the end of every branch of a block, where the peer has it used."""
-
-    def masked(self, make: MakeMask, survival: str) -> nn.Module:
-        """The network with a peer's module make(rate) at the end of every branch."""
-        model = _sharing(self.model)
-        blocks = self.blocks_of(model)
-        for block, rate in zip(blocks, parse(survival, len(blocks)), strict=True):
-            self.end(block, partial(make, rate))
-        return model
-
-    def under(self, make: MakeRule, survival: str) -> nn.Module:
-        """The network with a rule make(rate) in every block, attached."""
-        model = _sharing(self.model)
-        apply(model, make, survival)
-        return model
-
-    def compile_blocks(self, model: nn.Module) -> None:
-        """Compile every residual block of a form without rules, in place."""
-        for block in self.blocks_of(model):
-            block.compile()
-
-
-def _sharing(model: nn.Module) -> Any:
-    """A copy of a model's modules that has the same parameters and buffers, not copies of them."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+__all__ = ["has_timm", "network"]
 
 
 class _Own(Network):
@@ -134,7 +42,7 @@ class _Own(Network):
         block.branch = nn.Sequential(block.branch, make())
 
     def under(self, make: MakeRule, survival: str) -> nn.Module:
-        model = _sharing(self.model)
+        model = sharing(self.model)
         blocks = self.blocks_of(model)
         for block, rate in zip(blocks, parse(survival, len(blocks)), strict=True):
             block.rule = make(rate)
@@ -252,7 +160,7 @@ class _FeedForward(_Attention):
 
 _KNOWN = (
     "networks are named as in residrop recipes --networks (resnet-56; resnet-56/v2 for pre-activation), or "
-    "torchvision/resnet50, or timm/vit_small_patch16_224"
+    "torchvision/resnet50, or timm/vit_small_patch16_224, or one of " + ", ".join(FOUND)
 )
 
 
@@ -266,13 +174,16 @@ def has_timm() -> bool:
 
 
 def network(name: str) -> Network:
-    """A network by name: one of `residrop.list_models()`, "torchvision/RESNET" or "timm/VIT".
+    """A network by name: one of `residrop.list_models()`, "torchvision/RESNET", "timm/VIT" or one of `FOUND`.
 
     "/v2" after one of ours chooses pre-activation blocks.
 
     Raises:
         ConfigError: an unknown name, a model of another kind, or a package that is not installed.
+        MissingExtraError: the package of a network of `FOUND` is not installed.
     """
+    if name in FOUND:
+        return FOUND[name](name)
     if name.startswith("torchvision/"):
         return _ResNet(name)
     if name.startswith("timm/"):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import depth_of, sampler_of
 from residrop.common.checks import check_rate
-from residrop.research.bench.networks import Chain
+from residrop.research.bench.base import Chain
 from residrop.rules.base import Rule
 from residrop.schedule.sampler import Plan
 
@@ -146,10 +146,10 @@ class _Also(torch.autograd.Function):
 def narrow_network(chain: Chain, counts: Sequence[int], spares: Spares) -> Map:
     """The ideal for rows: every block runs on a batch of exactly as many rows as live in it.
 
-    Where a shortcut computes something, the other rows go through it, as in `live_network`; by themselves. Stem and
-    head see the whole batch. Rows are neither chosen nor put back: between blocks of different row counts the
-    batch is cut to fewer rows, which are a view, or goes on with spare rows. At equal counts this is the plain network
-    on a part of the batch.
+    Where a shortcut computes something, the other rows go through it, as in `live_network`; by themselves. Stem, head
+    and units that are `whole` see the whole batch. Rows are neither chosen nor put back: between blocks of different
+    row counts the batch is cut to fewer rows, which are a view, or goes on with spare rows. At equal counts this is the
+    plain network on a part of the batch.
 
     Args:
         chain: the network of constant depth.
@@ -157,17 +157,19 @@ def narrow_network(chain: Chain, counts: Sequence[int], spares: Spares) -> Map:
         spares: see `spares_of`.
     """
     parts: list[tuple[Map, int | None, Map | None]] = []  # the number of rows it needs (None: any); for other rows
+    every = -1
     left = iter(counts)
     for unit in chain.units:
         count = next(left) if unit.droppable else None
         part = unit.absent if count == 0 else unit.present
         if part is not None:
-            parts.append((part, count or None, unit.absent if count else None))
+            parts.append((part, every if unit.whole else count or None, unit.absent if count else None))
 
     def run(x: Tensor) -> Tensor:
         rows = x.shape[0]
         x = chain.stem(x)
-        for part, count, others in [*parts, (chain.head, rows, None)]:
+        for part, needed, others in [*parts, (chain.head, every, None)]:
+            count = rows if needed == every else needed
             if count is not None and count != x.shape[0]:
                 x = _Fit.apply(x, count, spares)  # pyright: ignore[reportAssignmentType]
             y = part(x)

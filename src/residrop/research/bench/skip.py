@@ -26,6 +26,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from random import Random
 from statistics import fmean, median, quantiles
 from typing import Any, Literal, NamedTuple
@@ -38,8 +39,9 @@ from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from residrop.blocks.attach import using
 from residrop.common.errors import ConfigError
 from residrop.engines.compiling import compile_branches
+from residrop.research.bench.base import CLASSES, Network
 from residrop.research.bench.measure import median_ratio, quiet_collector, saved_bytes, seconds_of
-from residrop.research.bench.networks import CLASSES, Network, has_timm, network
+from residrop.research.bench.networks import has_timm, network
 from residrop.research.bench.peers import IndexGather, draws, live_network, narrow_network, spares_of
 from residrop.research.bench.verify import verify
 from residrop.rules.depth import StochasticDepth
@@ -61,7 +63,7 @@ class Settings:
     Attributes:
         steps: timed steps of every variant.
         warmup: steps before them.
-        batch_size: images in a step; None is the network's default (64 for small images, else 32).
+        batch_size: images or sequences in a step; None is the network's default (64 for small images, else 32).
         precision: `fp32`, or `bf16` for autocast.
         channels_last: memory format of convolutional networks; False is contiguous.
         device: where to run.
@@ -98,7 +100,8 @@ class Variant(NamedTuple):
     Attributes:
         name: what it is.
         granularity: `block` or `row`; None for constant depth.
-        at: from the number of a step to its forward, Tensor[N, 3, H, W] to logits; not part of what is timed.
+        at: from the number of a step to its forward, from a batch (`Network.inputs`) to logits; not part of what is
+            timed.
         varies: whether its work depends on the draw.
     """
 
@@ -171,10 +174,9 @@ class Comparison:
         self.net, self.survival, self.settings = net, survival, settings
         self.batch_size = settings.batch_size or net.batch_size
         generator = torch.Generator().manual_seed(settings.seed)
-        x = torch.randn(self.batch_size, 3, net.pixels, net.pixels, generator=generator)
+        x = net.inputs(self.batch_size, generator).to(settings.device)
         self.y = torch.randint(CLASSES, (self.batch_size,), generator=generator).to(settings.device)
-        memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.x = x.to(settings.device).contiguous(memory_format=memory_format)
+        self.x = x.contiguous(memory_format=torch.channels_last) if settings.channels_last and x.dim() == 4 else x
         with _many_graphs(settings.compile):
             self.variants = variants_of(net, survival, self.x, self.y, settings)
         self.seconds: list[list[float]] = [[] for _ in self.variants]
@@ -251,7 +253,7 @@ class Comparison:
             "quartiles_relative_to_ideal": quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
             "steps": steps,
             "batch_size": self.batch_size,
-            "pixels": self.net.pixels,
+            **({"pixels": self.net.pixels} if self.net.tokens is None else {"tokens": self.net.tokens}),
             "precision": settings.precision,
             "memory_format": "channels_last" if settings.channels_last and self.net.convolutional else "contiguous",
             "compiled": settings.compile,
@@ -270,7 +272,7 @@ def _many_graphs(compiled: bool) -> AbstractContextManager[Any]:
 
 def describe(device: torch.device, seed: int) -> dict[str, Any]:
     """Where, with which seed and versions a row was measured."""
-    packages = ["residrop", "torch", "torchvision", *(["timm"] if has_timm() else [])]
+    packages = ["residrop", "torch", "torchvision", *(each for each in ("timm", "transformers") if find_spec(each))]
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({platform.machine()})",

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from residrop.blocks.attach import using
 from residrop.common.errors import ConfigError
-from residrop.research.bench.networks import CLASSES, Network, network
+from residrop.research.bench.base import CLASSES, Network
+from residrop.research.bench.networks import network
 from residrop.research.bench.peers import IndexGather, draws, live_network, narrow_network, spares_of
 from residrop.rules.depth import StochasticDepth
 from residrop.schedule.sampler import Plan
@@ -18,7 +19,7 @@ from residrop.schedule.sampler import Plan
 __all__ = ["verify"]
 
 Map = Callable[[Tensor], Tensor]
-ROWS = 4  # images; of 64 pixels where the network needs them, else 16: float64 is slow
+ROWS = 4  # images or sequences; images of 64 pixels where the network needs them, else 16: float64 is slow
 
 
 def verify(name: str, survival: str) -> None:
@@ -35,8 +36,10 @@ def verify(name: str, survival: str) -> None:
     torch.manual_seed(0)
     net = network(name)
     net.model.double()
-    side = 16 if net.pixels == 32 else net.pixels
-    x, y = torch.randn(ROWS, 3, side, side, dtype=torch.float64), torch.randint(CLASSES, (ROWS,))
+    if net.pixels == 32:
+        net.pixels = 16
+    x, y = net.inputs(ROWS), torch.randint(CLASSES, (ROWS,))
+    x = x.double() if x.is_floating_point() else x
 
     def gradients(run: Map) -> list[Tensor | None]:
         net.model.zero_grad(set_to_none=True)

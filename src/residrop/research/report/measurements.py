@@ -55,7 +55,7 @@ class _View:
     text: str = ""
 
     def fits(self, row: Entry) -> bool:
-        named = set(re.findall(r"%\((\w+)\)s", self.title)) - {"options"}
+        named = set(re.findall(r"%\((\w+)\)s", self.title)) - {"options", "size"}
         return {*self.needs, *named} <= row.keys()
 
     def blocks(self, rows: Entries) -> list[Block]:
@@ -118,8 +118,9 @@ def summarise(rows: Entries) -> list[Block]:
 def _titled(row: Entry) -> dict[str, str]:
     """Values of a row as they stand in a title."""
     options = "".join(f", {name[8:]} {number(value)}" for name, value in row.items() if name.startswith("options."))
+    size = f"{number(row['tokens'])} tokens" if "tokens" in row else f"{number(row.get('pixels'))} px"
     sizes = {name: " x ".join(map(str, value)) for name, value in row.items() if isinstance(value, list)}
-    return {name: number(value) for name, value in row.items()} | sizes | {"options": options}
+    return {name: number(value) for name, value in row.items()} | sizes | {"options": options, "size": size}
 
 
 def _generic(rows: Entries) -> list[Block]:

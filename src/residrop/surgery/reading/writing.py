@@ -137,6 +137,10 @@ class _Writer:
             options.append(f"live={len(one.live)}")
         if one.post:
             options.append(f"post=self.{_spelled(one.post)}")
+        arguments = self.forward.arguments
+        if arguments and one.x not in {*arguments.values(), *(other.result for other in self.sums)} and not options:
+            # of a value made in between, such as one with its tokens as rows, the batch tells which rows are whose
+            options.append(f"batch={next(iter(arguments))}")
         given = "".join(f", {option}" for option in options)
         call = f"self.residrop_sum({one.number}, {one.x}, self.residrop_branch_{one.result}{given})"
         return ast.parse(f"{', '.join([one.result, *one.live])} = {call}").body
