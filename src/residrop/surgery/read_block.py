@@ -193,7 +193,15 @@ class ReadBlock(ForeignBlock):
                 seen.clear()
                 seen.update(made.seen)
                 return out, made
-            except (RuntimeError, LookupError, ValueError, AssertionError, TypeError, NameError, AttributeError) as error:
+            except (
+                RuntimeError,
+                LookupError,
+                ValueError,
+                AssertionError,
+                TypeError,
+                NameError,
+                AttributeError,
+            ) as error:
                 if isinstance(error, (torch.OutOfMemoryError, UsageError)):
                     raise
                 return None, made
