@@ -73,7 +73,7 @@ def tossed(block: nn.Module, ends: Sequence[str], factors: Sequence[float | Tens
     """A plain block that multiplies its branches by these factors, where their drop modules stand."""
     root = Root(copy.deepcopy(block)).train()
     for end in dict.fromkeys(ends):
-        module = getattr(root.block, end)
+        module = root.block.get_submodule(end)
         for name in ("p", "drop_prob"):
             if hasattr(module, name) and not isinstance(module, nn.Dropout):
                 setattr(module, name, 0.0)

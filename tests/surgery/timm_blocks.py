@@ -208,7 +208,7 @@ MIXERS = {
     "efficientformer v2, no attention": Case(
         partial(efficientformer_v2.EfficientFormerV2Block, D, use_attn=False, **HALF), IMAGE, ("drop_path2",)
     ),
-    "fastvit": Case(partial(fastvit.RepMixerBlock, D, **HALF), IMAGE, ONE),
+    "fastvit": Case(partial(fastvit.RepMixerBlock, D, **HALF), IMAGE, ("token_mixer.layer_scale", *ONE)),
     "fastvit, attention": Case(partial(fastvit.AttentionBlock, 32, **HALF), (32, 4, 4), TWO),
     "mambaout": Case(partial(mambaout.GatedConvBlock, D, **HALF), LAST, ONE, exact=False),
     "starnet": Case(partial(starnet.Block, D, drop_path=0.5), IMAGE, ONE, exact=False),

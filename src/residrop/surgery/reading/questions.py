@@ -119,6 +119,9 @@ class Questions:
     def _lighter(self, these: tuple[str, ...], those: tuple[str, ...]) -> bool:
         """Whether there are clearly fewer parameters at these paths than at those: they are a shortcut's, not those of
         a second branch."""
+        shortcut, branch = ({own_survival(part) is not None for part in self._found(paths)} for paths in (these, those))
+        if True in branch and True not in shortcut:
+            return True  # the model itself drops this one
         first, second = (sum(one.numel() for one in self._parameters(paths)) for paths in (these, those))
         return first <= _SHORTCUT * second
 
