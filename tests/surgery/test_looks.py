@@ -66,3 +66,62 @@ def test_the_input_of_an_absent_block_is_not_written_into():
     assert torch.equal(x, before)
     assert torch.equal(y[:, 0], before[:, 0] + 1.0)
     assert torch.equal(y[:, 1:], before[:, 1:])
+
+
+class Mixing(nn.Module):
+    """x + a branch that mixes the rows of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x - x.mean(0))
+
+
+class Adding(Mixing):
+    """x + a branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class Counting(Mixing):
+    """x + a branch, and a number that nobody has where the branch is absent."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.linear(x)
+        return x + h, h
+
+
+class Chain(nn.Module):
+    """Blocks in a row, of which some return more than a tensor."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            out = block(x)
+            x = out[0] if isinstance(out, tuple) else out
+        return x
+
+
+def test_rates_are_for_the_blocks_that_an_example_shows_to_fit():
+    torch.manual_seed(0)
+    model = Chain(Adding(), Counting(), Adding())
+    report = residrop.apply(model, survival=[0.9, 0.7], example=torch.randn(6, 4))
+    assert [(one.name, one.rates) for one in report.blocks] == [("blocks.0", (0.9,)), ("blocks.2", (0.7,))]
+    assert [name for name, _ in report.left_alone] == ["blocks.1"]
+
+
+def test_a_block_of_which_only_the_rows_do_not_fit_has_block_level():
+    torch.manual_seed(0)
+    model = Chain(Adding(), Mixing())
+    report = residrop.apply(model, survival=[0.9, 0.7], granularity="row", example=torch.randn(6, 4))
+    assert [(one.granularity, one.rates) for one in report.blocks] == [("row", (0.9,)), ("block", (0.7,))]
+    assert [why.partition(":")[0] for _, why in report.left_alone] == ["at block level, not at row level"]
+    assert report.parameters == 1.0
+    assert report.flops == 1.0
+    model.train()(torch.randn(6, 4)).sum().backward()

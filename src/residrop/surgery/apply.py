@@ -100,11 +100,12 @@ def apply(
     blocks = None if isinstance(blocks, str) and blocks == "auto" else blocks
     given = (frozenset(whole), frozenset(cut)), frozenset(unused), inherits
     found, left, drops = _found(model, survival, blocks, branches)
-    todo, alone = _with_rules(model, found, rule, survival, options)
-    learnt = Tried()
-    if example is not None:
-        todo, learnt, wrong = _tried(model, todo, given, example, rule, survival, options)
-        alone += wrong
+    if example is None:
+        learnt, coarse = Tried(), set[nn.Module]()
+    else:
+        found, learnt, coarse, wrong = _tried(model, found, given, example, rule, survival, options)
+        left += wrong
+    todo, alone = _with_rules(model, found, rule, survival, options, coarse)
     left += alone
     left += _stray(model, [one for one, _ in todo], left)
     if blocks is None:
@@ -117,51 +118,47 @@ def apply(
 
 def _tried(
     model: nn.Module,
-    todo: Todo,
+    found: list[Found],
     given: Any,
     example: Any,
     rule: str | Callable[[float], Rule],
     survival: Rates,
     options: dict[str, Any],
-) -> tuple[Todo, Tried, list[LeftAlone]]:
-    """The blocks that an example shows to fit, and what was learnt of them; block level for those whose rows do not.
+) -> tuple[list[Found], Tried, set[nn.Module], list[LeftAlone]]:
+    """The blocks that an example shows to fit, what was learnt of them, those of which only the rows do not fit, and
+    what there is to know of these and of the others.
 
     Raises:
         ConfigError: none fits.
     """
+    inherits = isinstance(survival, str) and survival == "from_model"
 
-    def attempt(todo: Todo) -> Tried:
+    def attempt(found: list[Found], coarse: set[nn.Module]) -> tuple[Todo, Tried]:
+        # rates are for the blocks that fit, so these are tried at any other
+        todo, _ = _with_rules(model, found, rule, survival if inherits else 0.5, options, coarse)
         try:
             _put(todo, *given)
-            return tried(model, [one.block for one, _ in todo], example)
+            return todo, tried(model, [one.block for one, _ in todo], example)
         finally:
             _take_away(model)
 
-    result = attempt(todo)
-    if not result.wrong:
-        return todo, result, []
+    todo, result = attempt(found, set())
     rows = [one for one, made in todo if one.block in result.wrong and any(each.granularity == "row" for each in made)]
-    again, notes = Tried(), []
+    coarse: set[nn.Module] = set()
     if rows and isinstance(rule, str):
-        coarse, _ = _with_rules(model, rows, rule, survival, {**options, "granularity": "block"})
-        again = attempt(coarse)
-        notes = [
-            (one.name, f"at block level, not at row level: {result.wrong[one.block]}")
-            for one, _ in coarse
-            if one.block not in again.wrong
-        ]
-    fits = [one for one, _ in todo if one.block not in result.wrong or one.block in again.learnt]
-    wrong = [(one.name, result.wrong[one.block]) for one, _ in todo if one not in fits]
-    if not fits:
-        raise ConfigError(f"no block of {type(model).__name__} fits: {wrong[0][0]}: {wrong[0][1]}")
-    todo, alone = _with_rules(model, fits, rule, survival, options)
-    if again.learnt:
-        level = {**options, "granularity": "block"}
-        coarse, _ = _with_rules(model, fits, rule, survival, level)
-        todo = [other if own[0].block in again.learnt else own for own, other in zip(todo, coarse, strict=True)]
+        _, again = attempt(rows, {one.block for one in rows})
+        coarse = {one.block for one in rows} - again.wrong.keys()
         result.learnt |= again.learnt
         result.flops += again.flops
-    return todo, result, [*notes, *wrong, *alone]
+    fits = [one for one in found if one.block not in result.wrong or one.block in coarse]
+    notes = [
+        (one.name, f"at block level, not at row level: {why}" if one.block in coarse else why)
+        for one in found
+        if (why := result.wrong.get(one.block)) is not None
+    ]
+    if not fits:
+        raise ConfigError(f"no block of {type(model).__name__} fits: {notes[0][0]}: {notes[0][1]}")
+    return fits, result, coarse, notes
 
 
 def _found(model: nn.Module, survival: Rates, blocks: Any, branches: bool) -> tuple[list[Found], list[LeftAlone], Any]:
@@ -179,15 +176,18 @@ def _with_rules(
     rule: str | Callable[[float], Rule],
     survival: Rates,
     options: dict[str, Any],
+    coarse: set[nn.Module],
 ) -> tuple[Todo, list[LeftAlone]]:
-    """The blocks with their rules, and those from which no rate can be taken."""
+    """The blocks with their rules (at block level for those that are `coarse`), and those from which no rate can be
+    taken."""
     todo: Todo = []
     left: list[LeftAlone] = []
     for one, own in zip(found, _wanted(model, found, survival), strict=True):
         if own is None:
             left.append((one.name, "it has no drop module of its own"))
         else:
-            made = [_make(rule, each, options) for each in own]
+            level = {**options, "granularity": "block"} if one.block in coarse else options
+            made = [_make(rule, each, level) for each in own]
             if any(each.granularity == "row" for each in made):
                 check_batch_first(one.name, one.block)
             todo.append((one, made))

@@ -1,7 +1,7 @@
 """Arguments of blocks besides the hidden state: their names, and which of them are cut with the rows of the batch."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +53,10 @@ class Cutting:
     Attributes:
         whole: names of arguments that all rows share.
         cut: names of arguments whose tensors all have the batch dimension first.
-        batched: where the meaning of arguments is known: how many dimensions a tensor of this name has at least if its
-            first one is the batch (an attention mask [N, 1, T, T] has 4; [T, T] is shared). Other names are shared.
-            None: told by sizes.
     """
 
     whole: Collection[str] = ()
     cut: Collection[str] = ()
-    batched: Mapping[str, int] | None = None
 
 
 def pack(
@@ -91,16 +87,13 @@ def pack(
 def _packed(x: Tensor, where: str, cutting: Cutting, name: str, value: Any) -> Any:
     if name in cutting.whole:
         return Whole(value)
-    known = name in cutting.cut or cutting.batched is not None
-    least = 1 if name in cutting.cut else (cutting.batched or {}).get(name, 0)
-    if known and not least:
-        return Whole(value)
+    known = name in cutting.cut
     rows = x.shape[0]
 
     def one(path: Any, leaf: Any) -> Any:
         problem = "cannot be cut to the live rows of a batch of " + str(rows)
         if isinstance(leaf, Tensor):
-            if leaf.ndim < max(least, 1) or leaf.shape[0] == 1:
+            if leaf.ndim == 0 or leaf.shape[0] == 1:
                 return Whole(leaf)
             what = f"a tensor of shape {tuple(leaf.shape)}"
             if leaf.shape[0] == rows:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from residrop.blocks.skippable import Part, Skippable, left_whole
+from residrop.blocks.skippable import Skippable, left_whole
 from residrop.common.errors import ConfigError, SharedBlockWarning
 from residrop.functional.layout import relu_by_signs
 from residrop.rules.base import Rule
@@ -75,7 +75,7 @@ class AppliedBlock(Skippable):
                 return node
             self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
-        if self.residrop_unchecked(args, kwargs) and any(rule.tosses() for rule in self.residrop_rules):  # pyright: ignore
+        if any(rule.tosses() for rule in self.residrop_rules) and self.residrop_unchecked(args, kwargs):  # pyright: ignore
             if torch.compiler.is_compiling():
                 from residrop.rules import tracing
 
@@ -160,38 +160,15 @@ class AppliedBlock(Skippable):
 
     def residrop_cut(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`pack` with what is known of the arguments."""
-        return self._residrop_pack(x, args, kwargs, None)
-
-    def _residrop_pack(
-        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Mapping[str, int] | None
-    ) -> Any:
-        whole, cut = self.__dict__.get("residrop_cutting", ((), ()))
         where = f"{type(self).__name__} with row-level presence"
-        return pack(x, where, Cutting(whole, cut, batched), args, kwargs, self.residrop_signature.names[1:])
+        cutting = Cutting(*self.__dict__.get("residrop_cutting", ((), ())))
+        return pack(x, where, cutting, args, kwargs, self.residrop_signature.names[1:])
 
 
 class ForeignBlock(AppliedBlock):
-    """Base of the mixins of known classes: a rule for every branch.
+    """Base of the mixins of blocks whose branches are known: a rule for every branch."""
 
-    Attributes:
-        parts: for every branch the names of the children and parameters that only it uses (absent names are skipped).
-        drops: for every branch the name of the block's own module that drops it; "" if it has none.
-        batched: meaning of the arguments of branches, see `Cutting`; None if they are to be told by their sizes.
-    """
-
-    parts: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    drops: ClassVar[tuple[str, ...]] = ()
-    batched: ClassVar[Mapping[str, int] | None] = None
-
-    def residrop_branches(self) -> Sequence[tuple[Rule, Sequence[Part]]]:
-        found: list[tuple[Rule, Sequence[Part]]] = []
-        for rule, names in zip(self.residrop_rules, self.parts, strict=True):
-            parts = [getattr(self, name, None) for name in names]
-            assert isinstance(rule, Rule)
-            found.append((rule, [part for part in parts if isinstance(part, (nn.Module, nn.Parameter))]))
-        return found
-
-    def through(
+    def residrop_through(
         self,
         number: int,
         x: Tensor,
@@ -216,7 +193,7 @@ class ForeignBlock(AppliedBlock):
             kwargs: further arguments of the branch by name.
         """
         rule: Any = self.residrop_rules[number]
-        options: dict[str, Any] = {"along": self.along(rule, x, args, kwargs)}
+        options: dict[str, Any] = {"along": self.residrop_along(rule, x, args, kwargs)}
         if settled:
             options["post"] = post
         y = rule(x, _IDENTITY if shortcut is None else shortcut, Branch(self, branch), **options)
@@ -228,13 +205,6 @@ class ForeignBlock(AppliedBlock):
         if _in_place(post) and (torch.compiler.is_compiling() or y is x or y._base is not None):
             y = y.clone()
         return post(y)
-
-    def along(self, rule: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Any]:
-        """`residrop_along`, for mixins that call rules themselves."""
-        return self.residrop_along(rule, x, args, kwargs)
-
-    def residrop_cut(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._residrop_pack(x, args, kwargs, self.batched)
 
 
 def _in_place(module: nn.Module) -> bool:

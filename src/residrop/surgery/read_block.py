@@ -96,9 +96,9 @@ class ReadBlock(ForeignBlock):
             return trial.sum(self, number, x, branch, taken, live, skip, post)
         settled = post is not None and shortcut is None and "residrop_settled" in self.__dict__
         if not live:
-            return self.through(number, x, branch, shortcut=skip, post=post, settled=settled, **taken)
+            return self.residrop_through(number, x, branch, shortcut=skip, post=post, settled=settled, **taken)
         call = Call(self, branch, None, rule.cuts_rows(), (x, (), taken), number)
-        y = self.through(number, x, call, shortcut=skip, post=post, settled=settled, **taken)
+        y = self.residrop_through(number, x, call, shortcut=skip, post=post, settled=settled, **taken)
         return call.result(y, x, (), taken)
 
     def residrop_own(self, x: Any) -> Any:

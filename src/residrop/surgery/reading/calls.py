@@ -49,17 +49,16 @@ class Calls(Expressions):
         if cls is not None:
             if cls.__module__.startswith("torch.") or issubclass(cls, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
                 return None
-            owner = owner_of(cls, "forward")
             if "__call__" in {name for one in cls.__mro__[: cls.__mro__.index(nn.Module)] for name in vars(one)}:
                 return None
-            return function_of(cls.forward, owner), func, args, path
+            return function_of(cls.forward), func, args, path
         inner, _, name = path.rpartition(".")
         cls = self.questions.ask("class", inner) if inner else self.block_class
         owner = owner_of(cls, name) if cls is not None else None
         if owner is None or owner is nn.Module or not isinstance(vars(owner)[name], FunctionType):
             return None
         assert isinstance(func, ast.Attribute)
-        return function_of(vars(owner)[name], owner), func.value, args, ""
+        return function_of(vars(owner)[name]), func.value, args, ""
 
     def wants(self, site: str, depth: int) -> bool:
         return site in self.inline or (bool(self.deep) and site.startswith(self.deep) and depth < _DEPTH)
@@ -67,7 +66,7 @@ class Calls(Expressions):
     def inlined(self, node: ast.Call, scope: Scope, site: str) -> ast.expr | None:
         """The steps of a call in its place; returns its value, None if it has to stay a call."""
         local = isinstance(node.func, ast.Name) and node.func.id in scope.functions
-        before = (dict(self.count), dict(self.guards), dict(self.constants), list(self.called), list(self.functions))
+        before = (dict(self.count), dict(self.guards), dict(self.constants), list(self.called))
         steps, self.steps = self.steps, []
         try:
             value = self.local_call(node, scope) if local else self.other_call(node, scope, site)
@@ -75,7 +74,7 @@ class Calls(Expressions):
             value = None
         made, self.steps = self.steps, steps
         if value is None:
-            self.count, self.guards, self.constants, self.called, self.functions = before
+            self.count, self.guards, self.constants, self.called = before
             return None
         self.steps.extend(made)
         return value
@@ -99,11 +98,10 @@ class Calls(Expressions):
         function, base, args, path = found
         if not all(map(_only_renames, function.wrappers)) or len(scope.site) >= _DEPTH:
             return None
-        inner = Scope(function, base, (*scope.site, site))
+        inner = Scope(function, (*scope.site, site))
         self.arguments_of(function, base, args, node.keywords, inner, scope)
         if path:
             self.called.append(path)
-        self.functions.append(function)
         self.take_globals(function)
         return self.body(function.node.body, inner)
 

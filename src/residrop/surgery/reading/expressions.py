@@ -38,7 +38,6 @@ class Expressions:
         self.guards: dict[str, bool] = {}
         self.constants: dict[str, Any] = {}
         self.called: list[str] = []
-        self.functions = [function]
         self.steps: list[Step] = []
         self.variadic: set[str] = set()
         self.splits = 0

@@ -34,18 +34,16 @@ class Function:
     Attributes:
         node: its definition.
         plain: the function object (under its decorators).
-        owner: the class that it is a method of, for `super()`; None for others.
         wrappers: the functions that decorators put around it, from the inside to the outside.
     """
 
     node: ast.FunctionDef
     plain: Any  # a FunctionType, which as an attribute would be taken for a method
-    owner: type | None
     wrappers: tuple[FunctionType, ...]
 
 
 @cache
-def function_of(function: Callable[..., Any], owner: type | None = None) -> Function:
+def function_of(function: Callable[..., Any]) -> Function:
     """The source of a function; Unreadable if there is none, or if it is of a kind that cannot be taken apart."""
     plain = inspect.unwrap(function)
     if not isinstance(plain, FunctionType):
@@ -70,7 +68,7 @@ def function_of(function: Callable[..., Any], owner: type | None = None) -> Func
             raise Unreadable(f"{plain.__qualname__} has a decorator that cannot be seen through")
         wrappers.insert(0, function)
         function = function.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-    return Function(node, plain, owner, tuple(wrappers))
+    return Function(node, plain, tuple(wrappers))
 
 
 def _cells(wrapper: FunctionType) -> list[int]:
@@ -153,7 +151,7 @@ def paths_of_method(cls: type, name: str) -> frozenset[str]:
             continue
         seen.add(one)
         owner = owner_of(cls, one)
-        function = function_of(_plain(vars(owner)[one]) if owner else None, owner)  # pyright: ignore[reportArgumentType]
+        function = function_of(_plain(vars(owner)[one]) if owner else None)  # pyright: ignore[reportArgumentType]
         own = function.node.args.args[0].arg if function.node.args.args else ""
         for path in _used(function.node, own):
             first = path.partition(".")[0]

@@ -17,7 +17,7 @@ from residrop.blocks.skippable import parameters_of
 from residrop.surgery.drops import own_survival
 from residrop.surgery.reading.functions import Unreadable, paths_of_method, set_in_forward
 
-__all__ = ["Answers", "Questions", "Recorded", "at", "part_at"]
+__all__ = ["Questions", "Recorded", "part_at"]
 _SHORTCUT = 0.75  # a shortcut's parameters, compared with its branch's, at most
 
 
@@ -33,30 +33,19 @@ def at(block: nn.Module, path: str) -> Any:
     return found
 
 
-class Answers:
-    """Answers by question, in the order in which they were given."""
-
-    def __init__(self) -> None:
-        self.log: dict[tuple[Hashable, ...], Any] = {}
-
-    def key(self) -> tuple[Any, ...]:
-        """What the answers are, to be compared and hashed."""
-        return tuple(self.log.items())
-
-
 class Questions:
     """Asks a block."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.answers = Answers()
+        self.log: dict[tuple[Hashable, ...], Any] = {}
 
     def ask(self, kind: str, *what: Any) -> Any:
         """The answer to one question, from the record if it was asked before."""
         key = (kind, *what)
-        if key not in self.answers.log:
-            self.answers.log[key] = self.find(kind, *what)
-        return self.answers.log[key]
+        if key not in self.log:
+            self.log[key] = self.find(kind, *what)
+        return self.log[key]
 
     def find(self, kind: str, *what: Any) -> Any:
         """Ask the block."""
@@ -138,7 +127,7 @@ class Recorded(Questions):
 
     def __init__(self, log: dict[tuple[Hashable, ...], Any]) -> None:
         super().__init__(nn.Identity())
-        self.answers.log.update(log)
+        self.log.update(log)
 
     def find(self, kind: str, *what: Any) -> Any:
         raise KeyError((kind, *what))

@@ -104,7 +104,7 @@ def _read(block_class: type[nn.Module], questions: Questions) -> Reading:
             streams = tuple(roots_of_results(plain, questions))
         except (Unreadable, RecursionError):
             streams = ()
-        return Reading((), {}, "", streams, frozenset(), frozenset(), dict(questions.answers.log), str(error))
+        return Reading((), {}, "", streams, frozenset(), frozenset(), dict(questions.log), str(error))
     branches = tuple(
         _branching(forward, questions, [one for one in sums if one.number == number]) for number in _numbers(sums)
     )
@@ -113,7 +113,7 @@ def _read(block_class: type[nn.Module], questions: Questions) -> Reading:
         path for one in sums for step in one.shortcut for path in step.paths
     }
     elsewhere = frozenset(_expanded(questions, frozenset(used - {""})))
-    return Reading(branches, methods, source, streams, elsewhere, forward.variadic, dict(questions.answers.log))
+    return Reading(branches, methods, source, streams, elsewhere, forward.variadic, dict(questions.log))
 
 
 def _numbers(sums: list[Sum]) -> list[int]:

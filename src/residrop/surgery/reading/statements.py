@@ -6,7 +6,7 @@ from copy import deepcopy
 from torch import nn
 
 from residrop.surgery.reading.calls import Calls
-from residrop.surgery.reading.functions import Unreadable, function_of, owner_of
+from residrop.surgery.reading.functions import Unreadable, function_of
 from residrop.surgery.reading.questions import Questions
 from residrop.surgery.reading.steps import Fork, Forward, Scope, Step, clear, names_in
 from residrop.surgery.reading.trees import (
@@ -37,10 +37,7 @@ def forward_of(block_class: type[nn.Module], questions: Questions, inline: froze
         inline: sites of calls that are to be replaced by their steps.
         deep: a site below which all calls are, as far as they can be read.
     """
-    owner = owner_of(block_class, "forward")
-    function = function_of(block_class.forward, owner)
-    lowering = _Statements(block_class, questions, function, inline, deep)
-    return lowering.forward()
+    return _Statements(block_class, questions, function_of(block_class.forward), inline, deep).forward()
 
 
 class _Statements(Calls):
@@ -48,7 +45,7 @@ class _Statements(Calls):
 
     def forward(self) -> Forward:
         arguments = self.root.node.args
-        scope = Scope(self.root, ast.Name("self", ast.Load()), ())
+        scope = Scope(self.root, ())
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
         if not every or every[0].arg != "self":
             raise Unreadable("its forward does not call the block self")
@@ -72,7 +69,6 @@ class _Statements(Calls):
             self.guards,
             self.constants,
             self.called,
-            self.functions,
             frozenset(self.variadic),
             frozenset(self.maybe),
         )
@@ -112,15 +108,13 @@ class _Statements(Calls):
                     self.steps[-1].effect = True
                 elif not is_atom(value):
                     self.add(ast.Expr(value), scope, effect=True, mutates=self.mutated(value))
-            case ast.Assign(targets=[target]):
-                self.assign(target, statement.value, scope)
             case ast.Assign():
                 value = self.value(statement.value, scope)
                 for target in statement.targets:
                     self.bind(target, value, scope)
             case ast.AnnAssign():
                 if statement.value is not None:
-                    self.assign(statement.target, statement.value, scope)
+                    self.bind(statement.target, self.value(statement.value, scope), scope)
             case ast.AugAssign(target=ast.Name()):
                 self.augmented(statement, scope)
             case ast.FunctionDef() if not statement.decorator_list and not statement.args.defaults:
@@ -136,19 +130,6 @@ class _Statements(Calls):
                 self.opaque(statement, scope)
             case _:
                 raise Unreadable(f"its forward has a {type(statement).__name__} in it")
-
-    def assign(self, target: ast.expr, value: ast.expr, scope: Scope) -> None:
-        if (
-            isinstance(target, ast.Tuple)
-            and isinstance(value, ast.Tuple)
-            and len(target.elts) == len(value.elts)
-            and not any(isinstance(one, ast.Starred) for one in (*target.elts, *value.elts))
-        ):
-            values = [self.value(one, scope) for one in value.elts]
-            for one, made in zip(target.elts, values, strict=True):
-                self.bind(one, made, scope)
-            return
-        self.bind(target, self.value(value, scope), scope)
 
     def bind(self, target: ast.expr, value: ast.expr, scope: Scope) -> None:
         """Give a value (a name, a constant, an attribute of the block, or an expression) to a target."""
@@ -215,20 +196,19 @@ class _Statements(Calls):
 
     def fork(self, statement: ast.If, scope: Scope) -> None:
         test = self.expression(statement.test, scope, hoist=False)
-        before = dict(scope.names)
-        arms: list[list[Step]] = []
-        after: list[dict[str, ast.expr]] = []
-        for body in (statement.body, statement.orelse):
-            steps, self.steps = self.steps, []
-            scope.names = dict(before)
-            try:
-                raises = self.body(body, scope) is _RAISES
-            finally:
-                arm, self.steps = self.steps, steps
-            arms.append(arm)
-            after.append({} if raises else scope.names)
-        scope.names = before
-        self.join(test, arms, after, scope)
+        arms = [self.arm(body, scope) for body in (statement.body, statement.orelse)]
+        after = [{} if returned is _RAISES else names for _, returned, names in arms]
+        self.join(test, [arm for arm, _, _ in arms], after, scope)
+
+    def arm(self, body: list[ast.stmt], scope: Scope) -> tuple[list[Step], ast.expr | None, dict[str, ast.expr]]:
+        """The steps of one arm, what it returns, and its variables in the end; the scope is as before."""
+        before, steps = scope.names, self.steps
+        scope.names, self.steps = dict(before), []
+        try:
+            returned = self.body(body, scope)
+            return self.steps, returned, scope.names
+        finally:
+            scope.names, self.steps = before, steps
 
     def join(
         self,
@@ -290,22 +270,13 @@ class _Statements(Calls):
         if self.splits > _SPLITS:
             raise Unreadable("its forward returns in too many places")
         test = self.expression(statement.test, scope, hoist=False)
-        before = dict(scope.names)
-        arms: list[list[Step]] = []
-        after: list[dict[str, ast.expr]] = []
-        for body in bodies:
-            steps, self.steps = self.steps, []
-            scope.names = dict(before)
-            try:
-                returned = self.body(body, scope)
-            finally:
-                arm, self.steps = self.steps, steps
-            if returned is None:
-                raise Unreadable("its forward returns in some cases only")
-            arms.append(arm)
-            after.append({} if returned is _RAISES else {_BODY: returned})
-        scope.names = {}
-        self.join(test, arms, after, scope)
+        arms = [self.arm(body, scope) for body in bodies]
+        results = [returned for _, returned, _ in arms if returned is not None]
+        if len(results) < len(arms):
+            raise Unreadable("its forward returns in some cases only")
+        after = [{} if returned is _RAISES else {_BODY: returned} for returned in results]
+        before, scope.names = scope.names, {}
+        self.join(test, [arm for arm, _, _ in arms], after, scope)
         result = scope.names[_BODY]
         scope.names = before
         return result

@@ -80,7 +80,6 @@ class Forward:
         guards: conditions that were settled, as text, with their answers.
         constants: values that steps use by name, which the function's own module does not have.
         called: paths of the modules whose calls were replaced by steps.
-        functions: all functions that steps come from.
         variadic: names of values that are `*args` or `**kwargs`.
         maybe: names of values that there are in some cases only.
     """
@@ -91,7 +90,6 @@ class Forward:
     guards: dict[str, bool]
     constants: dict[str, Any]
     called: list[str]
-    functions: list[Function]
     variadic: frozenset[str]
     maybe: frozenset[str]
 
@@ -143,8 +141,8 @@ def _cleared(steps: list[Step], used: set[str]) -> bool:
 class Scope:
     """The variables of one function while it is read."""
 
-    def __init__(self, function: Function, base: ast.expr | None, site: tuple[str, ...]) -> None:
-        self.function, self.base, self.site = function, base, site
+    def __init__(self, function: Function, site: tuple[str, ...]) -> None:
+        self.function, self.site = function, site
         self.names: dict[str, ast.expr] = {}
         self.local = {
             part.id

@@ -311,9 +311,6 @@ class _Finder:
             shortcut = self.way(before, a, start)
             if not self.is_shortcut(shortcut):
                 return None
-            around = {total, *shortcut}
-            if any(self.users(name, around) for step in shortcut for name in step.writes):
-                return None  # somebody else needs it
         branch = self.branch(steps, total, b, roots, set(shortcut), {a, start})
         if branch is None:
             return None
