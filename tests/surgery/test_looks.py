@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import residrop
-from residrop.schedule.sampler import Plan
+from residrop.schedule.sampler import Draw, Plan
 
 
 class Biased(nn.Module):
@@ -33,7 +33,7 @@ class Biased(nn.Module):
 def test_what_eval_mode_computes_once_is_computed_again_after_the_first_training_forward():
     torch.manual_seed(0)
     model = nn.Sequential(Biased())
-    residrop.apply(model, survival=0.5, blocks=Biased)
+    residrop.apply(model, survival=0.5, blocks=Biased, granularity="row")
     x = torch.randn(3, 4)
     model(x)  # looks at the block in eval mode
     with torch.no_grad():
@@ -125,3 +125,32 @@ def test_a_block_of_which_only_the_rows_do_not_fit_has_block_level():
     assert report.parameters == 1.0
     assert report.flops == 1.0
     model.train()(torch.randn(6, 4)).sum().backward()
+
+
+class Shaping(nn.Module):
+    """Two branches that use the shape of the input, which is read once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, width = x.shape
+        x = x + self.a(x.reshape(rows * tokens, width)).reshape(rows, tokens, width)
+        return x + self.b(x.reshape(rows * tokens, width)).reshape(rows, tokens, width)
+
+
+def test_sizes_that_branches_share_are_those_of_the_rows_that_each_gets():
+    torch.manual_seed(0)
+    model = Chain(Shaping())
+    x = torch.randn(6, 3, 4)
+    report = residrop.apply(model, survival=0.5, granularity="row", rescale="none", example=x)
+    assert [(one.granularity, len(one.rates)) for one in report.blocks] == [("row", 2)]
+    wanted = x
+    draws = (Draw((0.5,), key=1), Draw((0.5,), key=2))
+    for draw, branch in zip(draws, (model.blocks[0].a, model.blocks[0].b), strict=True):
+        start, live = draw.rows(6)
+        present = (torch.arange(6) - start) % 6 < live
+        wanted = wanted + present.view(6, 1, 1) * branch(wanted)
+    with residrop.using(model, Plan(draws)):
+        torch.testing.assert_close(model(x), wanted)
