@@ -316,3 +316,15 @@ def test_a_reading_is_made_again_where_a_model_is_loaded(monkeypatch):
     assert all(isinstance(one, AppliedBlock) for one in loaded)
     for _ in range(4):
         assert torch.equal(loaded(x), model(x))
+
+
+class Siblings(Layers):
+    """Two layers of one size side by side, as in NASNet's cells: neither is the other's shortcut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_two_layers_side_by_side_are_no_shortcut_and_branch():
+    with pytest.raises(ConfigError, match="has no residual blocks"):
+        residrop.apply(nn.Sequential(Siblings("a b")), survival=0.5)
