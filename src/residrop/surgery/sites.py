@@ -14,6 +14,7 @@ from residrop.surgery.blocks import AppliedBlock
 from residrop.surgery.drops import Own, own_survival
 from residrop.surgery.finding import candidates, inside_branches, named, whole
 from residrop.surgery.libraries.transformers.layerdrop import LayerDrop
+from residrop.surgery.overlooked import overlooked
 from residrop.surgery.read_block import ReadBlock
 
 __all__ = ["Found", "LeftAlone", "check_bare", "drops_of", "find", "own_drops"]
@@ -145,9 +146,10 @@ def _nothing(model: nn.Module, blocks: Any, left: list[LeftAlone]) -> str:
     if blocks is not None:
         given = repr(blocks) if isinstance(blocks, (str, type)) else f"these {type(blocks).__name__}"
         return f"nothing in {what} matches blocks={given}; names look like {_examples(model)}"
+    looked = "".join(f"; looked at {names}: {why.partition(';')[0]}" for names, why in overlooked(model, (), ())[:2])
     return (
         f"{what} has no residual blocks: in the source of none of its modules is there a sum of a value and a function "
-        "of it that holds most of the module's weights; if it has blocks all the same, name them, for example "
+        f"of it that holds most of the module's weights{looked}; if it has blocks all the same, name them, for example "
         f"residrop.apply(model, blocks={_examples(model)}, ...), by a pattern, a class or a module list"
     )
 

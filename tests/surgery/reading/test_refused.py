@@ -328,3 +328,20 @@ class Siblings(Layers):
 def test_two_layers_side_by_side_are_no_shortcut_and_branch():
     with pytest.raises(ConfigError, match="has no residual blocks"):
         residrop.apply(nn.Sequential(Siblings("a b")), survival=0.5)
+
+
+def test_a_refusal_says_which_source_is_not_at_hand():
+    made: dict[str, Any] = {"nn": nn}
+    source = """
+class Typed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x))
+"""
+    exec(source, made)
+    model = nn.Sequential(made["Typed"](), made["Typed"]())
+    with pytest.raises(ConfigError, match=r"looked at \*: 2 x Typed, 100.0% .*the source of .*forward is not at hand"):
+        residrop.apply(model, survival=0.5)

@@ -100,7 +100,7 @@ def layer_drops(model: nn.Module) -> dict[nn.Module, LayerDrop]:
 def _attribute(owner: nn.Module) -> str:
     """Where the forward of a module reads its probability of layer drop; "" if it reads none."""
     forward = inspect.unwrap(type(owner).forward)
-    if not forward.__module__.partition(".")[0].startswith("transformers"):
+    if not (forward.__module__ or "").partition(".")[0].startswith("transformers"):
         return ""
     name = next((name for name in forward.__code__.co_names if name.endswith("layerdrop")), "")
     return name if not name or name in vars(owner) else f"config.{name}"
