@@ -1,5 +1,6 @@
 """The benchmark of training in images per second: its rows, what it times, and its command."""
 
+import importlib
 import json
 import sys
 from contextlib import suppress
@@ -218,7 +219,7 @@ def test_command(no_process, capsys, tmp_path):
 
 def test_all_is_what_was_not_chosen(monkeypatch):
     asked = []
-    command = sys.modules["residrop.cli.bench.throughput"]
+    command = importlib.import_module("residrop.cli.bench.throughput")
     monkeypatch.setattr(command, "bench_throughput", lambda *args: asked.append(args) or iter(()))
     main(["bench", "throughput", "--all"])
     main(["bench", "throughput", "--all", "--widths", "4"])

@@ -145,7 +145,7 @@ class _OPT(_OfTokens):
 
 
 class _Hiera(Network):
-    """timm's Hiera-tiny. Where a block changes the shape, its attention stays: its shortcut starts at its norm."""
+    """timm's Hiera-tiny. A block that changes the shape has a shortcut: a projection of its norm's output, pooled."""
 
     convolutional = False
 
@@ -159,9 +159,7 @@ class _Hiera(Network):
         return list(model.blocks)
 
     def end(self, block: Any, make: Callable[[], nn.Module]) -> None:
-        if not block.do_expand:
-            block.drop_path1 = make()
-        block.drop_path2 = make()
+        block.drop_path1, block.drop_path2 = make(), make()
 
     def chain(self, compiled: bool = False) -> Chain:
         model = self.model
@@ -169,11 +167,16 @@ class _Hiera(Network):
         def attend(block: Any, x: Tensor) -> Tensor:
             return x + block.ls1(block.attn(block.norm1(x)))
 
+        def pooled(block: Any, normed: Tensor) -> Tensor:
+            x = block.proj(normed)
+            return x.view(x.shape[0], block.attn.q_stride, -1, x.shape[-1]).amax(dim=1)
+
+        def narrow(block: Any, x: Tensor) -> Tensor:
+            return pooled(block, block.norm1(x))
+
         def expand(block: Any, x: Tensor) -> Tensor:
             normed = block.norm1(x)
-            x = block.proj(normed)
-            x = x.view(x.shape[0], block.attn.q_stride, -1, x.shape[-1]).amax(dim=1)
-            return x + block.ls1(block.attn(normed))
+            return pooled(block, normed) + block.ls1(block.attn(normed))
 
         def feed(block: Any, x: Tensor) -> Tensor:
             return x + block.ls2(block.mlp(block.norm2(x)))
@@ -181,7 +184,7 @@ class _Hiera(Network):
         units: list[Unit] = []
         for block in model.blocks:
             unit = _unit(partial(expand if block.do_expand else attend, block), compiled)
-            units.append(unit._replace(absent=unit.present, droppable=False, whole=True) if block.do_expand else unit)
+            units.append(unit._replace(absent=partial(narrow, block)) if block.do_expand else unit)
             units.append(_unit(partial(feed, block), compiled))
         return Chain(lambda x: model.unroll(model._pos_embed(model.patch_embed(x))), units, model.forward_head)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import depth_of, sampler_of
 from residrop.common.checks import check_rate
+from residrop.functional.call import BranchCall
 from residrop.research.bench.base import Chain
 from residrop.rules.base import Rule
 from residrop.schedule.sampler import Plan
@@ -39,7 +40,8 @@ class IndexGather(Rule):
         start, live = draw.rows(x.shape[0])
         if live > 0:
             index = (torch.arange(live, device=x.device) + start) % x.shape[0]
-            out = self.executor.part(branch, x[index], along)
+            cut = BranchCall(shortcut, branch, along=along).cut_along(lambda one: one[index])
+            out = self.executor.part(branch, x[index], cut)
             scale = 1.0 / draw.rates[0] if self.scaled else 1.0
             skip = torch.index_add(skip, 0, index, out.to(skip.dtype), alpha=scale)
         return skip if post is None else post(skip)
