@@ -146,8 +146,10 @@ def test_recorded_blocks_train_as_blocks_that_are_not(changes, compiled):
     assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_graphs_share_memory_and_overwrite_nothing():
+def test_graphs_share_memory_and_overwrite_nothing(monkeypatch):
     """Every draw of a deep network: outputs and gradients equal those of a copy without graphs."""
+    # TF32 rounds by 1e-3, and cuDNN's choice of kernel may differ between the two
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = residrop.create("resnet-56", rule="stochastic-depth", survival="uniform(0.5)").cuda().train()
     plain = residrop.create("resnet-56", rule="stochastic-depth", survival="uniform(0.5)").cuda().train()
     plain.load_state_dict(model.state_dict())

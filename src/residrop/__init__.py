@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from residrop.common.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from residrop.blocks.attach import attach as attach
     from residrop.blocks.attach import sampler_of as sampler_of
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from residrop.surgery.apply import apply as apply
     from residrop.surgery.apply import remove as remove
     from residrop.theory.costs import survival_for as survival_for
-
-__version__ = "0.1.0"
 
 _PACKAGES = (
     "blocks",

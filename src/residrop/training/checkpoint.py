@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import rules_of, set_survival
 from residrop.common.errors import RunError
+from residrop.common.version import __version__
 from residrop.data import Normalization
 from residrop.data.normalize import NormalizationMode
 from residrop.models import create, reads_flat_rows
@@ -277,8 +278,9 @@ def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
 
 def versions() -> dict[str, str]:
     """Software and machine, as a run directory keeps them: no paths, no host names."""
-    packages = ("residrop", "torch", "torchvision", "numpy")
+    packages = ("torch", "torchvision", "numpy")
     return {
+        "residrop": __version__,  # also where the package is on the path and not installed
         **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": platform.machine(),

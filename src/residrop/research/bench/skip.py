@@ -272,7 +272,7 @@ def _many_graphs(compiled: bool) -> AbstractContextManager[Any]:
 
 def describe(device: torch.device, seed: int) -> dict[str, Any]:
     """Where, with which seed and versions a row was measured."""
-    packages = ["residrop", "torch", "torchvision", *(each for each in ("timm", "transformers") if find_spec(each))]
+    packages = ["torch", "torchvision", *(each for each in ("timm", "transformers") if find_spec(each))]
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} ({platform.machine()})",
