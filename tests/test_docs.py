@@ -201,6 +201,14 @@ TWENTY = {"model": "resnet-20 W x1"}
 THREE = [{"rule": "constant"}, {"rule": "stochastic-depth"}, {"rule": "swapout"}]
 TEN_EPOCHS = [{"rule": "constant"}] + [{"rule": "stochastic-depth", "expected_depth": depth} for depth in (8.5, 6.5)]
 WIRED = [{"network": "resnet-56", "wiring": wiring} for wiring in ("data_parallel", "find_unused_parameters")]
+IDEAL = "relative_to_ideal"
+FOUND = [
+    {"model": name} for name in ("transformers/t5_small_encoder", "transformers/opt_6_layers", "timm/hiera_tiny_224")
+]
+LOOKED_AT = [
+    {"model": name, "granularity": "block", "example": "given"}
+    for name in ("timm/vit_small_patch16_224", "torchvision/resnet50", "transformers/t5_small_encoder")
+]
 QUOTED = [  # page, its words, file in results/, what tells each row, the value's name
     (
         "choose",
@@ -229,6 +237,28 @@ QUOTED = [  # page, its words, file in results/, what tells each row, the value'
     ("choose", "30 samples | {:.2f}%, ", "digits_compare", [{"rule": "depth-dropout"}], "deterministic_error"),
     ("choose", "%, {:.2f}% | the same", "digits_compare", [{"rule": "depth-dropout"}], "sampled_error"),
     ("choose", "0.5 | {:.2f}%, {:.2f}%, {:.2f}% |", "cifar10_10epochs", TEN_EPOCHS, "deterministic_error"),
+    (
+        "skipping",
+        "{:.2f}, {:.2f} and {:.2f} of the ideal by block",
+        "skip_found",
+        [BLOCK | one for one in FOUND],
+        IDEAL,
+    ),
+    (
+        "skipping",
+        "{:.2f}, {:.2f} and {:.2f} by row",
+        "skip_found",
+        [BLOCK | {"granularity": "row"} | one for one in FOUND],
+        IDEAL,
+    ),
+    (
+        "apply",
+        "{:.1f} forward passes of ViT-S, {:.1f} of ResNet-50, {:.1f} of T5-small",
+        "finding",
+        LOOKED_AT,
+        "forwards",
+    ),
+    ("apply", "seconds (T5-small: {:.1f} forward passes)", "finding", LOOKED_AT[2:], "first_forwards"),
     ("distributed", "{:.2f} MiB of gradients instead of {:.2f}", "wirings", WIRED, "bytes"),
 ]
 
