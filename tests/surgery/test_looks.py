@@ -1,9 +1,11 @@
 """What the one comparison of a block with its own forward leaves behind: nothing."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import residrop
+from residrop.common.errors import ConfigError, UsageError
 from residrop.schedule.sampler import Draw, Plan
 
 
@@ -91,7 +93,7 @@ class Counting(Mixing):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.linear(x)
-        return x + h, h
+        return x + h, h[:, :2]
 
 
 class Chain(nn.Module):
@@ -108,9 +110,120 @@ class Chain(nn.Module):
         return x
 
 
+class Using(Chain):
+    """Adds what blocks return besides the hidden state to the result, as auxiliary losses are added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = []
+        for block in self.blocks:
+            out = block(x)
+            x = out[0] if isinstance(out, tuple) else out
+            others += [out[1]] if isinstance(out, tuple) else []
+        return x + sum(other.mean() for other in others)
+
+
+class Handing(Chain):
+    """Returns what blocks return besides the hidden state."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        others = []
+        for block in self.blocks:
+            x, other = block(x)
+            others.append(other)
+        return x, others
+
+
+@pytest.mark.parametrize("granularity", ["block", "row"])
+@pytest.mark.parametrize("branches", [True, False])
+def test_what_nothing_needs_is_none_where_a_block_is_absent(granularity, branches):
+    torch.manual_seed(0)
+    model = Chain(Counting(), Counting()).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    residrop.apply(model, survival=0.5, blocks=Counting, branches=branches, granularity=granularity)
+    with pytest.raises(UsageError, match=r"example=batch.*finds out whether anything needs it"):
+        model.train()(x)
+    residrop.remove(model)
+    options = {"granularity": granularity, "rescale": "none", "branches": branches}
+    report = residrop.apply(model, survival=0.5, blocks=Counting, example=x, **options)
+    assert [(one.name, one.granularity) for one in report.blocks] == [
+        ("blocks.0", granularity),
+        ("blocks.1", granularity),
+    ]
+    assert not report.left_alone
+    first, second = model.blocks
+    if granularity == "block":
+        with residrop.using(model, Plan.of([False, True])):
+            y = model(x)
+        assert torch.equal(y, x + second.linear(x))
+        with residrop.using(model, Plan.of([False, True])):
+            assert first(x)[1] is None
+    else:
+        draws, z = [Draw((0.5,), key=key) for key in (3, 4)], x.clone()
+        for draw, block in zip(draws, model.blocks, strict=True):
+            window = draw.rows(len(x))
+            rows = [(window.start + row) % len(x) for row in range(window.live)]
+            z[rows] = z[rows] + block.linear(z[rows])
+        with residrop.using(model, Plan(tuple(draws))):
+            torch.testing.assert_close(model(x), z)
+
+
+@pytest.mark.parametrize("kind", [Using, Handing])
+@pytest.mark.parametrize("branches", [True, False])
+def test_what_the_model_needs_of_a_block_is_never_none(kind, branches):
+    torch.manual_seed(0)
+    model = kind(Counting(), Counting())
+    x = torch.randn(6, 4)
+    before = model(x)
+    with pytest.raises(
+        ConfigError, match=r"no block of .* fits: blocks\.0: Counting returns, besides the hidden state"
+    ):
+        residrop.apply(model, survival=0.5, blocks=Counting, branches=branches, example=x)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    assert not any(name.startswith("residrop") for block in model.blocks for name in block.__dict__)
+
+
+class Remembering(nn.Module):
+    """Hands its blocks a cache in eval mode and in training, as language models do."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.kept: list[Tensor] = []
+
+        def get_seq_length(self, layer: int = 0) -> int:
+            return len(self.kept)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, cache: "Remembering.Cache | None" = None) -> Tensor:
+            if cache is not None:
+                cache.kept.append(x)
+            return x + self.linear(x - x.mean(0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        cache = self.Cache()
+        for block in self.blocks:
+            x = block(x, cache=cache)
+        return x
+
+
+def test_blocks_are_looked_at_on_an_example_without_the_caches_that_training_leaves_out():
+    torch.manual_seed(0)
+    model = Remembering()
+    report = residrop.apply(model, survival=0.5, granularity="row", example=torch.randn(6, 4))
+    assert [one.granularity for one in report.blocks] == ["block", "block"]  # rows depend on one another
+    model.train()(torch.randn(6, 4)).sum().backward()
+
+
 def test_rates_are_for_the_blocks_that_an_example_shows_to_fit():
     torch.manual_seed(0)
-    model = Chain(Adding(), Counting(), Adding())
+    model = Using(Adding(), Counting(), Adding())
     report = residrop.apply(model, survival=[0.9, 0.7], example=torch.randn(6, 4))
     assert [(one.name, one.rates) for one in report.blocks] == [("blocks.0", (0.9,)), ("blocks.2", (0.7,))]
     assert [name for name, _ in report.left_alone] == ["blocks.1"]

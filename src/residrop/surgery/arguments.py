@@ -172,6 +172,17 @@ def settle_caches(
     return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}
 
 
+def without_new_caches(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block as training leaves them: None in place of caches that hold nothing."""
+
+    def one(value: Any) -> Any:
+        return None if is_cache(value) and _length(value, block) == 0 else value
+
+    return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}
+
+
 def _length(cache: Any, block: nn.Module) -> int:
     """Number of tokens that a cache holds for a block (blocks without rules before it may have filled their part)."""
     index = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), 0)

@@ -85,6 +85,15 @@ class GenericBlock(AppliedBlock):
             "leave it out of `blocks`"
         )
 
+    def residrop_bare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output with its own hidden state, and with what else it returns as where it is absent."""
+        (x, args, kwargs, name, forward), restored = self.residrop_take(args, kwargs)
+        call = Call(self, forward, name, False, (x, args, kwargs))
+        with looking_on(self, x):
+            y = call(x.clone(), *args, **kwargs)
+        call.others = None
+        return restored(call.result(y, x, args, kwargs))
+
 
 class Taken(NamedTuple):
     """The arguments of a call of a block.
@@ -213,18 +222,25 @@ class Call:
                 return number
         if getattr(self.block, "residrop_lenient", False) and not self.rowwise:
             return _Constant(None, unused=True)
+        error = self._unknown(leaf, got, where)
+        unknown: dict[str, PlanError] | None = self.block.__dict__.get("residrop_unknown")
+        if unknown is None:
+            raise error
+        unknown[where] = error  # an example will tell whether anything needs it
+        return _Constant(None, unused=True)
+
+    def _unknown(self, leaf: Any, got: list[Any], where: str) -> PlanError:
         what = f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+        found = f"{type(self.block).__name__} returns, besides the hidden state, {what} at {where!r}"
         if isinstance(leaf, Tensor) and any(isinstance(one, Tensor) and one.shape == leaf.shape for one in got):
-            raise PlanError(
-                f"{type(self.block).__name__} returns, besides the hidden state, {what} at {where!r}, the shape of an "
-                "argument: it seems to be a block of two streams, of which x + b (block(x) - x) knows one; leave it "
-                "out of `blocks`"
+            return PlanError(
+                f"{found}, the shape of an argument: it seems to be a block of two streams, of which "
+                "x + b (block(x) - x) knows one; leave it out of `blocks`"
             )
-        raise PlanError(
-            f"{type(self.block).__name__} returns, besides the hidden state, {what} at {where!r} that is none of its "
-            f"arguments: where the block is absent nobody knows what the model should have there; leave it out of "
-            f"`blocks`, give residrop.apply(..., example=batch), which leaves such blocks alone, or name {where!r} in "
-            "unused=[...] if nothing needs it"
+        return PlanError(
+            f"{found} that is none of its arguments: where the block is absent nobody knows what the model should have "
+            "there; leave it out of `blocks`, give residrop.apply(..., example=batch), which finds out whether "
+            f"anything needs it, or name {where!r} in unused=[...] if nothing does"
         )
 
     def result(self, y: Tensor, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -175,7 +175,7 @@ class ReadBlock(ForeignBlock):
 
     def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool | None:
         rules: list[Any] = list(self.residrop_rules)
-        x = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        x = _first_tensor(args, kwargs)
         if x is None or x.is_nested or any(map(is_cache, (*args, *kwargs.values()))):
             return False  # what a pass leaves in a cache would be seen by the next
         rowwise = any(rule.granularity == "row" for rule in rules)
@@ -220,6 +220,21 @@ class ReadBlock(ForeignBlock):
             self.__dict__["residrop_kinds"] = {*self.__dict__.get("residrop_kinds", ()), _kind(args, kwargs)}
         return True
 
+    def residrop_bare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output with its own hidden state, and with what else it returns as where it is absent."""
+        x = _first_tensor(args, kwargs)
+        assert x is not None  # the block was looked at
+        self.__dict__["residrop_trial"] = _Trial(x, rowwise=False, shared=frozenset(), flops=False, bare=True)
+        try:
+            with looking_on(self, x):
+                return self.residrop_forward(*_copied(args), **_copied(kwargs))
+        finally:
+            del self.__dict__["residrop_trial"]
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+
 
 def _has_flat(batch: Tensor, x: Any) -> bool:
     """Whether x may have several rows for each of a batch; what its rows are is seen when the block is looked at."""
@@ -246,10 +261,11 @@ class _Trial:
         rowwise: whether only some rows go through branches.
         shared: names of arguments that are not cut.
         flops: whether to count the operations of the branches for all rows.
+        bare: whether what branches give besides the hidden state is what it is where they are absent.
     """
 
-    def __init__(self, x: Tensor, rowwise: bool, shared: frozenset[str], flops: bool) -> None:
-        self.total, self.rowwise, self.shared, self.count = len(x), rowwise, shared, flops
+    def __init__(self, x: Tensor, rowwise: bool, shared: frozenset[str], flops: bool, bare: bool = False) -> None:
+        self.total, self.rowwise, self.shared, self.count, self.bare = len(x), rowwise, shared, flops, bare
         self.flops: list[float] = []
         self.rows = torch.arange(
             len(x) - 1, -1, -2, device=x.device
@@ -303,6 +319,8 @@ class _Trial:
         if not live:
             return z
         assert isinstance(call, Call)
+        if self.bare:
+            call.others = None
         return call.result(z, x, (), taken)
 
     def _run(self, branch: Callable[..., Any], x: Tensor, taken: dict[str, Any], share: float) -> Any:

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from residrop.blocks.modes import evaluating
-from residrop.common.errors import ConfigError, UsageError
+from residrop.common.errors import ConfigError, PlanError, UsageError
+from residrop.surgery.arguments import without_new_caches
 from residrop.surgery.operations import Operations
 
 __all__ = ["Tried", "called_with", "tried"]
 
 _ROWS = 4  # of an example that are looked at
-_KEPT = ("residrop_checked", "residrop_seen", "residrop_kinds", "residrop_forms")
+_KEPT = ("residrop_checked", "residrop_seen", "residrop_kinds", "residrop_forms", "residrop_unused")
 
 
 @dataclass
@@ -76,33 +77,70 @@ def tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
 
 
 def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
-    args, kwargs = called_with(example)
     result = Tried()
+    flops: dict[nn.Module, float] = {}
     extra = 0.0
+    # of blocks that return what an absent one cannot: why, and at which leaves of their output it is
+    unknown: dict[nn.Module, PlanError] = {}
+    places: dict[nn.Module, list[bool]] = {}
+
+    def look(block: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal extra
+        if block in result.wrong or block in result.learnt:
+            return forward(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [leaf._version for leaf in inputs]
+        with Operations() as own:
+            out = forward(*args, **kwargs)
+        if versions != [leaf._version for leaf in inputs]:
+            result.wrong[block] = "it overwrites what it is given"
+            return out
+        errors = block.__dict__["residrop_unknown"] = dict[str, PlanError]()
+        with Operations() as again:
+            try:
+                seen = block.residrop_check(args, kwargs, out)
+                if errors:
+                    unknown[block] = next(iter(errors.values()))
+                    places[block] = _gone(out, block.residrop_bare(args, kwargs), unknown[block])
+            except UsageError as error:
+                result.wrong[block] = str(error)
+                unknown.pop(block, None)
+            else:
+                block.__dict__["residrop_checked"] = (None, 0) if seen else (0, 1)
+                block.__dict__["residrop_unused"] = block.__dict__["residrop_unused"].union(errors)
+                result.learnt[block] = {name: block.__dict__[name] for name in _KEPT if name in block.__dict__}
+                flops[block] = sum(block.__dict__.get("residrop_flops", (own.total,)))
+            finally:
+                del block.__dict__["residrop_unknown"]
+        extra += again.total
+        return out
+
+    def without(block: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = tree_flatten(forward(*args, **kwargs))
+        pairs = zip(leaves, places[block], strict=True)
+        return tree_unflatten([None if gone else leaf for leaf, gone in pairs], spec)
+
+    with Operations() as counter:
+        out = _run(model, blocks, look, example)
+    if unknown and not _same(out, lambda: _run(model, list(unknown), without, example)):
+        for block, error in unknown.items():
+            result.wrong[block] = str(error)
+            del result.learnt[block], flops[block]
+    result.flops, result.total = sum(flops.values()), counter.total - extra
+    return result
+
+
+def _run(model: nn.Module, blocks: Sequence[Any], through: Callable[..., Any], example: Any) -> Any:
+    """What a model gives for an example if its blocks are called by `through(block, forward, args, kwargs)`.
+
+    Raises:
+        ConfigError: it fails.
+    """
+    args, kwargs = called_with(example)
 
     def of(block: Any) -> Callable[..., Any]:
         def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal extra
-            if block in result.wrong or block in result.learnt:
-                return forward(*args, **kwargs)
-            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            versions = [leaf._version for leaf in inputs]
-            with Operations() as own:
-                out = forward(*args, **kwargs)
-            if versions != [leaf._version for leaf in inputs]:
-                result.wrong[block] = "it overwrites what it is given"
-                return out
-            with Operations() as again:
-                try:
-                    seen = block.residrop_check(args, kwargs, out)
-                except UsageError as error:
-                    result.wrong[block] = str(error)
-                else:
-                    block.__dict__["residrop_checked"] = (None, 0) if seen else (0, 1)
-                    result.learnt[block] = {name: block.__dict__[name] for name in _KEPT if name in block.__dict__}
-                    result.flops += sum(block.__dict__.get("residrop_flops", (own.total,)))
-            extra += again.total
-            return out
+            return through(block, forward, *without_new_caches(block, args, kwargs))
 
         return run
 
@@ -110,13 +148,8 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
         block.__dict__["residrop_trying"] = of(block)
     devices = [leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_cuda]
     try:
-        with (
-            torch.no_grad(),
-            evaluating(model),
-            torch.random.fork_rng(devices=devices[:1]),
-            Operations() as counter,
-        ):
-            model(*args, **kwargs)
+        with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=devices[:1]):
+            return model(*args, **kwargs)
     except UsageError:
         raise
     except Exception as error:
@@ -127,5 +160,26 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
     finally:
         for block in blocks:
             block.__dict__.pop("residrop_trying", None)
-    result.total = counter.total - extra
-    return result
+
+
+def _gone(own: Any, bare: Any, error: PlanError) -> list[bool]:
+    """For every leaf of a block's output whether it is None where the block is absent; `error` if that is another."""
+    (leaves, spec), (others, other) = tree_flatten(own), tree_flatten(bare)
+    if spec != other:
+        raise error
+    return [kept is None and leaf is not None for leaf, kept in zip(leaves, others, strict=True)]
+
+
+def _same(expected: Any, run: Callable[[], Any]) -> bool:
+    """Whether a run gives what was expected, to the last bit."""
+    try:
+        (wanted, spec), (found, other) = tree_flatten(expected), tree_flatten(run())
+    except (UsageError, ValueError):
+        return False
+    return spec == other and all(map(_equal, wanted, found))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
