@@ -78,14 +78,15 @@ def apply(
         timing: as in `residrop.attach`.
         whole: names of block arguments that all rows share, which row level must not cut.
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
-        unused: where, in what blocks under the generic rule return besides the hidden state, there is something that
-            nothing needs from an absent block: an index ("1"), a key ("attentions"), or both with dots between. It is
-            None then (at row level in every forward with coins). Everything else must be an argument handed on, None or
-            a constant, or training is refused.
+        unused: where, in what blocks or branches return besides the hidden state, there is something that nothing needs
+            from an absent one: an index ("1"), a key ("attentions"), or both with dots between. It is None then (at row
+            level in every forward with coins). Everything else must be an argument handed on, None or a constant, or
+            something that `example` shows not to be needed; or training is refused.
         example: a batch as the model takes it: a tensor, a tuple of its arguments, or a dict of them by name; of two
             rows at least for row level. The model is run on it once, without gradients and in eval mode. A block that
             turns out not to fit is then left alone, or taken at block level where only its rows do not fit, and the
-            report says why; without an example the first training forward raises an error instead.
+            report says why; without an example the first training forward raises an error instead. Where blocks return
+            something that an absent one cannot, the model is run once more without it, to see whether it needs it.
         options: further options of the rule.
 
     Returns:
