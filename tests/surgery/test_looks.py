@@ -240,6 +240,35 @@ def test_a_block_of_which_only_the_rows_do_not_fit_has_block_level():
     model.train()(torch.randn(6, 4)).sum().backward()
 
 
+class Odd(Mixing):
+    """x + a branch, in another way at every second call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return x + self.linear(x) * (1.0 if self.calls % 2 else 2.0)
+
+
+@pytest.mark.parametrize("granularity", ["block", "row"])
+def test_a_block_of_which_the_branches_do_not_fit_is_taken_whole(granularity):
+    torch.manual_seed(0)
+    model = Chain(Adding(), Odd())
+    report = residrop.apply(model, survival=0.5, granularity=granularity, rescale="none", example=torch.randn(6, 4))
+    assert [one.kind.partition(" ")[2] for one in report.blocks] == ["Adding", "Odd, whole"]
+    # by itself a row gets what the next call gives
+    assert [one.granularity for one in report.blocks] == [granularity, "block"]
+    ((name, why),) = report.left_alone
+    level = " and at block level" if granularity == "row" else ""
+    assert (name, why.partition(":")[0]) == ("blocks.1", f"as a whole{level}, not branch by branch")
+    odd = model.blocks[1]
+    x = torch.randn(6, 4)
+    with residrop.using(
+        model, Plan((Draw((), key=1) if granularity == "row" else Draw((), alive=True), Draw((), alive=False)))
+    ):
+        assert torch.equal(odd(x), x)
+
+
 class Shaping(nn.Module):
     """Two branches that use the shape of the input, which is read once."""
 

@@ -264,8 +264,14 @@ class Reference:
         self.model, self.forward, self.places = model, forward, places
         self.terms: dict[tuple[str, int], list[list[Term]]] = {}  # by block and number of its call
         self.why_not: dict[str, str] = {}
+        self.reached: set[nn.Module] = set()
         with self._hooked(None):
             forward()
+        for place in places:
+            if model.get_submodule(place.name) not in self.reached:
+                self.why_not[place.name] = (
+                    "the model calls its forward, or nothing of it, so that hooks are not reached"
+                )
 
     def run(self, masks: Sequence[Mask]) -> Any:
         """The output of the model where every branch is multiplied by its mask; NoReferenceError if none is known."""
@@ -282,12 +288,14 @@ class Reference:
                 first += place.branches
                 if own is not None and all(not callable(one) and one == 1.0 for one in own):
                     continue
-                if place.whole:
-                    if own is not None:
+                if own is None:
+                    stack.callback(block.register_forward_pre_hook(lambda it, _: self.reached.add(it)).remove)
+                if place.name not in self.why_not:
+                    if not place.whole:
+                        self._inside(stack, block, place, own)
+                    elif own is not None:
                         self._whole(stack, block, own[0])
-                elif own is None or place.name not in self.why_not:
-                    self._inside(stack, block, place, own)
-                else:
+                elif own is not None:
                     raise NoReferenceError(f"{place.name}: {self.why_not[place.name]}")
             yield
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,9 +16,11 @@ from residrop.schedule.survival import parse
 from residrop.schedule.timing import Timing
 from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules, record_changes, uninstall_rules
 from residrop.surgery.drops import Own, own_survival, replaced
+from residrop.surgery.finding import as_whole
 from residrop.surgery.libraries.transformers.layerdrop import end_layer_drop, layer_drops
 from residrop.surgery.libraries.transformers.routers import watch_routers
 from residrop.surgery.overlooked import overlooked
+from residrop.surgery.read_block import ReadBlock
 from residrop.surgery.report import Entry, Report
 from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
@@ -134,32 +137,49 @@ def _tried(
     """
     inherits = isinstance(survival, str) and survival == "from_model"
 
-    def attempt(found: list[Found], coarse: set[nn.Module]) -> tuple[Todo, Tried]:
+    def attempt(these: list[Found], coarse: set[nn.Module]) -> tuple[Tried, list[Found]]:
+        """What is learnt of these blocks, and those that may fit at block level although they do not at row level."""
         # rates are for the blocks that fit, so these are tried at any other
-        todo, _ = _with_rules(model, found, rule, survival if inherits else 0.5, options, coarse)
+        todo, _ = _with_rules(model, these, rule, survival if inherits else 0.5, options, coarse)
         try:
             _put(todo, *given)
-            return todo, tried(model, [one.block for one, _ in todo], example)
+            result = tried(model, [one.block for one, _ in todo], example)
         finally:
             _take_away(model)
+        wrong = [(one, made) for one, made in todo if one.block in result.wrong]
+        return result, [one for one, made in wrong if any(each.granularity == "row" for each in made)]
 
-    todo, result = attempt(found, set())
-    rows = [one for one, made in todo if one.block in result.wrong and any(each.granularity == "row" for each in made)]
+    result, rows = attempt(found, set())
+    taken = {one.block: one for one in found if one.block not in result.wrong}
+    how: dict[nn.Module, str] = {}
     coarse: set[nn.Module] = set()
-    if rows and isinstance(rule, str):
-        _, again = attempt(rows, {one.block for one in rows})
-        coarse = {one.block for one in rows} - again.wrong.keys()
-        result.learnt |= again.learnt
-        result.flops += again.flops
-    fits = [one for one in found if one.block not in result.wrong or one.block in coarse]
-    notes = [
-        (one.name, f"at block level, not at row level: {why}" if one.block in coarse else why)
-        for one in found
-        if (why := result.wrong.get(one.block)) is not None
-    ]
-    if not fits:
+
+    def again(these: list[Found], at_block_level: bool, words: str) -> list[Found]:
+        these = [one for one in these if one.block not in taken]
+        if not these:
+            return []
+        try:
+            found, rows = attempt(these, {one.block for one in these} if at_block_level else set())
+        except ConfigError:
+            return []  # the model fails
+        result.learnt |= found.learnt
+        result.flops += found.flops
+        for one in these:
+            if one.block in found.learnt:
+                taken[one.block], how[one.block] = one, words
+                coarse.update({one.block} if at_block_level else ())
+        return rows
+
+    if isinstance(rule, str):
+        again(rows, True, "at block level, not at row level: ")
+    entire = [replace(one, mixin=as_whole(one.mixin)) for one in found if issubclass(one.mixin, ReadBlock)]
+    rows = again(entire, False, "as a whole, not branch by branch: ")
+    if isinstance(rule, str):
+        again(rows, True, "as a whole and at block level, not branch by branch: ")
+    notes = [(one.name, how.get(one.block, "") + result.wrong[one.block]) for one in found if one.block in result.wrong]
+    if not taken:
         raise ConfigError(f"no block of {type(model).__name__} fits: {notes[0][0]}: {notes[0][1]}")
-    return fits, result, coarse, notes
+    return [taken[one.block] for one in found if one.block in taken], result, coarse, notes
 
 
 def _found(model: nn.Module, survival: Rates, blocks: Any, branches: bool) -> tuple[list[Found], list[LeftAlone], Any]:
@@ -233,7 +253,9 @@ def _reported(model: nn.Module, todo: Todo, left: list[LeftAlone], learnt: Tried
     parts = [part for one, _ in todo for _, parts in one.block.residrop_branches() for part in parts]  # pyright: ignore
     own = {id(one): one.numel() for one in parameters_of(parts)}
     share = sum(own.values()) / max(sum(one.numel() for one in model.parameters()), 1)
-    return Report(entries, tuple(left), share, learnt.flops / learnt.total if learnt.total else None)
+    # of branches of which some rows were run the operations are an estimate
+    operations = min(learnt.flops / learnt.total, 1.0) if learnt.total else None
+    return Report(entries, tuple(left), share, operations)
 
 
 def remove(model: nn.Module) -> None:

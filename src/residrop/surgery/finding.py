@@ -18,7 +18,7 @@ from residrop.surgery.reading.questions import part_at
 from residrop.surgery.reading.read import read
 from residrop.surgery.streams import stream_mixin
 
-__all__ = ["candidates", "inside_branches", "named", "whole"]
+__all__ = ["as_whole", "candidates", "inside_branches", "named"]
 
 _LEAST_SHARE = 0.5  # of a block's parameters that its branches hold
 _LEAST_SHARE_OF_ENDING = 0.2  # the same where the block returns its last sum
@@ -85,14 +85,14 @@ def _mixin(module: nn.Module) -> type[AppliedBlock] | None:
     if next(module.parameters(), None) is None or next(module.children(), None) is None:
         return None
     reading = read(module)
-    as_whole = whole_mixin(module)
+    entire = whole_mixin(module)
     if not reading.branches:
-        return as_whole if _weighs(module) else None
+        return entire if _weighs(module) else None
     parts = [part_at(module, path) for branch in reading.branches for path in branch.paths]
     share = _size([part for part in parts if part is not None]) / _size([module])
     one_coin = len(reading.branches) == 1 or sum(one is not None for one in reading.streams) > 1
-    if as_whole is not None and (share < _LEAST_SHARE or (one_coin and share < _NEARLY_ALL)):
-        return as_whole  # the same law where there is one branch, and more is left out with it
+    if entire is not None and (share < _LEAST_SHARE or (one_coin and share < _NEARLY_ALL)):
+        return entire  # the same law where there is one branch, and more is left out with it
     if share >= _LEAST_SHARE or (reading.branches[-1].last and share >= _LEAST_SHARE_OF_ENDING):
         return mixin_of(module)
     return None
@@ -118,7 +118,7 @@ def named(block: nn.Module) -> type[AppliedBlock]:
     return _mixin(block) or GenericBlock
 
 
-def whole(mixin: type[AppliedBlock]) -> type[AppliedBlock]:
+def as_whole(mixin: type[AppliedBlock]) -> type[AppliedBlock]:
     """The same for the block as a whole."""
     if issubclass(mixin, ReadBlock):
         streams = mixin.residrop_reading.streams

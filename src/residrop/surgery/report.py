@@ -11,7 +11,7 @@ class Entry:
 
     Attributes:
         name: dotted name in the model.
-        kind: how its branches are known: library and class, or "generic" for x + b (block(x) - x).
+        kind: library and class, with ", whole" after it for x + b (block(x) - x).
         rates: survival rate of each of its branches.
         granularity: `block`, `row` or `unit`.
     """

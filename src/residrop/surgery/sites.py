@@ -12,7 +12,7 @@ from residrop.common.errors import ConfigError
 from residrop.rules.base import Rule
 from residrop.surgery.blocks import AppliedBlock
 from residrop.surgery.drops import Own, own_survival
-from residrop.surgery.finding import candidates, inside_branches, named, whole
+from residrop.surgery.finding import as_whole, candidates, inside_branches, named
 from residrop.surgery.libraries.transformers.layerdrop import LayerDrop
 from residrop.surgery.overlooked import overlooked
 from residrop.surgery.read_block import ReadBlock
@@ -95,7 +95,7 @@ def find(
         elif drop is not None and drop.mixin is not None:
             found.append(Found(names[block], block, drop.mixin, drop))
         else:
-            found.append(Found(names[block], block, mixin if branches else whole(mixin)))
+            found.append(Found(names[block], block, mixin if branches else as_whole(mixin)))
     if not found:
         raise ConfigError(_nothing(model, blocks, left))
     _check_apart(found)

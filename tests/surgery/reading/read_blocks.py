@@ -223,6 +223,37 @@ def weighing(block: Any, x: Tensor, m: Any, weights: bool = False) -> Any:
     return x + m[0] * block.attend(x, False)[0], None
 
 
+class Keeping(Layers):
+    """As LXMERT's: what else its attention gives is picked before the sum, if it is asked for."""
+
+    def forward(self, x: Tensor, weights: bool = False) -> tuple[Tensor, ...]:
+        out = self.attend(x, weights)
+        if weights:
+            kept = out[1]
+        x = x + out[0]
+        return (x, kept) if weights else (x,)
+
+
+class InOneArm(Layers):
+    """As XLNet's: some variables are made in one of several cases only."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None, weights: bool = False) -> tuple[Tensor, ...]:
+        if context is not None:
+            x = x + context
+            if weights:
+                kept = context
+        else:
+            hidden, w = self.attend(x, weights)
+            if weights:
+                kept = w
+            x = x + hidden
+        return (x, kept) if weights else (x,)
+
+
+def keeping(block: Any, x: Tensor, m: Any) -> tuple[Tensor, ...]:
+    return (x + m[0] * block.attend(x, False)[0],)
+
+
 class Output(Layers):
     """As BERT's: the sum is in a child that gets both summands."""
 
@@ -403,6 +434,8 @@ CASES = {
     "returned early": Case(lambda: EarlyReturn("a"), early_return, given={"both": lambda rows: True}),
     "returned late": Case(lambda: EarlyReturn("a"), early_return),
     "no weights": Case(lambda: Weighing("", attend=Attention("a b")), weighing),
+    "kept before the sum": Case(lambda: Keeping("", attend=Attention("a b")), keeping),
+    "in one arm": Case(lambda: InOneArm("", attend=Attention("a b")), keeping),
     "in a child": Case(lambda: InChild("b", output=Output("a norm")), in_child),
     "in methods": Case(lambda: InMethods("a b"), two, 2),
     "in a function": Case(lambda: InFunction("a b"), two, 2),

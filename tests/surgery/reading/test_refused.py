@@ -79,6 +79,20 @@ class TwoInputs(Layers):
         return self.a(x) + self.b(y)
 
 
+class Bottleneck(Layers):
+    """Its projection has more weights than its two layers; neither may be taken for the other."""
+
+    def __init__(self) -> None:
+        super().__init__("", layer=nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 6)), shortcut=nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        x = self.layer(x)
+        residual = self.shortcut(residual)
+        x += residual
+        return x
+
+
 NONE = {
     "cat": (lambda: Dense("a b"), "no sum of a value and a function of it"),
     "positions": (Positions, "no sum of a value and a function of it"),
@@ -86,6 +100,7 @@ NONE = {
     "attention": (lambda: OwnAttention("a b c"), "no sum of a value and a function of it"),
     "snake": (Snake, "no sum of a value and a function of it"),
     "vgg": (lambda: Plain("a b"), "no sum of a value and a function of it"),
+    "bottleneck": (Bottleneck, "no sum of a value and a function of it"),
     "two inputs": (lambda: TwoInputs("a b"), "no sum of a value and a function of it"),
 }
 

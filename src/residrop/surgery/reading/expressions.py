@@ -41,7 +41,6 @@ class Expressions:
         self.steps: list[Step] = []
         self.variadic: set[str] = set()
         self.splits = 0
-        self.maybe: set[str] = set()  # values that only one of two arms makes
         self.lists: set[str] = set()  # values that are lists made in the forward
 
     def fresh(self, name: str) -> str:

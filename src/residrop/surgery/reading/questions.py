@@ -106,13 +106,15 @@ class Questions:
         return drops or any(one.numel() > max(one.shape, default=1) for one in parameters_of(layers))
 
     def _lighter(self, these: tuple[str, ...], those: tuple[str, ...]) -> bool:
-        """Whether there are clearly fewer parameters at these paths than at those: they are a shortcut's, not those of
-        a second branch."""
+        """Whether there are clearly fewer parameters at these paths than at those, in no more layers: they are a
+        shortcut's, not those of a second branch."""
         shortcut, branch = ({own_survival(part) is not None for part in self._found(paths)} for paths in (these, those))
         if True in branch and True not in shortcut:
             return True  # the model itself drops this one
-        first, second = (sum(one.numel() for one in self._parameters(paths)) for paths in (these, those))
-        return first <= _SHORTCUT * second
+        first, second = self._parameters(these), self._parameters(those)
+        if sum(one.ndim > 1 for one in first) > sum(one.ndim > 1 for one in second):
+            return False  # a bottleneck beside a wide projection
+        return sum(one.numel() for one in first) <= _SHORTCUT * sum(one.numel() for one in second)
 
     def _parameters(self, paths: tuple[str, ...]) -> list[nn.Parameter]:
         return list(dict.fromkeys(parameters_of(self._found(paths))))

@@ -70,7 +70,6 @@ class _Statements(Calls):
             self.constants,
             self.called,
             frozenset(self.variadic),
-            frozenset(self.maybe),
         )
 
     def body(self, statements: list[ast.stmt], scope: Scope) -> ast.expr | None:
@@ -252,13 +251,11 @@ class _Statements(Calls):
         if text(first) == text(second) and first is not None:
             return first
         own = self.fresh(name)
-        if None in values:
-            self.maybe.add(own)
         for arm, value in zip(arms, values, strict=True):
-            if value is not None:
-                steps, self.steps = self.steps, arm
-                self.add(ast.Assign([store(own)], deepcopy(value)), scope)
-                self.steps = steps
+            steps, self.steps = self.steps, arm
+            # a variable that only one arm makes is used where that arm was taken, or not at all
+            self.add(ast.Assign([store(own)], ast.Constant(None) if value is None else deepcopy(value)), scope)
+            self.steps = steps
         return load(own)
 
     def split(self, statement: ast.If, rest: list[ast.stmt], scope: Scope) -> ast.expr:

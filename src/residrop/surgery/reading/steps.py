@@ -81,7 +81,6 @@ class Forward:
         constants: values that steps use by name, which the function's own module does not have.
         called: paths of the modules whose calls were replaced by steps.
         variadic: names of values that are `*args` or `**kwargs`.
-        maybe: names of values that there are in some cases only.
     """
 
     function: Function
@@ -91,7 +90,6 @@ class Forward:
     constants: dict[str, Any]
     called: list[str]
     variadic: frozenset[str]
-    maybe: frozenset[str]
 
 
 def names_in(node: ast.AST) -> frozenset[str]:

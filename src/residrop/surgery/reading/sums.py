@@ -248,8 +248,10 @@ class _Finder:
                     found = self.cut(steps, step, a, b)
                     if found is not None:
                         gone = {*found.branch, *found.shortcut}
-                        steps[position] = found
-                        steps[:] = [one for one in steps if one not in gone]
+                        late = self.late(steps[:position], gone, found.live)
+                        earlier = [one for one in steps[:position] if one not in late]
+                        rest = (*earlier, found, *late, *steps[position + 1 :])
+                        steps[:] = [one for one in rest if one not in gone]
                         position = steps.index(found)
                         break
             position -= 1
@@ -258,6 +260,15 @@ class _Finder:
                 for arm in step.arms:
                     self.region(arm)
                 step.update()
+
+    def late(self, before: list[Step], gone: set[Step], live: tuple[str, ...]) -> list[Step]:
+        """The steps before a sum that use values of its branch, and so come after it; they only pack what is returned."""
+        made, found = set(live), []
+        for step in before:
+            if step not in gone and made & step.reads:
+                found.append(step)
+                made |= set(step.writes)
+        return found
 
     def absorb(self, steps: list[Step]) -> None:
         """Let sums have the call of a child right behind them, if that is their only use."""
@@ -337,8 +348,6 @@ class _Finder:
             # what the shortcut computes is needed elsewhere, too: it stays where it is
             shortcut, skip_taken, start = [], [], a
             taken = self.taken(collected, start)
-        if self.forward.maybe & {start, *taken, *skip_taken, *live}:
-            return None
         for name in {start, *taken, *skip_taken}:
             if any(step is not total for step in self.mutated.get(name, ())):
                 return None
