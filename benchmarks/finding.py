@@ -1,7 +1,7 @@
 """Time that finding a model's residual blocks takes, in its forward passes: python benchmarks/finding.py [--json FILE].
 
-`apply(example=batch)` runs the model, reads the sources of its blocks and compares each with its own forward; without an
-example the comparison waits for the first training forward.
+`apply(example=batch)` runs the model, reads the sources of its blocks and compares each with its own forward; without
+an example the comparison waits for the first training forward.
 """
 
 import argparse
@@ -80,9 +80,8 @@ def main() -> None:
                     "rounds": arguments.rounds,
                 }
                 rows.append(row)
-                print(
-                    f"{name:<30} {granularity:<6} example {row['example']:<6} {row['forwards']:5.2f} forwards, first time {shares[0]:.2f}"
-                )
+                times = f"{row['forwards']:5.2f} forwards, the first time {shares[0]:.2f}"
+                print(f"{name:<30} {granularity:<6} example {row['example']:<6} {times}")
     if arguments.json:
         command = f"python benchmarks/finding.py --rounds {arguments.rounds}"
         ledger.save(arguments.json, "Time that finding residual blocks takes", command, rows)

@@ -262,7 +262,7 @@ class _Finder:
                 step.update()
 
     def late(self, before: list[Step], gone: set[Step], live: tuple[str, ...]) -> list[Step]:
-        """The steps before a sum that use values of its branch, and so come after it; they only pack what is returned."""
+        """The steps before a sum that use values of its branch, and come after it then: they pack what is returned."""
         made, found = set(live), []
         for step in before:
             if step not in gone and made & step.reads:
