@@ -87,9 +87,10 @@ def apply(
             something that `example` shows not to be needed; or training is refused.
         example: a batch as the model takes it: a tensor, a tuple of its arguments, or a dict of them by name; of two
             rows at least for row level. The model is run on it once, without gradients and in eval mode. A block that
-            turns out not to fit is then left alone, or taken at block level where only its rows do not fit, and the
-            report says why; without an example the first training forward raises an error instead. Where blocks return
-            something that an absent one cannot, the model is run once more without it, to see whether it needs it.
+            turns out not to fit is then taken at block level, if only its rows do not fit, or whole, if only its
+            branches do not, or else left alone, and the report says why; without an example the first training forward
+            raises an error instead. Where blocks return something that an absent one cannot, the model is run once
+            more without it, to see whether it needs it.
         options: further options of the rule.
 
     Returns:
