@@ -403,7 +403,8 @@ class _Examination:
             for part in parts
             if isinstance(part, nn.Module)
             for module in part.modules()
-            if any(True for _ in module.parameters())  # an activation may be of several uses
+            # an activation may be of several uses, and a branch may go across a module that has others
+            if any(one is not None for one in module._parameters.values())
         ]
 
         def lines(got: tuple[list[Tensor], dict[str, Tensor | None]]) -> list[str]:

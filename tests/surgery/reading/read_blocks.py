@@ -286,6 +286,21 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, training: bool) -> Tensor
     return residual + nn.functional.dropout(x, p, training)
 
 
+def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """As GPT-NeoX Japanese's: what is added may be None, as far as its source tells."""
+    if bias is not None:
+        x = x + bias
+    if residual is not None:
+        x = residual + x
+    return x
+
+
+class Optional(Layers):
+    def forward(self, x: Tensor | None) -> Tensor:
+        x = bias_dropout_add(self.a(x), None, x)
+        return bias_dropout_add(self.b(x), bias=None, residual=x)
+
+
 class InFunction(Layers):
     def forward(self, x: Tensor) -> Tensor:
         x = dropout_add(self.a(x), x, 0.0, self.training)
@@ -439,6 +454,7 @@ CASES = {
     "in a child": Case(lambda: InChild("b", output=Output("a norm")), in_child),
     "in methods": Case(lambda: InMethods("a b"), two, 2),
     "in a function": Case(lambda: InFunction("a b"), two, 2),
+    "perhaps None": Case(lambda: Optional("a b"), two, 2),
     "local function": Case(lambda: LocalFunction("a b"), local_function),
     "not checkpointed": Case(lambda: LocalFunctions("a b", use_checkpoint=False), local_function),
     "loops": Case(lambda: Looping("norm a b c"), looping),

@@ -42,6 +42,7 @@ class Expressions:
         self.variadic: set[str] = set()
         self.splits = 0
         self.lists: set[str] = set()  # values that are lists made in the forward
+        self.there: set[str] = set()  # values that are not None
 
     def fresh(self, name: str) -> str:
         self.count[name] = self.count.get(name, 0) + 1
@@ -61,6 +62,8 @@ class Expressions:
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and "__" in part.id[1:]
         )
         writes = tuple(name for name in writes if "__" in name[1:])
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
+            self.there.update(writes)
         step = Step(
             node, reads - frozenset(writes), writes, paths_in(node), inside=scope.site, effect=effect, mutates=mutates
         )
@@ -127,6 +130,10 @@ class Expressions:
                 return None if inner is None else not inner
             case ast.Call(func=ast.Attribute(attr="is_scripting")):
                 return False
+            case ast.Compare(left=ast.Name(id=name), ops=[operator], comparators=[ast.Constant(value=None)]) if (
+                name in self.there and isinstance(operator, (ast.Is, ast.IsNot))
+            ):
+                return isinstance(operator, ast.IsNot)
         if not may_be_asked(test):
             return None
         text = ast.unparse(test)

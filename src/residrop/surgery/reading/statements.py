@@ -57,6 +57,9 @@ class _Statements(Calls):
                 named[one.arg] = self.fresh(one.arg)
                 self.variadic.add(named[one.arg])
         scope.names.update({name: load(value) for name, value in named.items()})
+        by_place = [*arguments.posonlyargs, *arguments.args][1:]
+        if len(by_place) > len(arguments.defaults):
+            self.there.add(named[by_place[0].arg])  # the hidden state
         returned = self.body(self.root.node.body, scope)
         if returned is None or returned is _RAISES:
             raise Unreadable("its forward returns nothing")
