@@ -88,6 +88,8 @@ class _Recorder(TorchFunctionMode):
             call.nodes.append(_Node(name, operands, tuple(call.inside)))
         if operands and call.masks and number in call.masks:
             place, mask = call.masks[number]
+            if name not in _SUMS or not isinstance(leaves[place] if place < len(leaves) else None, Tensor):
+                raise NoReferenceError("it calls other functions where a branch is masked, as mixtures of experts may")
             if name in ("add_", "__iadd__") and place == 0:
                 leaves[0].mul_(_shaped(mask, leaves[0], call.rows))
             else:
