@@ -267,13 +267,11 @@ class Reference:
         self.terms: dict[tuple[str, int], list[list[Term]]] = {}  # by block and number of its call
         self.why_not: dict[str, str] = {}
         self.reached: set[nn.Module] = set()
-        with self._hooked(None):
+        with self._hooked(None), _called([model.get_submodule(place.name) for place in places]) as called:
             forward()
         for place in places:
-            if model.get_submodule(place.name) not in self.reached:
-                self.why_not[place.name] = (
-                    "the model calls its forward, or nothing of it, so that hooks are not reached"
-                )
+            if model.get_submodule(place.name) in called - self.reached:
+                self.why_not[place.name] = "the model calls its forward, past the hooks"
 
     def run(self, masks: Sequence[Mask]) -> Any:
         """The output of the model where every branch is multiplied by its mask; NoReferenceError if none is known."""
@@ -380,6 +378,27 @@ class Reference:
             self.why_not[place.name] = f"{kind} has {len(terms)} sums of its input, and {place.branches} rules"
             groups = [[] for _ in range(place.branches)]
         self.terms[place.name, number] = groups
+
+
+@contextmanager
+def _called(blocks: Sequence[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Those of these blocks whose forward is called meanwhile."""
+    called: set[nn.Module] = set()
+
+    def noting(block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called.add(block)
+            return own(*args, **kwargs)
+
+        return forward
+
+    for block in blocks:
+        block.forward = noting(block, block.forward)
+    try:
+        yield called
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def _belongs(term: Term, parts: Sequence[str], others: Sequence[str]) -> bool:

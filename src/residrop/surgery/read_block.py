@@ -176,7 +176,11 @@ class ReadBlock(ForeignBlock):
     def residrop_check(self, args: tuple[Any, ...], kwargs: dict[str, Any], own: Any = None) -> bool | None:
         rules: list[Any] = list(self.residrop_rules)
         x = _first_tensor(args, kwargs)
-        if x is None or x.is_nested or any(map(is_cache, (*args, *kwargs.values()))):
+        if x is None:
+            raise PlanError(
+                f"{type(self).__name__} was called without a tensor, so it is no block x + F(x); leave it out"
+            )
+        if x.is_nested or any(map(is_cache, (*args, *kwargs.values()))):
             return False  # what a pass leaves in a cache would be seen by the next
         rowwise = any(rule.granularity == "row" for rule in rules)
         if rowwise and len(x) < 2:

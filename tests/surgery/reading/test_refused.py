@@ -93,6 +93,15 @@ class Bottleneck(Layers):
         return x
 
 
+class OfDict(Layers):
+    """As LR-ASPP's head: the summands are of different values."""
+
+    def forward(self, given: dict[str, Tensor]) -> Tensor:
+        low, high = given["low"], given["high"]
+        high = self.a(high).reshape(low.shape)
+        return self.b(high) + self.c(low)
+
+
 NONE = {
     "cat": (lambda: Dense("a b"), "no sum of a value and a function of it"),
     "positions": (Positions, "no sum of a value and a function of it"),
@@ -100,6 +109,7 @@ NONE = {
     "attention": (lambda: OwnAttention("a b c"), "no sum of a value and a function of it"),
     "snake": (Snake, "no sum of a value and a function of it"),
     "vgg": (lambda: Plain("a b"), "no sum of a value and a function of it"),
+    "dict": (lambda: OfDict("a b", c=nn.Linear(6, 6, bias=False)), "no sum of a value and a function of it"),
     "bottleneck": (Bottleneck, "no sum of a value and a function of it"),
     "two inputs": (lambda: TwoInputs("a b"), "no sum of a value and a function of it"),
 }

@@ -178,6 +178,18 @@ def _only_measured(step: Step) -> frozenset[str]:
     return frozenset(part.id for part in names) - {part.id for part in names if id(part) not in looked}
 
 
+def _looks_up(step: Step, name: str) -> bool:
+    """Whether a step takes a value by its key out of a dict."""
+    return any(
+        isinstance(part, ast.Subscript)
+        and isinstance(part.value, ast.Name)
+        and part.value.id == name
+        and isinstance(part.slice, ast.Constant)
+        and isinstance(part.slice.value, str)
+        for part in ast.walk(step.node)
+    )
+
+
 def _measures(step: Step) -> bool:
     """Whether a step looks at the shape of one value, and at nothing else."""
     value = step.node.value if isinstance(step.node, ast.Assign) and not isinstance(step, (Sum, Fork)) else None
@@ -326,6 +338,8 @@ class _Finder:
         if branch is None:
             return None
         collected, live = branch
+        if any(_looks_up(step, start) for step in (*collected, *shortcut)):
+            return None  # they start from different values of a dict
         paths = frozenset(path for step in collected for path in step.paths)
         every = [*paths, *(path for step in shortcut for path in step.paths)]
         if any(self.questions.ask("parts", path) is None for path in every):
@@ -343,9 +357,8 @@ class _Finder:
             taken = self.taken(collected, start)
         skip_made = {name for step in shortcut for name in step.writes}
         skip_taken = sorted({name for step in shortcut for name in step.reads} - skip_made - {start})
-        own = {total, *collected, *shortcut}
-        if any(self.users(name, own) for step in shortcut for name in step.writes):
-            # what the shortcut computes is needed elsewhere, too: it stays where it is
+        if any(self.users(name, {total, *shortcut}) for step in shortcut for name in step.writes):
+            # what the shortcut computes is needed elsewhere, or by the branch, too: it stays where it is
             shortcut, skip_taken, start = [], [], a
             taken = self.taken(collected, start)
         for name in {start, *taken, *skip_taken}:
