@@ -296,3 +296,50 @@ def test_sizes_that_branches_share_are_those_of_the_rows_that_each_gets():
         wanted = wanted + present.view(6, 1, 1) * branch(wanted)
     with residrop.using(model, Plan(draws)):
         torch.testing.assert_close(model(x), wanted)
+
+
+class PatchEmbeddings(nn.Module):
+    """Adds positions to what it has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.positions = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x + self.interpolated(x)
+
+    def interpolated(self, x: Tensor) -> Tensor:
+        return self.positions[0, : x.shape[1]]
+
+
+class Table(nn.Module):
+    """Positions from a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embedding(torch.arange(x.shape[1]))
+
+
+class Tabled(nn.Module):
+    """As Florence-2's projector: the positions are added to its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), Table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + self.table(x))
+
+
+def test_positions_that_are_added_to_an_embedding_are_no_branch():
+    model = nn.Module()
+    model.embeddings = PatchEmbeddings()
+    model.tables = nn.ModuleList([Tabled()])
+    model.layers = nn.ModuleList([Adding(), Adding()])
+    report = residrop.apply(model, survival=0.5)
+    assert [one.name for one in report.blocks] == ["layers.0", "layers.1"]

@@ -2,9 +2,11 @@
 
 A module is one if its forward adds a function of a value to that value (see `surgery.reading`), and what is added holds
 most of its weights. Of modules within each other those are taken that stand in lists: the layers of an encoder rather
-than the encoder, and the layers rather than what is inside of them.
+than the encoder, and the layers rather than what is inside of them. A module that stands alone and is named after its
+embedding adds positions to it.
 """
 
+from collections import Counter
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -40,7 +42,13 @@ def candidates(
     Returns:
         The blocks; and (name, why) of modules of the same classes that are none.
     """
-    chosen = {block: mixin for block, mixin, _ in _found(model, drops, listed=False, root=True)}
+    times = Counter(map(type, names))
+    listed = {part for one in names if isinstance(one, _LISTS) for part in one.modules()}
+    chosen = {
+        block: mixin
+        for block, mixin, _ in _found(model, drops, listed=False, root=True)
+        if block in listed or times[type(block)] > 1 or "Embed" not in type(block).__name__
+    }
     kinds = {type(block) for block in chosen}
     inside = {part for block in chosen for part in block.modules()}
     left = [

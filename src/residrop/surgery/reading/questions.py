@@ -98,22 +98,24 @@ class Questions:
             return None
 
     def _weighs(self, paths: tuple[str, ...]) -> bool:
-        """Whether there are weights at these paths, of layers rather than of norms and activations, or a module that
-        drops what comes before it."""
+        """Whether there are weights at these paths, of layers rather than of norms, activations and embeddings, or a
+        module that drops what comes before it."""
         parts = self._found(paths)
         drops = any(own_survival(part) is not None for part in parts)
-        layers = [part for part in parts if not isinstance(part, nn.Embedding)]
-        return drops or any(one.numel() > max(one.shape, default=1) for one in parameters_of(layers))
+        tables = {id(one.weight) for one in self.block.modules() if isinstance(one, nn.Embedding)}
+        weights = [one for one in parameters_of(parts) if id(one) not in tables]
+        return drops or any(one.numel() > max(one.shape, default=1) for one in weights)
 
     def _lighter(self, these: tuple[str, ...], those: tuple[str, ...]) -> bool:
-        """Whether there are clearly fewer parameters at these paths than at those, in no more layers: they are a
-        shortcut's, not those of a second branch."""
+        """Whether there are clearly fewer parameters at these paths than at those, in one layer or in fewer: they
+        are a shortcut's, not those of a second branch."""
         shortcut, branch = ({own_survival(part) is not None for part in self._found(paths)} for paths in (these, those))
         if True in branch and True not in shortcut:
             return True  # the model itself drops this one
         first, second = self._parameters(these), self._parameters(those)
-        if sum(one.ndim > 1 for one in first) > sum(one.ndim > 1 for one in second):
-            return False  # a bottleneck beside a wide projection
+        layers, others = (sum(one.ndim > 1 for one in each) for each in (first, second))
+        if layers > others or layers == others > 1:
+            return False  # a bottleneck beside a wide projection, a shared expert beside the others
         return sum(one.numel() for one in first) <= _SHORTCUT * sum(one.numel() for one in second)
 
     def _parameters(self, paths: tuple[str, ...]) -> list[nn.Parameter]:
