@@ -133,38 +133,48 @@ class Handing(Chain):
         return x, others
 
 
-@pytest.mark.parametrize("granularity", ["block", "row"])
-@pytest.mark.parametrize("branches", [True, False])
-def test_what_nothing_needs_is_none_where_a_block_is_absent(granularity, branches):
+def counting(granularity: str, branches: bool, x: Tensor) -> Chain:
     torch.manual_seed(0)
     model = Chain(Counting(), Counting()).double()
-    x = torch.randn(6, 4, dtype=torch.float64)
+    options = {"blocks": Counting, "granularity": granularity, "rescale": "none", "branches": branches}
+    report = residrop.apply(model, survival=0.5, example=x, **options)
+    assert [(one.name, one.granularity) for one in report.blocks] == [(f"blocks.{i}", granularity) for i in (0, 1)]
+    assert not report.left_alone
+    return model
+
+
+@pytest.mark.parametrize("granularity", ["block", "row"])
+@pytest.mark.parametrize("branches", [True, False])
+def test_what_an_absent_block_cannot_give_is_told_without_an_example(granularity, branches):
+    model = Chain(Counting(), Counting())
     residrop.apply(model, survival=0.5, blocks=Counting, branches=branches, granularity=granularity)
     with pytest.raises(UsageError, match=r"example=batch.*finds out whether anything needs it"):
-        model.train()(x)
-    residrop.remove(model)
-    options = {"granularity": granularity, "rescale": "none", "branches": branches}
-    report = residrop.apply(model, survival=0.5, blocks=Counting, example=x, **options)
-    assert [(one.name, one.granularity) for one in report.blocks] == [
-        ("blocks.0", granularity),
-        ("blocks.1", granularity),
-    ]
-    assert not report.left_alone
+        model.train()(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("branches", [True, False])
+def test_what_nothing_needs_is_none_where_a_block_is_absent(branches):
+    x = torch.randn(6, 4, dtype=torch.float64)
+    model = counting("block", branches, x)
     first, second = model.blocks
-    if granularity == "block":
-        with residrop.using(model, Plan.of([False, True])):
-            y = model(x)
-        assert torch.equal(y, x + second.linear(x))
-        with residrop.using(model, Plan.of([False, True])):
-            assert first(x)[1] is None
-    else:
-        draws, z = [Draw((0.5,), key=key) for key in (3, 4)], x.clone()
-        for draw, block in zip(draws, model.blocks, strict=True):
-            window = draw.rows(len(x))
-            rows = [(window.start + row) % len(x) for row in range(window.live)]
-            z[rows] = z[rows] + block.linear(z[rows])
-        with residrop.using(model, Plan(tuple(draws))):
-            torch.testing.assert_close(model(x), z)
+    with residrop.using(model, Plan.of([False, True])):
+        y = model(x)
+    assert torch.equal(y, x + second.linear(x))
+    with residrop.using(model, Plan.of([False, True])):
+        assert first(x)[1] is None
+
+
+@pytest.mark.parametrize("branches", [True, False])
+def test_rows_of_blocks_that_return_what_nothing_needs(branches):
+    x = torch.randn(6, 4, dtype=torch.float64)
+    model = counting("row", branches, x)
+    draws, z = [Draw((0.5,), key=key) for key in (3, 4)], x.clone()
+    for draw, block in zip(draws, model.blocks, strict=True):
+        window = draw.rows(len(x))
+        rows = [(window.start + row) % len(x) for row in range(window.live)]
+        z[rows] = z[rows] + block.linear(z[rows])
+    with residrop.using(model, Plan(tuple(draws))):
+        torch.testing.assert_close(model(x), z)
 
 
 @pytest.mark.parametrize("kind", [Using, Handing])
