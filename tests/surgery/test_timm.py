@@ -221,7 +221,7 @@ def test_block_called_by_name_and_with_wrong_arguments():
         assert model.blocks[0](x, attn_mask=None) is x
         with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
             model.blocks[0](x, mask=None)
-        with pytest.raises(TypeError, match="takes from 2 to 4 positional arguments but 5 were given"):
+        with pytest.raises(TypeError, match=r"takes from 2 to \d positional arguments but 5 were given"):
             model.blocks[0](x, None, False, None)
         with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
             model.blocks[0]()
