@@ -301,6 +301,30 @@ class Optional(Layers):
         return bias_dropout_add(self.b(x), bias=None, residual=x)
 
 
+class TwoStates(Layers):
+    """As LUKE's: words and entities attend to each other, and are added side by side."""
+
+    def forward(self, words: Tensor, entities: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        mixed = self.a(words), None if entities is None else self.a(entities) + words.mean(1, keepdim=True)
+        if entities is None:
+            update = mixed[0]
+            both = words
+        else:
+            update = torch.cat(mixed[:2], dim=1)
+            both = torch.cat([words, entities], dim=1)
+        both = self.output(update, both)
+        return both[:, : words.size(1)], None if entities is None else both[:, words.size(1) :]
+
+
+def two_states(block: Any, words: Tensor, m: Any, entities: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    update = block.a(words)
+    if entities is None:
+        return block.output.norm(words + m[0] * block.output.a(update)), None
+    update = torch.cat([update, block.a(entities) + words.mean(1, keepdim=True)], 1)
+    both = block.output.norm(torch.cat([words, entities], 1) + m[0] * block.output.a(update))
+    return both.split([words.size(1), entities.size(1)], 1)
+
+
 class InFunction(Layers):
     def forward(self, x: Tensor) -> Tensor:
         x = dropout_add(self.a(x), x, 0.0, self.training)
@@ -454,6 +478,10 @@ CASES = {
     "in a child": Case(lambda: InChild("b", output=Output("a norm")), in_child),
     "in methods": Case(lambda: InMethods("a b"), two, 2),
     "in a function": Case(lambda: InFunction("a b"), two, 2),
+    "of two states, one given": Case(lambda: TwoStates("a", output=Output("a norm")), two_states, 1, (2, D)),
+    "of two states": Case(
+        lambda: TwoStates("a", output=Output("a norm")), two_states, 1, (2, D), given={"entities": random(3, D)}
+    ),
     "perhaps None": Case(lambda: Optional("a b"), two, 2),
     "local function": Case(lambda: LocalFunction("a b"), local_function),
     "not checkpointed": Case(lambda: LocalFunctions("a b", use_checkpoint=False), local_function),

@@ -232,9 +232,10 @@ class _Statements(Calls):
         for name in after[0]:
             if name not in changed:
                 scope.names[name] = after[0][name]
-        fork = Fork(ast.Pass(), frozenset(), (), frozenset(), inside=scope.site, test=test, arms=(arms[0], arms[1]))
-        fork.update()
-        self.steps.append(fork)
+        for first, second in _apart(test, arms):
+            fork = Fork(ast.Pass(), frozenset(), (), frozenset(), inside=scope.site, test=test, arms=(first, second))
+            fork.update()
+            self.steps.append(fork)
 
     def merged(self, name: str, arms: list[list[Step]], values: list[ast.expr | None], scope: Scope) -> ast.expr:
         """One value for what two arms give, of tuples element by element."""
@@ -330,3 +331,27 @@ class _Statements(Calls):
         # what it changes it reads, too
         step.reads = step.reads | (names_in(node) & written)
         step.writes = tuple(dict.fromkeys((*step.writes, *(written & {scope.names[name].id for name in stored}))))  # pyright: ignore
+
+
+def _apart(test: ast.expr, arms: list[list[Step]]) -> list[tuple[list[Step], list[Step]]]:
+    """The arms of a condition, taken apart where they make values that have nothing to do with each other: of
+    `if y is None: a, b = f(x), x`, b may be a shortcut and a belong to a branch."""
+    every = [step for arm in arms for step in arm]
+    if _calls(test) or any(step.effect or step.mutates or not step.writes for step in every):
+        return [(arms[0], arms[1])]
+    groups: list[set[Step]] = []
+    for step in every:
+        own = {one for one in every if set(one.writes) & {*step.reads, *step.writes}}
+        joined = [group for group in groups if group & own]
+        groups = [group for group in groups if group not in joined]
+        groups.append({step}.union(own, *joined))
+    if len(groups) < 2 or sum(any(_calls(step.node) for step in group) for group in groups) > 1:
+        return [(arms[0], arms[1])]  # calls stay in their order: they may draw random numbers
+    groups.sort(key=lambda group: min(number for number, step in enumerate(every) if step in group))
+    return [([one for one in arms[0] if one in group], [one for one in arms[1] if one in group]) for group in groups]
+
+
+def _calls(node: ast.AST) -> bool:
+    """Whether anything but torch.cat is called."""
+    calls = (part.func for part in ast.walk(node) if isinstance(part, ast.Call))
+    return any(ast.unparse(one) != "torch.cat" for one in calls)
