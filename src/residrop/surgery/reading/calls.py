@@ -11,6 +11,7 @@ from torch import nn
 
 from residrop.surgery.reading.expressions import Expressions
 from residrop.surgery.reading.functions import Function, Unreadable, function_of, owner_of, path_of
+from residrop.surgery.reading.nodes import walk
 from residrop.surgery.reading.steps import Scope
 from residrop.surgery.reading.trees import (
     load,
@@ -174,7 +175,7 @@ class Calls(Expressions):
         if function.plain.__globals__ is self.root.plain.__globals__:
             return
         ours, theirs = self.root.plain.__globals__, function.plain.__globals__
-        for part in ast.walk(function.node):
+        for part in walk(function.node):
             if isinstance(part, ast.Name) and part.id in theirs:
                 value, name = theirs[part.id], part.id
                 if name in ours and ours[name] is value:

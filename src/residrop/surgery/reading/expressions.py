@@ -4,10 +4,10 @@ Conditions on the block's attributes are settled by asking the block, so that wh
 """
 
 import ast
-from copy import deepcopy
 from typing import Any
 
 from residrop.surgery.reading.functions import Function, Unreadable, path_of
+from residrop.surgery.reading.nodes import copied, walk
 from residrop.surgery.reading.questions import Questions
 from residrop.surgery.reading.steps import Scope, Step, names_in, paths_in
 from residrop.surgery.reading.trees import (
@@ -50,18 +50,9 @@ class Expressions:
 
     def add(self, node: ast.stmt, scope: Scope, *, effect: bool = False, mutates: frozenset[str] = frozenset()) -> Step:
         """Append a statement with its names in place."""
-        ast.fix_missing_locations(node)
-        writes = tuple(
-            dict.fromkeys(
-                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-            )
-        )
-        reads = frozenset(
-            part.id
-            for part in ast.walk(node)
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load) and "__" in part.id[1:]
-        )
-        writes = tuple(name for name in writes if "__" in name[1:])
+        names = [part for part in walk(node) if isinstance(part, ast.Name) and "__" in part.id[1:]]
+        writes = tuple(dict.fromkeys(one.id for one in names if isinstance(one.ctx, ast.Store)))
+        reads = frozenset(one.id for one in names if isinstance(one.ctx, ast.Load))
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
             self.there.update(writes)
         step = Step(
@@ -87,18 +78,18 @@ class Expressions:
 
     def renamed(self, node: Any, scope: Scope) -> Any:
         """A node with the names of values in place, otherwise as it is."""
-        return _Rename(self, scope).visit(deepcopy(node))
+        return _Rename(self, scope).visit(copied(node))
 
     def expression(self, node: ast.expr, scope: Scope, *, hoist: bool) -> ast.expr:
         """An expression with names in place; with `hoist` every call and operation in it becomes a step of its own."""
         if not hoist:
             return self.renamed(node, scope)
-        return _Hoist(self, scope).visit(deepcopy(node))
+        return _Hoist(self, scope).visit(copied(node))
 
     def mutated(self, node: ast.AST) -> frozenset[str]:
         """Names of the values that calls in a node change in place, as far as that can be seen."""
         found: set[str] = set()
-        for part in ast.walk(node):
+        for part in walk(node):
             if not isinstance(part, ast.Call):
                 continue
             name = part.func.attr if isinstance(part.func, ast.Attribute) else ""
@@ -164,7 +155,7 @@ class _Rename(ast.NodeTransformer):
                 raise Unreadable(f"{node.id} may have no value")
             return node
         if isinstance(node.ctx, ast.Load):
-            return deepcopy(value)
+            return copied(value)
         if isinstance(value, ast.Name):
             return ast.Name(value.id, node.ctx)
         raise Unreadable(f"{node.id} is set where it cannot be told")
@@ -177,7 +168,7 @@ class _Rename(ast.NodeTransformer):
         return node
 
     def _comprehension(self, node: Any) -> ast.expr:
-        names = {part.id for one in node.generators for part in ast.walk(one.target) if isinstance(part, ast.Name)}
+        names = {part.id for one in node.generators for part in walk(one.target) if isinstance(part, ast.Name)}
         self.bound.append(names)
         self.generic_visit(node)
         self.bound.pop()
@@ -222,7 +213,7 @@ class _Hoist(_Rename):
     visit_Lambda = visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _plainly
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
-        known = self.lowering.known(self._plainly(deepcopy(node.test)))
+        known = self.lowering.known(self._plainly(copied(node.test)))
         if known is not None:
             return self.visit(node.body if known else node.orelse)
         lowering, scope, name = self.lowering, self.scope, "chosen"

@@ -4,12 +4,15 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
+
+from residrop.surgery.reading.nodes import walk
 
 __all__ = [
     "Function",
@@ -49,7 +52,7 @@ def function_of(function: Callable[..., Any]) -> Function:
     if not isinstance(plain, FunctionType):
         raise Unreadable(f"{getattr(function, '__qualname__', function)} is no Python function")
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(plain)))
+        tree = _tree(plain)
     except (OSError, TypeError, SyntaxError) as error:
         raise Unreadable(f"the source of {plain.__qualname__} is not at hand") from error
     node = tree.body[0] if len(tree.body) == 1 else None
@@ -57,7 +60,7 @@ def function_of(function: Callable[..., Any]) -> Function:
         raise Unreadable(f"{plain.__qualname__} is no plain function")
     if set(plain.__code__.co_freevars) - {"__class__"}:
         raise Unreadable(f"{plain.__qualname__} uses variables of a function around it")
-    for part in ast.walk(node):
+    for part in walk(node):
         if isinstance(part, (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.Global, ast.Nonlocal)):
             raise Unreadable(f"{plain.__qualname__} has a {type(part).__name__} in it")
         if isinstance(part, ast.Attribute) and part.attr.startswith("__") and not part.attr.endswith("__"):
@@ -105,31 +108,38 @@ def owner_of(cls: type, name: str) -> type | None:
 @cache
 def set_in_forward(cls: type) -> frozenset[str]:
     """Names of attributes that the forward of a class, or a method that it calls, sets on its module."""
-    methods: dict[str, list[ast.FunctionDef]] = {}
-    for one in cls.__mro__:
-        if one is not nn.Module and issubclass(one, nn.Module):
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
-            except (OSError, TypeError, SyntaxError):
-                continue
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef):
-                    methods.setdefault(node.name, []).append(node)
     seen, waiting, names = set[str](), ["forward"], set[str]()
     while waiting:
         one = waiting.pop()
         if one not in seen:
             seen.add(one)
-            for method in methods.get(one, ()):
+            for method in _methods(cls, one):
                 names.update(_set_on_self(method))
-                calls = (node.func for node in ast.walk(method) if isinstance(node, ast.Call))
+                calls = (node.func for node in walk(method) if isinstance(node, ast.Call))
                 waiting += [call.attr for call in calls if isinstance(call, ast.Attribute)]
     return frozenset(names)
 
 
+def _methods(cls: type, name: str) -> Iterator[ast.FunctionDef]:
+    """The sources of the methods of a name that a class and its bases have."""
+    for one in cls.__mro__:
+        if one is not nn.Module and issubclass(one, nn.Module) and name in vars(one):
+            attribute = _plain(vars(one)[name])
+            function = attribute.fget if isinstance(attribute, property) else attribute
+            function = inspect.unwrap(function) if callable(function) else function
+            if isinstance(function, FunctionType):
+                with suppress(OSError, TypeError, SyntaxError):
+                    yield from (node for node in _tree(function).body if isinstance(node, ast.FunctionDef))
+
+
+@cache
+def _tree(function: FunctionType) -> ast.Module:
+    return ast.parse(textwrap.dedent(inspect.getsource(function)))
+
+
 def _set_on_self(method: ast.FunctionDef) -> Iterator[str]:
     first = method.args.args[0].arg if method.args.args else ""
-    for node in ast.walk(method):
+    for node in walk(method):
         if (
             isinstance(node, ast.Attribute)
             and isinstance(node.ctx, (ast.Store, ast.Del))
@@ -171,12 +181,12 @@ def _plain(attribute: Any) -> Any:
 
 def _used(node: ast.FunctionDef, own: str) -> Iterator[str]:
     inside: set[int] = set()
-    for part in ast.walk(node):  # outer nodes come first
+    for part in walk(node):  # outer nodes come first
         if id(part) in inside:
             continue
         path = path_of(part, own)
         if path:
-            inside.update(id(one) for one in ast.walk(part))
+            inside.update(id(one) for one in walk(part))
             yield path
         elif path == "":
             raise Unreadable(f"{node.name} hands itself on")

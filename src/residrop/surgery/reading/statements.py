@@ -1,12 +1,12 @@
 """Taking a forward apart, statement by statement."""
 
 import ast
-from copy import deepcopy
 
 from torch import nn
 
 from residrop.surgery.reading.calls import Calls
 from residrop.surgery.reading.functions import Unreadable, function_of
+from residrop.surgery.reading.nodes import copied, walk
 from residrop.surgery.reading.questions import Questions
 from residrop.surgery.reading.steps import Fork, Forward, Scope, Step, clear, names_in
 from residrop.surgery.reading.trees import (
@@ -258,7 +258,7 @@ class _Statements(Calls):
         for arm, value in zip(arms, values, strict=True):
             steps, self.steps = self.steps, arm
             # a variable that only one arm makes is used where that arm was taken, or not at all
-            self.add(ast.Assign([store(own)], ast.Constant(None) if value is None else deepcopy(value)), scope)
+            self.add(ast.Assign([store(own)], ast.Constant(None) if value is None else copied(value)), scope)
             self.steps = steps
         return load(own)
 
@@ -295,7 +295,7 @@ class _Statements(Calls):
         """A new name for the value of a variable that is about to be changed."""
         new = self.fresh(name)
         old = scope.names[name]
-        self.add(ast.Assign([store(new)], deepcopy(old)), scope)
+        self.add(ast.Assign([store(new)], copied(old)), scope)
         if isinstance(old, ast.Name) and old.id in self.lists:
             self.lists.add(new)
         scope.names[name] = load(new)
@@ -303,13 +303,11 @@ class _Statements(Calls):
 
     def opaque(self, statement: ast.stmt, scope: Scope) -> None:
         """A loop or the like, as one step."""
-        for part in ast.walk(statement):
+        for part in walk(statement):
             if isinstance(part, (ast.Return, ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Match)):
                 raise Unreadable(f"its forward has a {type(part).__name__} within a {type(statement).__name__}")
-        stored = [
-            part.id for part in ast.walk(statement) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
-        ]
-        inner = [part for part in ast.walk(statement) if isinstance(part, ast.Expr)]
+        stored = [part.id for part in walk(statement) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+        inner = [part for part in walk(statement) if isinstance(part, ast.Expr)]
         grown = [self.grown(part, scope) for part in inner]
         mutated: set[str] = set()
         stored += [name for name in grown if name is not None]
@@ -319,7 +317,7 @@ class _Statements(Calls):
             else:
                 scope.names[name] = load(self.fresh(name))
         node = self.renamed(statement, scope)
-        for part in ast.walk(node):
+        for part in walk(node):
             if isinstance(part, (ast.AugAssign, ast.Assign)):
                 targets = part.targets if isinstance(part, ast.Assign) else [part.target]
                 for target in targets:
@@ -353,5 +351,5 @@ def _apart(test: ast.expr, arms: list[list[Step]]) -> list[tuple[list[Step], lis
 
 def _calls(node: ast.AST) -> bool:
     """Whether anything but torch.cat is called."""
-    calls = (part.func for part in ast.walk(node) if isinstance(part, ast.Call))
+    calls = (part.func for part in walk(node) if isinstance(part, ast.Call))
     return any(ast.unparse(one) != "torch.cat" for one in calls)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from residrop.surgery.reading.functions import Function, path_of
+from residrop.surgery.reading.nodes import walk
 
 __all__ = ["Fork", "Forward", "Scope", "Step", "clear", "names_in", "paths_in"]
 
@@ -94,18 +95,18 @@ class Forward:
 
 def names_in(node: ast.AST) -> frozenset[str]:
     """Names of values (not of the block, globals or variables of comprehensions) that are used in a node."""
-    return frozenset(part.id for part in ast.walk(node) if isinstance(part, ast.Name) and "__" in part.id[1:])
+    return frozenset(part.id for part in walk(node) if isinstance(part, ast.Name) and "__" in part.id[1:])
 
 
 def paths_in(node: ast.AST) -> frozenset[str]:
     """Dotted paths of the block's attributes used in a node; "" if the block itself is handed on."""
     found: set[str] = set()
     inside: set[int] = set()
-    for part in ast.walk(node):
+    for part in walk(node):
         path = path_of(part)
         if path is not None and id(part) not in inside:
             found.add(path)
-            inside.update(id(one) for one in ast.walk(part))
+            inside.update(id(one) for one in walk(part))
     return frozenset(found)
 
 
@@ -143,8 +144,6 @@ class Scope:
         self.function, self.site = function, site
         self.names: dict[str, ast.expr] = {}
         self.local = {
-            part.id
-            for part in ast.walk(function.node)
-            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+            part.id for part in walk(function.node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
         }
         self.functions: dict[str, ast.FunctionDef] = {}

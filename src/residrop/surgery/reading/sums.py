@@ -2,10 +2,10 @@
 
 import ast
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 
 from residrop.surgery.reading.functions import path_of
+from residrop.surgery.reading.nodes import copied, walk
 from residrop.surgery.reading.questions import Questions
 from residrop.surgery.reading.steps import Fork, Forward, Step, names_in
 
@@ -169,12 +169,12 @@ def _called_alone(step: Step, name: str) -> str:
 def _only_measured(step: Step) -> frozenset[str]:
     """Values of which a step looks at the shape, dtype or device, and not at what they hold."""
     looked: set[int] = set()
-    for part in ast.walk(step.node):
+    for part in walk(step.node):
         call = isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr in _MEASURES
         base = part.func if call else part  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(base, ast.Attribute) and (call or base.attr in _PROPERTIES) and isinstance(base.value, ast.Name):
             looked.add(id(base.value))
-    names = [part for part in ast.walk(step.node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)]
+    names = [part for part in walk(step.node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)]
     return frozenset(part.id for part in names) - {part.id for part in names if id(part) not in looked}
 
 
@@ -186,7 +186,7 @@ def _looks_up(step: Step, name: str) -> bool:
         and part.value.id == name
         and isinstance(part.slice, ast.Constant)
         and isinstance(part.slice.value, str)
-        for part in ast.walk(step.node)
+        for part in walk(step.node)
     )
 
 
@@ -394,8 +394,8 @@ class _Finder:
         wanted, found = set(taken), []
         for step in reversed(before):
             if wanted & set(step.writes) and _measures(step) and step.reads & roots:
-                node = deepcopy(step.node)
-                for part in ast.walk(node):
+                node = copied(step.node)
+                for part in walk(node):
                     if isinstance(part, ast.Name) and part.id in roots:
                         part.id = start  # of the same shape
                 found.append(Step(node, frozenset({start}), step.writes, step.paths, inside=step.inside))

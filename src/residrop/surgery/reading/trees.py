@@ -3,6 +3,7 @@
 import ast
 
 from residrop.surgery.reading.functions import path_of
+from residrop.surgery.reading.nodes import walk
 from residrop.surgery.reading.steps import names_in
 
 __all__ = [
@@ -114,7 +115,7 @@ def is_module_name(node: ast.expr) -> bool:
 
 
 def returns(node: ast.AST) -> bool:
-    return any(isinstance(part, ast.Return) for part in ast.walk(node))
+    return any(isinstance(part, ast.Return) for part in walk(node))
 
 
 def always_returns(body: list[ast.stmt]) -> bool:
@@ -128,7 +129,7 @@ def always_returns(body: list[ast.stmt]) -> bool:
 
 def may_be_asked(node: ast.AST) -> bool:
     """Whether a condition is about the block's attributes and constants alone."""
-    for part in ast.walk(node):
+    for part in walk(node):
         if isinstance(part, ast.Name) and part.id not in _ASKED and not part.id[0].isupper():
             return False
         if isinstance(part, ast.Call) and not (isinstance(part.func, ast.Name) and part.func.id in _ASKED):

@@ -3,11 +3,11 @@
 import ast
 import linecache
 from collections.abc import Sequence
-from copy import deepcopy
 from types import FunctionType
 from typing import Any
 
 from residrop.surgery.reading.functions import wrapped_alike
+from residrop.surgery.reading.nodes import copied
 from residrop.surgery.reading.steps import Fork, Forward, Step
 from residrop.surgery.reading.sums import Sum
 
@@ -45,7 +45,7 @@ class _Writer:
                 self.results |= set(step.writes)
 
     def source(self) -> str:
-        node = deepcopy(self.forward.function.node)
+        node = copied(self.forward.function.node)
         node.name = "residrop_forward"
         node.returns, node.decorator_list = None, []
         arguments = node.args
