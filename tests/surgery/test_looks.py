@@ -179,15 +179,21 @@ def test_rows_of_blocks_that_return_what_nothing_needs(branches):
 
 @pytest.mark.parametrize("kind", [Using, Handing])
 @pytest.mark.parametrize("branches", [True, False])
-def test_what_the_model_needs_of_a_block_is_never_none(kind, branches):
+@pytest.mark.parametrize("granularity", ["block", "row"])
+def test_what_the_model_needs_of_a_block_is_never_none(kind, branches, granularity):
     torch.manual_seed(0)
     model = kind(Counting(), Counting())
     x = torch.randn(6, 4)
     before = model(x)
+    passes = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
     with pytest.raises(
-        ConfigError, match=r"no block of .* fits: blocks\.0: Counting returns, besides the hidden state"
+        ConfigError,
+        match=r"no block of .* fits: blocks\.0: Counting returns, besides the hidden state, .*, which the model needs",
     ):
-        residrop.apply(model, survival=0.5, blocks=Counting, branches=branches, example=x)
+        residrop.apply(model, survival=0.5, blocks=Counting, branches=branches, granularity=granularity, example=x)
+    handle.remove()
+    assert len(passes) == 2  # nothing else is tried
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     assert not any(name.startswith("residrop") for block in model.blocks for name in block.__dict__)
 

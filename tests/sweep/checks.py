@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -288,7 +288,11 @@ class _Examination:
     # what is computed where something is absent
 
     def compare(self, report: Any, granularity: str) -> None:
-        plain, args, kwargs = self.as_double()
+        plain, args, kwargs, around = self.as_double()
+        with around:
+            self.compared_with(plain, args, kwargs, granularity)
+
+    def compared_with(self, plain: nn.Module, args: Any, kwargs: Any, granularity: str) -> None:
         model = copy.deepcopy(plain)
         report = self.apply(model, granularity, 0.5)
         sites = residrop.sampler_of(model).sites
@@ -343,25 +347,38 @@ class _Examination:
         else:
             self.found.error_row = worst
 
-    def as_double(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        """Model and batch in float64, where the model allows that."""
-        args, kwargs = tree_map(_double, (self.args, self.kwargs))
+    def as_double(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], AbstractContextManager[Any]]:
+        """Model and batch in float64, and what has to be around their passes for that, where the model allows it."""
+        if self.found.parameters <= LARGEST_IN_DOUBLE:
+            for around in (nullcontext(), _Doubling()):
+                with around:
+                    model = self.in_double()
+                if model is not None and self.found.dtype == "float64":
+                    break
+            else:
+                with (around := nullcontext()):
+                    model = self.in_double()
+            if model is not None:
+                return model, *tree_map(_double, (self.args, self.kwargs)), around
         self.found.dtype = "float32"
-        if self.found.parameters > LARGEST_IN_DOUBLE:
-            return copy.deepcopy(self.plain), self.args, self.kwargs
+        return copy.deepcopy(self.plain), self.args, self.kwargs, nullcontext()
+
+    def in_double(self) -> nn.Module | None:
+        """The model in float64, if it can be computed so."""
+        args, kwargs = tree_map(_double, (self.args, self.kwargs))
         try:
             model = copy.deepcopy(self.plain).double().train(self.found.mode != "eval")
             with _Types() as types:
                 out = outputs(model(*_copied(args), **_copied(kwargs)))
             if not all(one.isfinite().all() for one in out):  # masks that fit into float32 alone
-                return copy.deepcopy(self.plain), self.args, self.kwargs
+                return None
             sum(one.sum() for one in out if one.requires_grad).backward()
             model.zero_grad(set_to_none=True)
             model.load_state_dict(self.plain.state_dict())
-        except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
-            return copy.deepcopy(self.plain), self.args, self.kwargs
+        except Exception:  # whatever a model cannot do in float64
+            return None
         self.found.dtype = "float64" if types.found == {torch.float64} else "float64 and float32"
-        return model, args, kwargs
+        return model
 
     def choices(self, number: int, most: int) -> list[list[bool]]:
         """Which branches are present, case by case: one left out, some, all. At least three cases, at most `most`."""
@@ -431,6 +448,35 @@ def _live(draw: Draw, rows: int) -> Tensor:
 def _part_names(block: nn.Module) -> tuple[tuple[str, ...], ...]:
     names = {module: name for name, module in block.named_modules()}
     return tuple(tuple(names[part] for part in parts if part in names) for _, parts in block.residrop_branches())
+
+
+class _Doubling(TorchFunctionMode):
+    """float64 wherever float32 is asked for, as some models do for positions, softmax or routers."""
+
+    def __enter__(self) -> Any:
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args, kwargs = tree_map(lambda one: torch.float64 if one is torch.float32 else one, (args, kwargs or {}))
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm"):
+            func = _grouped  # torch has none for float64
+        return func(*args, **kwargs)
+
+
+def _grouped(a: Tensor, b: Tensor, *, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """Rows of a Tensor[N, K] times the matrix of their group, of a Tensor[G, K, M]; groups end at these offsets."""
+    assert bias is None
+    assert out_dtype in (None, a.dtype)
+    ends = offs.tolist()
+    parts = [a[start:end] @ one for start, end, one in zip([0, *ends], ends, b, strict=False)]
+    return torch.cat([*parts, a.new_zeros(len(a) - ends[-1], b.shape[2])])
 
 
 class _Types(TorchFunctionMode):

@@ -25,6 +25,7 @@ from residrop.surgery.report import Entry, Report
 from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
+from residrop.surgery.streams import StreamBlock
 from residrop.surgery.trying import Tried, tried
 
 __all__ = ["apply", "remove"]
@@ -147,9 +148,11 @@ def _tried(
             result = tried(model, [one.block for one, _ in todo], example)
         finally:
             _take_away(model)
+        needed.update(result.needed)
         wrong = [(one, made) for one, made in todo if one.block in result.wrong]
         return result, [one for one, made in wrong if any(each.granularity == "row" for each in made)]
 
+    needed: set[nn.Module] = set()  # what else could be tried gives as little, but for streams, which are sums
     result, rows = attempt(found, set())
     taken = {one.block: one for one in found if one.block not in result.wrong}
     how: dict[nn.Module, str] = {}
@@ -157,6 +160,7 @@ def _tried(
 
     def again(these: list[Found], at_block_level: bool, words: str) -> list[Found]:
         these = [one for one in these if one.block not in taken]
+        these = [one for one in these if one.block not in needed or issubclass(one.mixin, StreamBlock)]
         if not these:
             return []
         try:

@@ -15,7 +15,7 @@ from residrop.common.errors import PlanError
 from residrop.surgery.blocks import AppliedBlock
 from residrop.surgery.generic import GenericBlock, Taken
 
-__all__ = ["stream_mixin"]
+__all__ = ["StreamBlock", "stream_mixin"]
 
 
 class StreamBlock(GenericBlock):

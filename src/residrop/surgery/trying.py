@@ -25,12 +25,14 @@ class Tried:
 
     Attributes:
         wrong: why a block cannot be taken, by block.
+        needed: those of them that return what an absent block cannot, and the model needs it.
         learnt: what was learnt of the others, by block.
         flops: operations of their branches.
         total: operations of the whole model.
     """
 
     wrong: dict[nn.Module, str] = field(default_factory=dict)
+    needed: set[nn.Module] = field(default_factory=set)
     learnt: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)
     flops: float = 0.0
     total: float = 0.0
@@ -123,8 +125,10 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
     with Operations() as counter:
         out = _run(model, blocks, look, example)
     if unknown and not _same(out, lambda: _run(model, list(unknown), without, example)):
+        result.needed = set(unknown)
         for block, error in unknown.items():
-            result.wrong[block] = str(error)
+            what = str(error).partition(":")[0].removesuffix(" that is none of its arguments")
+            result.wrong[block] = f"{what}, which the model needs and an absent block cannot give"
             del result.learnt[block], flops[block]
     result.flops, result.total = sum(flops.values()), counter.total - extra
     return result
