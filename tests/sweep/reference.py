@@ -37,11 +37,17 @@ _PROJECTION = re.compile(r"(downsample|shortcut|proj|projection|skip|residual|co
 
 class _Node(NamedTuple):
     """A function that was called: which values that depend on the hidden state it had as operands (with their places
-    among the leaves of its arguments), and inside which modules of the block."""
+    among the leaves of its arguments), inside which modules of the block, and the how manyth there. (Functions inside a
+    mixture of experts may be more or fewer where a branch is masked; those around it are not.)"""
 
     name: str
     operands: tuple[tuple[int, int], ...]  # (place, node)
     inside: tuple[str, ...]
+    count: int = 0
+
+    @property
+    def key(self) -> tuple[tuple[str, ...], int]:
+        return self.inside, self.count
 
 
 @dataclass
@@ -53,7 +59,8 @@ class _Call:
     written: dict[int, int] = field(default_factory=dict)  # storage to the node that wrote it last
     kept: list[Any] = field(default_factory=list)  # so that no id comes twice
     inside: list[str] = field(default_factory=list)
-    masks: Mapping[int, tuple[int, Mask]] | None = None  # by function: place of its operand, and its factor
+    counts: dict[tuple[str, ...], int] = field(default_factory=dict)  # of functions so far, by `inside`
+    masks: Mapping[Any, tuple[int, Mask]] | None = None  # by key of a function: place of its operand, and its factor
     rows: int = 0
 
     def node_of(self, value: Tensor) -> int | None:
@@ -62,10 +69,10 @@ class _Call:
 
 
 class Term(NamedTuple):
-    """A branch: operand `place` of function `number` in a block's call; `join` tells branches of one sum, `inside` are
-    the modules that computed it."""
+    """A branch: operand `place` of the function with this key in a block's call; `join` tells branches of one sum,
+    `inside` are the modules that computed it."""
 
-    number: int
+    key: Any
     place: int
     join: int
     inside: frozenset[str]
@@ -85,9 +92,11 @@ class _Recorder(TorchFunctionMode):
         number = -1
         if operands:
             number = len(call.nodes)
-            call.nodes.append(_Node(name, operands, tuple(call.inside)))
-        if operands and call.masks and number in call.masks:
-            place, mask = call.masks[number]
+            inside = tuple(call.inside)
+            call.counts[inside] = call.counts.get(inside, -1) + 1
+            call.nodes.append(_Node(name, operands, inside, call.counts[inside]))
+        if operands and call.masks and (key := call.nodes[number].key) in call.masks:
+            place, mask = call.masks[key]
             if name not in _SUMS or not isinstance(leaves[place] if place < len(leaves) else None, Tensor):
                 raise NoReferenceError("it calls other functions where a branch is masked, as mixtures of experts may")
             if name in ("add_", "__iadd__") and place == 0:
@@ -202,13 +211,13 @@ def _joined(call: _Call, start: int, stop: int) -> list[Term]:
             sides = [_way(call, start, one) for _, one in two]
             if max(sides) and sides[0] != sides[1]:
                 other = two[1 - sides.index(max(sides))]
-                inner.append(Term(node, other[0], stop, _inside(call, start, other[1])))
+                inner.append(Term(nodes[node].key, other[0], stop, _inside(call, start, other[1])))
                 node = two[sides.index(max(sides))][1]
                 continue
         if not nodes[node].operands:
             break
         node = nodes[node].operands[0][1]
-    return [*reversed(inner), Term(stop, side[0], stop, _inside(call, start, side[1]))]
+    return [*reversed(inner), Term(nodes[stop].key, side[0], stop, _inside(call, start, side[1]))]
 
 
 def _inside(call: _Call, start: int, node: int) -> frozenset[str]:
@@ -335,7 +344,7 @@ class Reference:
             call = _Call([_Node("input", (), ())], {id(x): 0}, kept=[x], rows=len(x) if x.ndim else 0)
             if own is not None:
                 call.masks = {
-                    term.number: (term.place, mask)
+                    term.key: (term.place, mask)
                     for mask, group in zip(own, self.terms[place.name, calls], strict=True)
                     for term in group
                 }
