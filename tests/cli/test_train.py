@@ -48,7 +48,13 @@ def test_train_takes_the_recipe_and_overrides_its_fields(cli, place):
     recipe = Run(place / "deep/er/run").recipe()
     base = preset("digits/swapout").recipe
     assert recipe == base.replace(
-        network="resnet-ours-8", limit=200, epochs=2, precision="fp32", samples=2, survival="linear(1, 0.5)"
+        network="resnet-ours-8",
+        limit=200,
+        epochs=2,
+        precision="fp32",
+        samples=2,
+        survival="linear(1, 0.5)",
+        normalization="channel",
     )
 
 

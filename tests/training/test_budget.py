@@ -12,7 +12,8 @@ from residrop.common.errors import ConfigError, RunError
 from residrop.schedule import budgets
 from residrop.theory.costs import Costs
 from residrop.training import Recipe, Run, loop, train
-from residrop.training.checkpoint import load_run, survival_of
+from residrop.training.checkpoint import load_run
+from residrop.training.networks import survival_of
 from residrop.training.setup import prepare
 
 SENSE = {"survival": None, "budget": "0.5", "spend": "sensitivity"}

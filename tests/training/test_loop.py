@@ -14,7 +14,7 @@ from residrop.common.errors import ConfigError, RunError, UsageError
 from residrop.data import Files, Images, Loader, augmentation, fit, load
 from residrop.inference import evaluate
 from residrop.training import Run, load_run, loop, train
-from residrop.training.checkpoint import build_network
+from residrop.training.networks import build_network
 from residrop.training.setup import evaluation_batch
 
 

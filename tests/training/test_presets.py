@@ -11,7 +11,7 @@ from residrop.blocks.attach import rules_of
 from residrop.common.errors import ConfigError
 from residrop.models import create
 from residrop.training import PRESETS, Recipe, preset, presets
-from residrop.training.checkpoint import build_network
+from residrop.training.networks import build_network
 from residrop.training.presets import Preset, short_name
 
 SHAPES = {"digits": (10, 1), "cifar10": (10, 3), "cifar100": (100, 3), "svhn": (10, 3), "imagenet": (1000, 3)}

@@ -9,7 +9,18 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from residrop.common.errors import ConfigError
-from residrop.training import Recipe, checkpoint, loop, measuring, recipe, run, setup
+from residrop.training import (
+    Recipe,
+    checkpoint,
+    loop,
+    measuring,
+    networks,
+    optimizers,
+    recipe,
+    run,
+    setup,
+    weights,
+)
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 NAN, INF = math.nan, math.inf
@@ -20,6 +31,8 @@ OTHER = {
     "rows": "bernoulli",
     "of": "shortcut",
     "network": "resnet-8",
+    "weights": "pretrained",
+    "freeze": ("conv1",),
     "width": 2,
     "block": "v2",
     "bn_gamma_init": "uniform",
@@ -45,15 +58,21 @@ OTHER = {
     "epochs": 31,
     "batch_size": 64,
     "micro_batches": 2,
+    "optimizer": "adamw",
     "lr": 0.2,
     "lr_schedule": "cosine",
     "lr_drops": (0.5, 0.9),
     "lr_factor": 0.2,
     "warmup": 0.1,
     "warmup_lr": 0.02,
+    "warmup_form": "linear",
     "momentum": 0.8,
     "nesterov": False,
     "weight_decay": 1e-3,
+    "decay_vectors": False,
+    "layer_decay": 0.9,
+    "clip_grad": 1.0,
+    "label_smoothing": 0.1,
     "decay_dropped": True,
     "select": "best",
     "seed": 1,
@@ -66,6 +85,7 @@ OTHER = {
     "eval_every": 2,
     "checkpoint_minutes": 1.0,
 }
+MODULES = (loop, checkpoint, measuring, networks, optimizers, recipe, run, setup, weights)
 FREE = {"samples", "workers", "watch", "checkpoint_minutes", "device", "graphs", "on_error"}
 
 
@@ -73,6 +93,7 @@ def base(**changes):
     needed = (
         {"budget": "0.5", "spend": "sensitivity"} if set(changes) & {"spend", "per_cost", "least", "refresh"} else {}
     )
+    needed |= {"lr": 0.01} if "optimizer" in changes else {}
     return Recipe(**{"validation": 10, **needed, **changes})
 
 
@@ -95,13 +116,13 @@ def reads(module):
                 if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id in owners:
                     if inner.value.id == "recipe" or module is recipe:
                         yield inner.attr
-                elif isinstance(inner, ast.comprehension) and isinstance(inner.iter, ast.Tuple):
+                elif isinstance(inner, ast.comprehension | ast.For) and isinstance(inner.iter, ast.Tuple):
                     yield from (word.value for word in inner.iter.elts if isinstance(word, ast.Constant))
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_is_read_outside_its_check(name):
-    assert any(name in reads(module) for module in (loop, checkpoint, measuring, recipe, run, setup))
+    assert any(name in reads(module) for module in MODULES)
 
 
 def test_every_field_has_a_docstring():
@@ -162,10 +183,15 @@ REFUSED = [
     *[({name: -1}, rf"{name} is -1; give a whole number of at least 0")
       for name in ("validation", "samples", "workers")],
     *[({name: value}, rf"{name} is {value}; it is a share .*\[0, 1\]")
-      for name in ("warmup", "momentum") for value in (NAN, -0.1, 1.1, INF)],
+      for name in ("warmup", "momentum", "layer_decay", "label_smoothing") for value in (NAN, -0.1, 1.1, INF)],
     *[({name: value}, rf"{name} is {value}; give a finite number of at least 0")
-      for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes")
+      for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes", "clip_grad")
       for value in (NAN, -1e-9, INF)],
+    ({"optimizer": "adam"}, r"optimizer is 'adam'; choose one of 'sgd', 'adamw', 'lion', 'muon'"),
+    ({"optimizer": "adamw"}, r"lr is 0\.1, which suits sgd; adamw needs its own"),
+    ({"optimizer": "lion", "lr": 1e-3, "decay_dropped": True}, r"decay_dropped is on, .* lion has none"),
+    ({"freeze": (1,)}, r"freeze is \(1,\); give words"),
+    ({"lr_drops": ("a",)}, r"lr_drops is \('a',\); give numbers"),
     ({"limit": 0}, r"limit is 0; .*at least 1"),
     ({"limit": -5}, r"limit is -5; .*at least 1"),
     ({"seed": 1.0}, r"seed is 1\.0; give a whole number"),
@@ -287,6 +313,35 @@ def test_cosine_starts_after_the_warm_up():
 def test_warm_up_over_the_whole_training_never_leaves_it():
     made = Recipe(lr_schedule="cosine", warmup=1.0, warmup_lr=0.03)
     assert made.lr_at(0.999) == 0.03
+
+
+def test_linear_warm_up_joins_the_cosine():
+    made = Recipe(lr=0.4, warmup=0.2, warmup_lr=0.1, warmup_form="linear", lr_schedule="cosine")
+    assert made.lr_at(0.0) == 0.1
+    assert made.lr_at(0.1) == pytest.approx(0.25)
+    assert made.lr_at(0.2) == 0.4
+    assert made.lr_at(0.6) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("form", ["constant", "linear"])
+def test_triangular_rises_and_falls_in_straight_lines(form):
+    made = Recipe(lr=0.4, warmup=0.25, warmup_lr=0.0, warmup_form=form, lr_schedule="triangular")
+    assert [made.lr_at(i / 8) for i in range(8)] == pytest.approx(
+        [0.0, 0.2, 0.4, 1 / 3, 0.8 / 3, 0.2, 0.4 / 3, 0.2 / 3]
+    )
+
+
+def test_triangular_without_warm_up_only_falls():
+    made = Recipe(lr=0.4, lr_schedule="triangular")
+    assert [made.lr_at(i / 4) for i in range(4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_hash_of_a_recipe_is_that_of_before_its_newer_fields():
+    # of the results that were recorded then
+    assert "optimizer" not in Recipe().decisive()
+    assert Recipe().decisive()["normalization"] == "channel"
+    assert Recipe(optimizer="adamw", lr=0.01).decisive()["optimizer"] == "adamw"
+    assert Recipe(weights="some/where/a.safetensors").decisive()["weights"] == "a.safetensors"
 
 
 # The fingerprint

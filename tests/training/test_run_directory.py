@@ -46,7 +46,8 @@ def test_nothing_temporary_is_left(finished):
 def test_files_say_what_was_done(finished):
     recipe, path, outcome = finished
     run = Run.open(path)
-    assert run.recipe() == recipe.replace(survival="linear_decay(0.5)")  # what it left open is filled in
+    # what it left open is filled in
+    assert run.recipe() == recipe.replace(survival="linear_decay(0.5)", normalization="channel")
     dataset = run.dataset()
     assert re.fullmatch(r"[0-9a-f]{16}", dataset.pop("digest"))
     assert dataset == {

@@ -13,6 +13,7 @@ from residrop.common.output import check_target, console_for, write
 from residrop.inference.deploy.export import export
 from residrop.models import reads_flat_rows
 from residrop.training import Run
+from residrop.training.foreign import is_foreign
 
 __all__ = ["run"]
 
@@ -73,6 +74,6 @@ def _facts(run: Run, weights: str) -> dict[str, Any]:
         "weights": weights,
         "residrop": run.versions().get("residrop", ""),
     }
-    if reads_flat_rows(recipe.network):
+    if not is_foreign(recipe.network) and reads_flat_rows(recipe.network):
         facts["flat"] = "the network flattens its input"
     return facts

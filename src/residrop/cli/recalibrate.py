@@ -8,7 +8,7 @@ from rich.console import Console
 
 from residrop.cli.shared import RECALIBRATED, Device, Json, RunPath, parse
 from residrop.common.output import check_target, console_for, write
-from residrop.data import Loader, load
+from residrop.data import Loader, in_colour, load, sized
 from residrop.inference.deploy.recalibrate import Mode, recalibrate
 from residrop.training import Run, load_run
 from residrop.training.listing import data_of
@@ -70,7 +70,7 @@ def _training_images(run: Run, data: str | None, device: torch.device) -> Loader
     recipe, dataset = run.recipe(), run.dataset()
     source = data or recipe.data
     splits = load(
-        source,
+        sized(source, dataset["size"], recipe.split),
         validation=recipe.validation,
         seed=recipe.seed + 1,
         limit=recipe.limit,
@@ -79,6 +79,8 @@ def _training_images(run: Run, data: str | None, device: torch.device) -> Loader
         classes=dataset["classes"],
         listed=data_of(run)["listed"] if data is None else None,
     )
+    if dataset["channels"] == 3:
+        splits = in_colour(splits)
     check_form(run, source, splits.channels, splits.size)
     return Loader(
         splits.train,

@@ -11,7 +11,7 @@ with extra("train"):
     from residrop.data.checking import Checked, check
     from residrop.data.loader import Loader
     from residrop.data.normalize import Normalization, NormalizationMode, fit
-    from residrop.data.sources import load, load_test, sources
+    from residrop.data.sources import in_colour, load, load_test, sized, sources
     from residrop.data.splits import Files, Images, Splits
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "augmentations",
     "check",
     "fit",
+    "in_colour",
     "load",
     "load_test",
+    "sized",
     "sources",
 ]

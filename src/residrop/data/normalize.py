@@ -25,7 +25,7 @@ class Normalization:
     """Maps uint8 pixels to float32: `(pixels / 255 - mean) / std`.
 
     Attributes:
-        mode: how it was fitted, see `fit`.
+        mode: how it was fitted, see `fit`; "model" if a network brought it along.
         mean: float32 `Tensor[C, 1, 1]` or `Tensor[C, H, W]`, in units of the pixel range [0, 1].
         std: float32 `Tensor[C, 1, 1]` or `Tensor[1, 1, 1]`, above 0.
     """
@@ -50,7 +50,7 @@ class Normalization:
         return Normalization(self.mode, self.mean.to(device), self.std.to(device))
 
 
-def fit(images: Images | Files, mode: NormalizationMode) -> Normalization:
+def fit(images: Images | Files, mode: NormalizationMode | None = None) -> Normalization:
     """Compute the normalisation of a training set.
 
     Args:
@@ -60,7 +60,8 @@ def fit(images: Images | Files, mode: NormalizationMode) -> Normalization:
             "pixel-mean": the mean image, and one standard deviation of all raw values (release of Huang et al.);
             "pixel-mean-only": the mean image, no division (He et al., depth dropout);
             "unit": pixels in [0, 1], nothing else (base repository of the regularization paper);
-            "imagenet": the constants of ImageNet, for three channels.
+            "imagenet": the constants of ImageNet, for three channels;
+            None: "channel".
 
     Returns:
         The normalisation, on the device of the images. Sums are taken in float64 and standard deviations over
@@ -70,6 +71,7 @@ def fit(images: Images | Files, mode: NormalizationMode) -> Normalization:
         ConfigError: for an unknown mode, for `Files` in another mode than "imagenet", and for "imagenet" with
             other than three channels.
     """
+    mode = mode or "channel"
     if mode not in get_args(NormalizationMode):
         raise ConfigError(f"normalisation {mode!r}: allowed are {', '.join(get_args(NormalizationMode))}")
     if mode == "imagenet":

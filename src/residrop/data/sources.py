@@ -27,7 +27,7 @@ from residrop.data.splits import (
 )
 from residrop.data.standard import CIFAR_FOLDERS, cifar, digits, svhn
 
-__all__ = ["OnError", "load", "load_test", "parse", "sources"]
+__all__ = ["OnError", "in_colour", "load", "load_test", "parse", "sized", "sources"]
 
 OnError = Literal["stop", "skip"]
 
@@ -158,6 +158,28 @@ def load_test(
     trained = None if listed is None else tuple(listed)
     request = replace(request, wanted=("test",), classes=tuple(classes), skip=on_error == "skip", listed=trained)
     return _found(source, request).parts["test"]
+
+
+def sized(source: str, size: int, split: float | None = None) -> str:
+    """A source with its images at a size in pixels: of a "folder" that names none; others are as they are.
+
+    Raises:
+        DataError, ConfigError: as of `load`.
+    """
+    request = parse(source, split=split)
+    return f"folder:{request.folder}?size={size}" if request.kind == "folder" and request.size is None else source
+
+
+def in_colour(splits: Splits) -> Splits:
+    """The same images with three channels, which are alike where there was one; they take no more memory."""
+
+    def coloured(part: Images | Files | None) -> Images | Files | None:
+        if not isinstance(part, Images) or part.pixels.shape[1] == 3:
+            return part
+        return Images(part.pixels.expand(-1, 3, -1, -1), part.labels)
+
+    parts = {name: coloured(getattr(splits, name)) for name in ("train", "test", "validation")}
+    return replace(splits, channels=3, **parts)  # pyright: ignore[reportArgumentType]
 
 
 def _found(source: str, request: Request) -> Found:

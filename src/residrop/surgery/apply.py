@@ -142,7 +142,8 @@ def _tried(
     def attempt(these: list[Found], coarse: set[nn.Module]) -> tuple[Tried, list[Found]]:
         """What is learnt of these blocks, and those that may fit at block level although they do not at row level."""
         # rates are for the blocks that fit, so these are tried at any other
-        todo, _ = _with_rules(model, these, rule, survival if inherits else 0.5, options, coarse)
+        rates = survival if inherits else 1.0 if rule == "constant" else 0.5
+        todo, _ = _with_rules(model, these, rule, rates, options, coarse)
         try:
             _put(todo, *given)
             result = tried(model, [one.block for one, _ in todo], example)
@@ -246,10 +247,11 @@ def _carried_out(
 
 def _reported(model: nn.Module, todo: Todo, left: list[LeftAlone], learnt: Tried) -> Report:
     entries = tuple(
-        Entry(one.name, one.kind, tuple(rate for each in made for rate in each.rates), made[0].granularity)
+        Entry(one.name, one.kind, tuple(each.branch_rate(each.rates) for each in made), made[0].granularity)
         for one, made in todo
     )
-    if all(rate == 1.0 for entry in entries for rate in entry.rates):
+    coins = any(each.rates for _, made in todo for each in made)
+    if coins and all(rate == 1.0 for entry in entries for rate in entry.rates):
         warnings.warn(
             f"residrop.apply changed nothing: all {len(entries)} blocks have survival rate 1; give survival=...",
             InactiveWarning,

@@ -43,6 +43,11 @@ class Report:
         """Expected number of live branches, sum of p_l."""
         return sum(rate for entry in self.blocks for rate in entry.rates)
 
+    def short(self) -> str:
+        """The first line, and those of what was left alone."""
+        lines = str(self).splitlines()
+        return "\n".join([lines[0], *lines[1 + len(self.blocks) :]])
+
     def __str__(self) -> str:
         branches = sum(len(entry.rates) for entry in self.blocks)
         count = f"{_number(len(self.blocks), 'block')}, {_number(branches, 'branch')}"

@@ -29,13 +29,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from residrop.blocks.attach import rules_of, set_survival
+from residrop.blocks.attach import set_survival
 from residrop.common.errors import RunError
 from residrop.common.version import __version__
 from residrop.data import Normalization
 from residrop.data.normalize import NormalizationMode
-from residrop.models import create, reads_flat_rows
-from residrop.schedule.timing import parse as parse_timing
 from residrop.training.checked import (
     load_state,
     load_tensors,
@@ -45,14 +43,15 @@ from residrop.training.checked import (
     save_tensors,
     write_record,
 )
+from residrop.training.foreign import is_foreign
+from residrop.training.networks import build_network, survival_of
 from residrop.training.recipe import Recipe
 
-__all__ = ["Run", "build_network", "load_run", "survival_of", "versions"]
+__all__ = ["Run", "load_run", "versions"]
 
 
 _SURVIVAL = "survival_rates"  # in the metadata of weights
 _REWRITTEN = "delete it, and residrop train --resume writes it again"
-_UNMEASURED = 0.5  # the survival rate before there is another
 _DATASET = {"classes": [str], "channels": int, "size": int, "normalization": str, "steps": int, "digest": str}
 _EVALUATION = {
     "deterministic_error": int | float,
@@ -61,38 +60,6 @@ _EVALUATION = {
     "details": dict,
     "run": dict,
 }
-
-
-def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
-    """The attached network of a recipe for a data set as `dataset.json` describes it.
-
-    `steps` is the length of the training in updates, of which the times of `survival_timing` are shares; without it the
-    network has the rates of the training's end throughout. Rates from a budget come with the weights
-    (`Run.load_weights`) or are measured as the training starts.
-    """
-    options = {
-        name: getattr(recipe, name)
-        for name in ("width", "block", "bn_gamma_init", "theta_2", "granularity", "rescale", "rows", "of")
-        if getattr(recipe, name) is not None
-    }
-    if reads_flat_rows(recipe.network):
-        options["in_features"] = dataset["channels"] * dataset["size"] ** 2
-    else:
-        options["channels"] = dataset["channels"]
-    return create(
-        recipe.network,
-        rule=recipe.rule,
-        survival=recipe.survival if recipe.budget is None else _UNMEASURED,
-        classes=len(dataset["classes"]),
-        seed=recipe.seed,
-        timing=parse_timing(recipe.survival_timing, training=dataset.get("steps", 0)),
-        **options,
-    )
-
-
-def survival_of(model: nn.Module) -> list[float]:
-    """The survival rates of a model's rules; 1 for those without coins, the first of those with several rates."""
-    return [rule.rates[0] if rule.rates else 1.0 for rule in rules_of(model)]
 
 
 @dataclass(frozen=True)
@@ -164,7 +131,7 @@ class Run:
         channels, size = dataset["channels"], dataset["size"]
         shapes = [(some, *whole) for some in (1, channels) for whole in ((1, 1), (size, size))]
         if (
-            found.mode not in get_args(NormalizationMode)
+            found.mode not in (*get_args(NormalizationMode), "model")
             or any(part.dtype != torch.float32 or tuple(part.shape) not in shapes for part in (mean, std))
             or not bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
         ):
@@ -217,8 +184,9 @@ class Run:
         recipe, dataset = self.recipe(), {key: value for key, value in self.dataset().items() if key != "steps"}
         found = self._read_weights(name)
         try:
-            with torch.device("meta"):  # before any memory is taken
-                needed = _bytes(build_network(recipe, dataset).state_dict().values())
+            with torch.device("cpu" if is_foreign(recipe.network) else "meta"):  # before any memory is taken
+                model = build_network(recipe, dataset)
+            needed = _bytes(model.state_dict().values())
         except (RuntimeError, OverflowError, TypeError) as error:
             why = str(error).partition("\n")[0][:200]
             raise RunError(f"{self.path} describes no network that can be built ({why}); train anew") from None
@@ -227,7 +195,8 @@ class Run:
                 f"{self.path / name}.safetensors does not fit the recipe's network: it has {held} bytes of weights, "
                 f"the network {needed}; {self._again(name)}"
             )
-        model = build_network(recipe, dataset)
+        if not is_foreign(recipe.network):
+            model = build_network(recipe, dataset)
         self._give(name, found, model)
         return model.eval()
 

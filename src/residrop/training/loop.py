@@ -158,7 +158,7 @@ def _update(
         state.recorded.run(plan, x, y, lr)
     else:
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         state.optimizer.zero_grad(set_to_none=not recipe.decay_dropped)
         if recipe.decay_dropped:  # dropped blocks must see zeros, not None
             for parameter in state.model.parameters():
@@ -171,12 +171,15 @@ def _update(
                 state.sync.no_sync() if state.sync and part + 1 < len(parts) else nullcontext(),
             ):
                 # the mean over ranks is the gradient of the mean over all images
-                one_pass(state.model, images, labels, state.ranks.size / total, state.sums, autocast)
+                share = state.ranks.size / total
+                one_pass(state.model, images, labels, share, state.sums, autocast, recipe.label_smoothing)
         if state.sync and not parts:  # fewer images than ranks were left
             with using(state.model, plan):
                 state.sync.join()
         if first.grad is not None and plan.draws[0].alive is not False:
             note_gradient(first, state.gradient)
+        if recipe.clip_grad is not None:
+            nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_grad)
         state.optimizer.step()
     state.depth += depth_of(state.model, plan)
     state.update += 1
@@ -246,7 +249,7 @@ def _end_epoch(
     sampler = sampler_of(state.model)
     line: dict[str, Any] = {
         "epoch": epoch + 1,
-        "lr": state.optimizer.param_groups[0]["lr"],
+        "lr": recipe.lr_at((state.update - 1) / (recipe.epochs * steps)),
         "train_loss": loss / seen,
         "train_error": 100.0 * wrong / seen,
         "expected_depth": depth_of(state.model, sampler.expectation(state.update - 1)),

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from residrop.blocks.attach import set_survival
-from residrop.blocks.residual import Residual
+from residrop.blocks.skippable import Skippable, parameters_of
 from residrop.data import Loader
 from residrop.theory import discrepancy, sensitivity, survival_for
 from residrop.training.distributed import Ranks
@@ -81,5 +81,6 @@ def first_weights(model: nn.Module) -> nn.Parameter:
 
     So their text has it; the caption of the figure says "first convolutional layer".
     """
-    block = next(module for module in model.modules() if isinstance(module, Residual))
-    return next(parameter for parameter in block.branch.parameters() if parameter.ndim > 1)
+    blocks = (module for module in model.modules() if isinstance(module, Skippable))
+    parts = (part for block in blocks for _, part in block.residrop_branches())
+    return next(parameter for part in parts for parameter in parameters_of(part) if parameter.ndim > 1)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,9 @@ from residrop.theory.costs import read_budget
 
 __all__ = ["Recipe"]
 
+_LATER = {"weights", "freeze", "optimizer", "warmup_form", "decay_vectors", "layer_decay", "clip_grad"}
+_LATER |= {"label_smoothing"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -27,7 +31,16 @@ class Recipe:
 
     # --- network ---
     network: str = "resnet-20"
-    """Name of the network; `residrop recipes --networks` lists them."""
+    """Name of the network; `residrop recipes --networks` lists ours. Or an image classifier of another library:
+    timm:NAME, torchvision:NAME, or transformers:PATH of a folder that save_pretrained wrote; options of the model
+    follow a question mark (timm:resnet18?drop_path_rate=0.1). Its head gets as many outputs as the data have
+    classes."""
+    weights: str | None = None
+    """What the training starts from: a file of weights (safetensors, or a state dict that torch saved), the directory
+    of a run, or pretrained for those that the library has (None: random weights, and those in a transformers
+    folder)."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: patterns of names of modules or parameters, such as conv1 layer1 "*.bn?"."""
     width: int | None = None
     """Width multiple of the network (None: its own default)."""
     block: Literal["v1", "v2"] | None = None
@@ -41,7 +54,8 @@ class Recipe:
     gaussian-depth, Swapout's rules swapout, skipforward, dropout (no skip), dropout-residual, dropout-sum."""
     survival: str | None = None
     """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)",
-    "linear(1, 0.5)" or "exponential(0.5)" (None: the schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
+    "linear(1, 0.5)" or "exponential(0.5)", or from_model for those of another library's own drop path (None: the
+    schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
     theta_2: str | None = None
     """Swapout only: rates of the branch if they differ from those of the shortcut. Same forms as survival."""
     granularity: Literal["block", "row"] | None = None
@@ -84,8 +98,9 @@ class Recipe:
     """Number of training images held out for validation."""
     limit: int | None = None
     """Train on this many images only (balanced over the classes)."""
-    normalization: Literal["channel", "pixel-mean", "pixel-mean-only", "unit", "imagenet"] = "channel"
-    """How pixels are normalised; statistics come from the training images."""
+    normalization: Literal["channel", "pixel-mean", "pixel-mean-only", "unit", "imagenet", "model"] | None = None
+    """How pixels are normalised: by statistics of the training images, or as the network of another library was trained
+    (model). None: model for those, else channel."""
     augmentation: Literal["none", "flip", "crop", "batch-crop", "shift", "resized-crop"] = "none"
     """Random changes of training images. flip: half of them mirrored. crop: flip and a pad-4 crop per image.
     batch-crop: flip and one crop per mini-batch (Swapout). shift: by a pixel, no flip. resized-crop: ImageNet's."""
@@ -97,24 +112,37 @@ class Recipe:
     """Images per update."""
     micro_batches: int = 1
     """Parts an update's batch is cut into to save memory; they share the block draws of the update."""
+    optimizer: Literal["sgd", "adamw", "lion", "muon"] = "sgd"
+    """sgd and adamw are torch's, lion and muon timm's."""
     lr: float = 0.1
-    """Learning rate at the start (after the warm-up)."""
-    lr_schedule: Literal["steps", "cosine"] = "steps"
-    """steps: multiply by lr_factor at every point of lr_drops; cosine: to zero along half a cosine."""
+    """Learning rate at the start (after the warm-up). All optimizers but sgd want one of their own, such as 0.001."""
+    lr_schedule: Literal["steps", "cosine", "triangular"] = "steps"
+    """steps: multiply by lr_factor at every point of lr_drops; cosine: to zero along half a cosine; triangular: up in a
+    straight line during the warm-up, then down to zero in another."""
     lr_drops: tuple[float, ...] = (0.5, 0.75)
     """Shares of the training at which the learning rate drops."""
     lr_factor: float = 0.1
     """Factor of each drop."""
     warmup: float = 0.0
-    """Share of the training spent at warmup_lr."""
+    """Share of the training spent on the warm-up."""
     warmup_lr: float = 0.01
-    """Learning rate of the warm-up phase."""
+    """Learning rate of the warm-up phase, or at its start."""
+    warmup_form: Literal["constant", "linear"] = "constant"
+    """constant: at warmup_lr, as in He et al.; linear: in a straight line from warmup_lr to lr."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD and Muon."""
     nesterov: bool = True
     """Nesterov's form of momentum."""
     weight_decay: float = 1e-4
-    """L2 penalty of SGD, on all parameters."""
+    """Weight decay: the L2 penalty of SGD, decoupled in the other optimizers."""
+    decay_vectors: bool | None = None
+    """Decay norms, biases and other parameters of one dimension, too (None: sgd does, as in the papers; else no)."""
+    layer_decay: float = 1.0
+    """Multiply the learning rate by this factor at each block from the last to the first, for fine-tuning."""
+    clip_grad: float | None = None
+    """Scale gradients down to this norm over all parameters, where it is larger."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
     decay_dropped: bool = False
     """Let weight decay and momentum move the parameters of dropped blocks (zero gradients instead of none), as the
     released Torch code of Stochastic Depth does."""
@@ -158,7 +186,8 @@ class Recipe:
             check_whole("limit", self.limit, least=1)
         for name, kind in get_type_hints(type(self)).items():
             self._check_kind(name, kind)
-        shares = [(name, getattr(self, name)) for name in ("warmup", "momentum", "least")]
+        names = ("warmup", "momentum", "least", "layer_decay", "label_smoothing")
+        shares = [(name, getattr(self, name)) for name in names]
         for name, value in [*shares, *((f"lr_drops[{i}]", drop) for i, drop in enumerate(self.lr_drops))]:
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; it is a share (rate, momentum) and lies in [0, 1]")
@@ -170,10 +199,16 @@ class Recipe:
             raise ConfigError(
                 "compile is on, and what a budget or watch measures needs branches as they are; leave one out"
             )
-        for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes"):
+        for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes", "clip_grad"):
             value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
+            if value is not None and not 0.0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value}; give a finite number of at least 0")
+        if self.optimizer != "sgd" and self.lr == 0.1:
+            raise ConfigError(f"lr is 0.1, which suits sgd; {self.optimizer} needs its own, such as lr 0.001")
+        if self.optimizer != "sgd" and self.decay_dropped:
+            raise ConfigError(
+                f"decay_dropped is on, which is a property of SGD in one paper; {self.optimizer} has none"
+            )
         if list(self.lr_drops) != sorted(self.lr_drops):
             raise ConfigError(f"lr_drops are {self.lr_drops}; give them in rising order")
         if self.select == "best" and self.validation == 0:
@@ -212,8 +247,9 @@ class Recipe:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(map(repr, literals))}")
             return
         if get_origin(kind) is tuple:
-            if not isinstance(value, tuple) or not all(isinstance(part, (int, float)) for part in value):
-                raise ConfigError(f"{name} is {value!r}; give numbers")
+            parts = str if str in options else (int, float)
+            if not isinstance(value, tuple) or not all(isinstance(part, parts) for part in value):
+                raise ConfigError(f"{name} is {value!r}; give {'words' if parts is str else 'numbers'}")
             return
         allowed = tuple(option for option in options if isinstance(option, type)) or (kind,)
         if float in allowed:
@@ -225,7 +261,12 @@ class Recipe:
     def lr_at(self, progress: float) -> float:
         """Learning rate at `progress` in [0, 1), the share of the training that is done."""
         if progress < self.warmup:
-            return self.warmup_lr
+            share = (
+                0.0 if self.warmup_form == "constant" and self.lr_schedule != "triangular" else progress / self.warmup
+            )
+            return self.warmup_lr + (self.lr - self.warmup_lr) * share
+        if self.lr_schedule == "triangular":
+            return self.lr * (1.0 - progress) / (1.0 - self.warmup)
         if self.lr_schedule == "cosine":
             return self.lr * 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
         return self.lr * self.lr_factor ** sum(progress >= drop for drop in self.lr_drops)
@@ -254,6 +295,7 @@ class Recipe:
         """
         free = {"samples", "workers", "watch", "checkpoint_minutes", "data", "device", "graphs", "on_error"}
         # recipes are known by hashes that are older than these fields
+        free.update(one.name for one in dataclasses.fields(self) if one.name in _LATER and self._is_default(one))
         if self.split is None:
             free.add("split")
         if not self.compile:
@@ -261,8 +303,14 @@ class Recipe:
         if self.select == "last":  # with "best", evaluated epochs are the candidates
             free.add("eval_every")
         fields = {key: value for key, value in self.to_dict().items() if key not in free}
+        fields["normalization"] = self.normalization or "channel"
+        if self.weights is not None:
+            fields["weights"] = Path(self.weights).name  # files move
         kind = self.data.partition(":")[0]
         return {**fields, "data": kind if kind in sources() else "a folder"}
+
+    def _is_default(self, one: dataclasses.Field[Any]) -> bool:
+        return getattr(self, one.name) == one.default
 
     def fingerprint(self) -> str:
         """Hash of `decisive`: runs of one fingerprint on one kind of device are the same run."""

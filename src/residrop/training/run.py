@@ -21,17 +21,20 @@ from residrop.engines.distributed.ranks import broadcast
 from residrop.engines.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate
 from residrop.training.checked import unwritable, write_record
-from residrop.training.checkpoint import Run, build_network, survival_of
+from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.listing import data_of, save_listing
 from residrop.training.logbook import Logbook, Meter, draw_curves
 from residrop.training.loop import run_epochs, stop_signals
 from residrop.training.measuring import first_weights
 from residrop.training.memory import keep_memory
+from residrop.training.networks import build_network, report_of, survival_of
+from residrop.training.optimizers import freeze, make_optimizer
 from residrop.training.recipe import Recipe
-from residrop.training.setup import Prepared, make_optimizer, precision_context, prepare, resolve
+from residrop.training.setup import Prepared, precision_context, prepare, resolve
 from residrop.training.state import State
 from residrop.training.update import RecordedUpdate
+from residrop.training.weights import start_weights
 
 __all__ = ["Outcome", "check_same", "start", "train"]
 
@@ -128,17 +131,25 @@ def _same_data(ranks: Ranks, ready: Prepared) -> Prepared:
     return ready
 
 
-def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE) -> State:
-    """The network of a recipe as it is trained, and its optimizer, at the beginning."""
+def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE, weights: bool = True) -> State:
+    """The network of a recipe as it is trained, and its optimizer, at the beginning.
+
+    Without `weights` the network has random ones, whatever the recipe names.
+    """
     keep_memory(ready.device)
     model = build_network(recipe, ready.dataset)
+    report = report_of(model)
+    notes = [] if report is None else [report.short()]
+    notes += start_weights(recipe, model) if weights else []
+    freeze(model, recipe.freeze)
     if recipe.channels_last and any(parameter.ndim == 4 for parameter in model.parameters()):
         model = model.to(memory_format=_format(recipe))  # pyright: ignore[reportCallIssue]
     model = model.to(ready.device)
     whole = _hasten(recipe, model, ready, ranks)
-    state = State(model, make_optimizer(recipe, model), ranks)
+    state = State(model, make_optimizer(recipe, model), ranks, notes=notes)
     state.sums, state.gradient = state.sums.to(ready.device), state.gradient.to(ready.device)
     if whole:
+        assert isinstance(state.optimizer, torch.optim.SGD)
         state.recorded = RecordedUpdate(
             model,
             state.optimizer,
@@ -158,9 +169,11 @@ def _hasten(recipe: Recipe, model: nn.Module, ready: Prepared, ranks: Ranks) -> 
         torch.backends.cudnn.benchmark = True  # batches have one size
     measured = recipe.budget is not None or bool(recipe.watch)  # which needs the parts of blocks as they are
     alone = ranks.size == 1 and recipe.micro_batches == 1  # nothing else adds to gradients
+    usual = recipe.optimizer == "sgd" and recipe.clip_grad is None and recipe.label_smoothing == 0.0
+    usual = usual and recipe.layer_decay == 1.0 and not recipe.freeze
     graphs = recipe.graphs != "none" and ready.device.type == "cuda" and alone and not measured
     whole = graphs and replays(model) and (recipe.compile or not any(rule.rates for rule in rules_of(model)))
-    if whole and recipe.graphs == "updates":
+    if whole and usual and recipe.graphs == "updates":
         return True
     if recipe.compile and not whole:
         compile(model)
@@ -186,8 +199,8 @@ def _format(recipe: Recipe) -> torch.memory_format:
 
 def _state(recipe: Recipe, ready: Prepared, ranks: Ranks, run: Run, resume: bool) -> State:
     """As `start`, with what was saved under `resume`; the same on all ranks."""
-    state = start(recipe, ready, ranks)
     saved = ranks.from_main(run.load_state) if resume else None
+    state = start(recipe, ready, ranks, weights=saved is None)
     if saved is not None:
         ranks.agree(lambda: state.restore(saved, run.path / "last.pt"))
         ranks.from_main(lambda: _check_restored(recipe, run, state, ready.dataset["steps"]))
@@ -213,6 +226,9 @@ def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Con
     ranks, total = state.ranks, ready.dataset["steps"]
     lines = {"survival": state.survival, "instruments": state.instruments}
     book = ranks.agree(lambda: Logbook(run.path if ranks.main else None, state.history, lines))
+    if state.update == 0 and not quiet:
+        for line in state.notes:
+            console.print(line, highlight=False, soft_wrap=True)
     try:
         with (
             Meter(total, state.update, recipe.rule, console=console, quiet=quiet) as meter,

@@ -10,15 +10,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from residrop.common.errors import ConfigError, RunError
-from residrop.data import Files, Images, Loader, Normalization, Splits, augmentation, fit, load, load_test
+from residrop.data import (
+    Files,
+    Images,
+    Loader,
+    Normalization,
+    Splits,
+    augmentation,
+    fit,
+    in_colour,
+    load,
+    load_test,
+    sized,
+)
 from residrop.rules.catalogue import entry_of
-from residrop.training.checkpoint import Run, build_network
+from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks
+from residrop.training.foreign import configuration, is_foreign, own_input
 from residrop.training.listing import data_of
+from residrop.training.networks import build_network
 from residrop.training.recipe import Recipe
+from residrop.training.weights import check_weights, start_weights
 
 __all__ = [
     "Prepared",
@@ -29,7 +43,6 @@ __all__ = [
     "form_of",
     "loader_for",
     "loader_of_run",
-    "make_optimizer",
     "precision_context",
     "prepare",
     "resolve",
@@ -68,10 +81,13 @@ def resolve(recipe: Recipe) -> Recipe:
     survival = entry_of(recipe.rule).survival if recipe.survival is None else recipe.survival
     if recipe.budget is not None:
         survival = None
+    data, normalization = recipe.data, recipe.normalization
+    if is_foreign(recipe.network):
+        data, normalization = sized(data, own_input(recipe.network).size, recipe.split), normalization or "model"
     precision = recipe.precision
     if precision == "auto":
         precision = "bf16" if _computes_bf16(choose_device(recipe.device)) else "fp32"
-    return recipe.replace(survival=survival, precision=precision)
+    return recipe.replace(survival=survival, precision=precision, data=data, normalization=normalization or "channel")
 
 
 def precision_context(
@@ -150,24 +166,6 @@ def check_form(run: Run, source: str, channels: int, size: int) -> None:
         )
 
 
-def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
-    """SGD as the recipe has it."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov and recipe.momentum > 0,
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    if recipe.momentum > 0:
-        # Fused SGD cannot start some buffers later than others, as blocks dropped in the first updates ask for. A
-        # buffer of zeros is the same: without dampening the first step makes it the gradient either way.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
 def data_digest(splits: Splits) -> str:
     """Hash that tells training sets apart: all labels in order, and 10,000 images spread over them (or file names)."""
     digest = hashlib.sha256(splits.train.labels.numpy().tobytes())
@@ -188,6 +186,15 @@ class Prepared:
     loaders: dict[str, Loader]
     dataset: dict[str, Any]
     listed: tuple[str, ...] | None = None  # as of `Splits`
+
+
+def _normalization(recipe: Recipe, splits: Splits) -> Normalization:
+    if recipe.normalization != "model":
+        return fit(splits.train, recipe.normalization)
+    if not is_foreign(recipe.network):
+        raise ConfigError(f"normalization is 'model', which {recipe.network} has none of; choose 'channel'")
+    own = own_input(recipe.network)
+    return Normalization("model", *(torch.tensor(part).reshape(3, 1, 1) for part in (own.mean, own.std)))
 
 
 def _compilers() -> tuple[str, ...]:
@@ -211,6 +218,8 @@ def prepare(recipe: Recipe, ranks: Ranks = ALONE, before: dict[str, Any] | None 
             f"batch_size is {recipe.batch_size}, the images of an update on all {ranks.size} processes; "
             "give each at least one"
         )
+    if before is None:
+        check_weights(recipe)
     splits = load(
         recipe.data,
         validation=recipe.validation,
@@ -221,7 +230,9 @@ def prepare(recipe: Recipe, ranks: Ranks = ALONE, before: dict[str, Any] | None 
         classes=before["classes"] if before else None,
         listed=before["listed"] if before else None,
     )
-    normalization = fit(splits.train, recipe.normalization)
+    if is_foreign(recipe.network):
+        splits = in_colour(splits)
+    normalization = _normalization(recipe, splits)
     parts = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
     loaders = {name: loader_for(recipe, getattr(splits, name), name, normalization, device, ranks) for name in parts}
     steps = loaders["train"].steps_per_epoch
@@ -235,7 +246,13 @@ def prepare(recipe: Recipe, ranks: Ranks = ALONE, before: dict[str, Any] | None 
         # the images of a list are those of the run by its construction, but for those that are gone
         "digest": before["digest"] if before and before["listed"] else data_digest(splits),
     }
-    with torch.device("meta"):
-        network = build_network(recipe, dataset).eval()
-        network(torch.empty(2, splits.channels, splits.size, splits.size))  # refuses images it cannot read
+    if is_foreign(recipe.network):
+        dataset |= {"config": config} if (config := configuration(recipe.network)) is not None else {}
+        network = build_network(recipe, dataset)
+    else:
+        with torch.device("meta"):
+            network = build_network(recipe, dataset).eval()
+            network(torch.empty(2, splits.channels, splits.size, splits.size))  # refuses images it cannot read
+    if before is None:
+        start_weights(recipe, network)  # refuses those that do not fit, before anything is written
     return Prepared(device, normalization, loaders, dataset, splits.listed)

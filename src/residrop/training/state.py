@@ -19,7 +19,6 @@ __all__ = ["State"]
 
 _NUMBERS = ("update", "seconds", "epoch_seconds", "depth", "best")
 _LINES = {"history": ("epoch",), "survival": ("epoch", "rates"), "instruments": ("epoch",)}
-_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov")  # of the optimizer; lr is set at every update
 
 
 @dataclass
@@ -32,7 +31,7 @@ class State:
     """
 
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     ranks: Ranks = ALONE
     recorded: RecordedUpdate | None = None
     sync: GradientSync | None = None
@@ -46,6 +45,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     survival: list[dict[str, Any]] = field(default_factory=list)  # rates measured so far, see `measuring`
     instruments: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a user should know of the start
 
     def save(self, run: Run) -> None:
         """Write everything needed to resume, on any number of ranks; called by all."""
@@ -85,15 +85,24 @@ class State:
 
     def _restore_optimizer(self, saved: dict[str, Any]) -> None:
         """Momentum stays in the tensors that a CUDA graph may know."""
-        before = {one: state["momentum_buffer"] for one, state in self.optimizer.state.items() if state}
-        options = [[group[name] for name in _OPTIONS] for group in self.optimizer.param_groups]
+        name = "momentum_buffer"
+        before = {one: state[name] for one, state in self.optimizer.state.items() if name in state}
+        options = [_options(group) for group in self.optimizer.param_groups]
+        for group in saved["param_groups"]:
+            group.setdefault("scale", 1.0)  # which earlier versions did not have
         self.optimizer.load_state_dict(saved)
-        found = [[group[name] for name in _OPTIONS] for group in self.optimizer.param_groups]
-        if found != options:
-            raise ValueError(f"{', '.join(_OPTIONS)} of its optimizer are {found}, here {options}")
+        for wanted, group in zip(options, self.optimizer.param_groups, strict=True):
+            found = _options(group)
+            if wrong := [key for key in wanted if found.get(key, wanted[key]) != wanted[key]]:
+                raise ValueError(f"{wrong[0]} of its optimizer is {found[wrong[0]]}, here {wanted[wrong[0]]}")
         for one, buffer in before.items():
             _copy(buffer, self.optimizer.state[one]["momentum_buffer"], "momentum")
             self.optimizer.state[one]["momentum_buffer"] = buffer
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What decides how a group of an optimizer's parameters moves; lr is set at every update."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def _check(saved: dict[str, Any]) -> None:

@@ -20,7 +20,13 @@ _WARM = 3  # updates before the recording, in which libraries choose kernels and
 
 
 def one_pass(
-    forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, share: float, sums: Tensor, autocast: Autocast
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    share: float,
+    sums: Tensor,
+    autocast: Autocast,
+    label_smoothing: float = 0.0,
 ) -> None:
     """Forward and backward of a (micro-)batch.
 
@@ -31,10 +37,11 @@ def one_pass(
         share: what an image adds to the gradient, per gradient of its loss.
         sums: float64 Tensor[3], to which loss, wrong answers and images are added.
         autocast: makes the context of the forward.
+        label_smoothing: share of the target that is spread over all classes.
     """
     with autocast():
         logits = forward(x)
-        loss = F.cross_entropy(logits.float(), y)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
     (loss * (len(x) * share)).backward()
     with torch.no_grad():
         wrong = (logits.argmax(dim=1) != y).sum()

@@ -15,7 +15,7 @@ from residrop.research.papers import INSTRUMENTS, METRICS, PAPERS, PLOTTED, Figu
 from residrop.rules.catalogue import entry_of
 from residrop.schedule.survival import expected_depth, parse
 from residrop.training import PRESETS
-from residrop.training.checkpoint import build_network
+from residrop.training.networks import build_network
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "imagenet": 1000}
 ROWS = [(f"{table.id}/{row.key}", table, row) for table, row in all_rows()]

@@ -22,7 +22,7 @@ from residrop.schedule.survival import parse
 from residrop.surgery import apply
 from residrop.theory import sine_task
 from residrop.training import Run, load_run
-from residrop.training.checkpoint import survival_of
+from residrop.training.networks import survival_of
 from residrop.training.setup import choose_device, loader_of_run
 
 __all__ = ["Analysis", "Target", "find_target"]

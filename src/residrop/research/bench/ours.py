@@ -105,7 +105,8 @@ class Ours:
             )
         )
         images = Images(*images_of(-(-settings.images // settings.batch_size) * settings.batch_size, settings.seed))
-        normalization = fit(images, self.recipe.normalization)
+        mode = self.recipe.normalization
+        normalization = fit(images, None if mode == "model" else mode)
         self.loader = Loader(
             images,
             batch_size=settings.batch_size,

@@ -19,9 +19,10 @@ from residrop.blocks.attach import expected_depth_of, rules_of
 from residrop.research.papers.work import DATA, Training
 from residrop.theory.costs import read_budget
 from residrop.training.checked import read_lines
-from residrop.training.checkpoint import build_network
+from residrop.training.networks import build_network
+from residrop.training.optimizers import make_optimizer
 from residrop.training.recipe import Recipe
-from residrop.training.setup import choose_device, make_optimizer, precision_context
+from residrop.training.setup import choose_device, precision_context
 
 __all__ = ["Estimator", "as_text"]
 

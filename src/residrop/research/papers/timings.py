@@ -22,9 +22,10 @@ from residrop.blocks.attach import using
 from residrop.research.bench.measure import median_ratio, quiet_collector, seconds_of
 from residrop.research.bench.peers import draws
 from residrop.schedule.sampler import Plan
-from residrop.training.checkpoint import build_network
+from residrop.training.networks import build_network
+from residrop.training.optimizers import make_optimizer
 from residrop.training.recipe import Recipe
-from residrop.training.setup import choose_device, make_optimizer, precision_context, resolve
+from residrop.training.setup import choose_device, precision_context, resolve
 
 __all__ = ["Bench", "Steps", "time_updates"]
 
