@@ -13,9 +13,10 @@ import residrop
 from residrop.common.errors import ConfigError
 from residrop.models import create
 from residrop.schedule.sampler import Plan
-from residrop.training import Recipe, train
+from residrop.training import Recipe, load_run, loop, train
 from residrop.training.networks import build_network
 from residrop.training.optimizers import freeze, layers_of, make_optimizer
+from residrop.training.setup import prepare, resolve
 
 DATASET = {"classes": [str(digit) for digit in range(10)], "channels": 1, "size": 8, "steps": 8}
 KINDS = {
@@ -130,8 +131,6 @@ def textbook(recipe, ready):
 
 
 def test_training_with_every_new_field_equals_the_textbook(tiny, tmp_path):
-    from residrop.training.setup import prepare, resolve
-
     recipe = resolve(
         tiny(
             survival="0.6", seed=2, layer_decay=0.7, clip_grad=0.5, label_smoothing=0.2, decay_vectors=False,
@@ -139,7 +138,7 @@ def test_training_with_every_new_field_equals_the_textbook(tiny, tmp_path):
         )
     )  # fmt: skip
     train(recipe, tmp_path / "run", quiet=True)
-    found = residrop.training.load_run(tmp_path / "run")[1].state_dict()
+    found = load_run(tmp_path / "run")[1].state_dict()
     for name, value in textbook(recipe, prepare(recipe)).items():
         torch.testing.assert_close(
             found[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -163,7 +162,7 @@ def test_frozen_parameters_stay_and_others_move(tiny, tmp_path):
     recipe = tiny(freeze=("stem", "blocks.block1.*", "*.bias"), epochs=1)
     before = build_network(recipe, DATASET).state_dict()
     train(recipe, tmp_path / "run", quiet=True)
-    model = residrop.training.load_run(tmp_path / "run")[1]
+    model = load_run(tmp_path / "run")[1]
     for name, value in model.named_parameters():
         still = name.startswith(("stem.", "blocks.block1.")) or name.endswith(".bias")
         assert torch.equal(value, before[name]) == still, name
@@ -175,3 +174,60 @@ def test_patterns_that_name_nothing_or_everything_are_refused():
         freeze(model, ("conv*",))
     with pytest.raises(ConfigError, match="leaves nothing to train"):
         freeze(model, ("0", "1.*"))
+
+
+# The average of weights
+
+
+def averaged(recipe, states):
+    """The average of weights by the textbook, one number after the other."""
+    average = states[0]
+    for number, weights in enumerate(states[1:]):
+        decay = min(recipe.ema, (1 + number) / (10 + number))
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+    return average
+
+
+@pytest.mark.parametrize("ema", [0.05, 0.3])
+def test_reported_weights_are_the_average_with_statistics_of_their_own(tiny, tmp_path, monkeypatch, ema):
+    recipe = tiny(survival="0.6", seed=2, ema=ema)
+    states = [{name: one.clone() for name, one in build_network(recipe, DATASET).named_parameters()}]
+    original = loop._update
+
+    def update(recipe, state, *others):
+        original(recipe, state, *others)
+        states.append({name: one.detach().clone() for name, one in state.model.named_parameters()})
+
+    monkeypatch.setattr(loop, "_update", update)
+    outcome = train(recipe, tmp_path / "run", quiet=True)
+    assert len(states) == 9
+    _, model = load_run(tmp_path / "run")
+    for name, value in averaged(recipe, states).items():
+        torch.testing.assert_close(model.get_parameter(name), value, rtol=1e-5, atol=1e-6)
+    before = copy.deepcopy(model.state_dict())
+    loader = prepare(recipe).loaders["train"]
+    residrop.recalibrate(model, loader.fixed_batches(99, 64))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(before[name], value, rtol=1e-4, atol=1e-5)
+    found = residrop.evaluate(model, prepare(recipe).loaders["test"].eval_batches(), 0)
+    assert found.deterministic.nll == pytest.approx(outcome.evaluation.deterministic.nll, rel=1e-5)
+
+
+def test_stopped_run_with_an_average_equals_the_uninterrupted(tiny, tmp_path, interrupt, assert_same_run):
+    recipe = tiny(survival="0.5", ema=0.9)
+    train(recipe, tmp_path / "whole", quiet=True)
+    interrupt(recipe, tmp_path / "broken", 3)
+    train(recipe, tmp_path / "broken", resume=True, quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_average_needs_no_batch_norm(tiny, tmp_path):
+    recipe = tiny(network="vanilla-3", ema=0.9, epochs=1, lr=0.01)
+    train(recipe, tmp_path / "run", quiet=True)
+    assert load_run(tmp_path / "run")[0].evaluation()
+
+
+def test_a_run_is_not_continued_with_another_optimizer(tiny, tmp_path):
+    train(tiny(epochs=1), tmp_path / "run", quiet=True)
+    with pytest.raises(residrop.UsageError, match=r"another recipe: .*optimizer \(was 'sgd', is 'adamw'\)"):
+        train(tiny(epochs=1, optimizer="adamw", lr=0.01), tmp_path / "run", resume=True, quiet=True)

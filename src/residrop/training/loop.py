@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from residrop.blocks.attach import depth_of, expected_depth_of, sampler_of, using
 from residrop.common.errors import Interrupted, RunError
@@ -181,6 +182,10 @@ def _update(
         if recipe.clip_grad is not None:
             nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_grad)
         state.optimizer.step()
+    if state.average is not None and recipe.ema is not None:
+        # the first weights are random, and count the less the fewer updates there were
+        decay = min(recipe.ema, (1.0 + state.update) / (10.0 + state.update))
+        get_ema_multi_avg_fn(decay)(state.average, [one.detach() for one in state.model.parameters()], state.update)
     state.depth += depth_of(state.model, plan)
     state.update += 1
     sampler.step = state.update

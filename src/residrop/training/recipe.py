@@ -22,7 +22,7 @@ from residrop.theory.costs import read_budget
 __all__ = ["Recipe"]
 
 _LATER = {"weights", "freeze", "optimizer", "warmup_form", "decay_vectors", "layer_decay", "clip_grad"}
-_LATER |= {"label_smoothing"}
+_LATER |= {"label_smoothing", "ema"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,9 @@ class Recipe:
     decay_dropped: bool = False
     """Let weight decay and momentum move the parameters of dropped blocks (zero gradients instead of none), as the
     released Torch code of Stochastic Depth does."""
+    ema: float | None = None
+    """Report on a moving average of the weights, which keeps this share of itself at each update (less in the first
+    updates), such as 0.999. Batch norm's statistics are then measured anew on training images."""
     select: Literal["last", "best"] = "last"
     """Weights to report on: of the last epoch, or of the epoch with the lowest validation error."""
 
@@ -211,6 +214,10 @@ class Recipe:
             )
         if list(self.lr_drops) != sorted(self.lr_drops):
             raise ConfigError(f"lr_drops are {self.lr_drops}; give them in rising order")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise ConfigError(f"ema is {self.ema}; it is a share between 0 and 1, such as 0.999")
+        if self.ema is not None and self.select == "best":
+            raise ConfigError("ema is given and select is 'best', which are two choices of weights; leave one out")
         if self.select == "best" and self.validation == 0:
             raise ConfigError("select is 'best', which needs held-out images; set validation to their number")
         if self.batch_size % self.micro_batches:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from residrop.blocks.attach import expected_depth_of, rules_of, set_survival
 from residrop.common.errors import Interrupted, RankError, RunError
@@ -19,7 +20,7 @@ from residrop.engines.compiling import compile, replays
 from residrop.engines.distributed import data_parallel
 from residrop.engines.distributed.ranks import broadcast
 from residrop.engines.graphs import record_blocks, record_pass
-from residrop.inference import Evaluation, evaluate
+from residrop.inference import Evaluation, evaluate, recalibrate
 from residrop.training.checked import unwritable, write_record
 from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks, process_group
@@ -37,6 +38,8 @@ from residrop.training.update import RecordedUpdate
 from residrop.training.weights import start_weights
 
 __all__ = ["Outcome", "check_same", "start", "train"]
+
+_RECALIBRATED = 4096  # training images, for batch norm under an average of weights
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def train(
             with suppress(RuntimeError):  # one has left already
                 ranks.wait_for_all()  # torchrun ends the others as soon as one has left
             raise
-        outcome = _finish(recipe, run, state, ready.loaders["test"], console, quiet)
+        outcome = _finish(recipe, run, state, ready.loaders, console, quiet)
         ranks.wait_for_all()
     return outcome
 
@@ -147,6 +150,8 @@ def start(recipe: Recipe, ready: Prepared, ranks: Ranks = ALONE, weights: bool =
     model = model.to(ready.device)
     whole = _hasten(recipe, model, ready, ranks)
     state = State(model, make_optimizer(recipe, model), ranks, notes=notes)
+    if recipe.ema is not None:
+        state.average = [one.detach().clone() for one in model.parameters()]
     state.sums, state.gradient = state.sums.to(ready.device), state.gradient.to(ready.device)
     if whole:
         assert isinstance(state.optimizer, torch.optim.SGD)
@@ -254,8 +259,9 @@ def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
     if not resume:
         raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     if before.fingerprint() != now.fingerprint():
-        old, new = before.decisive(), now.decisive()
-        changed = ", ".join(f"{key} (was {old[key]!r}, is {new[key]!r})" for key in old if old[key] != new[key])
+        old, new = before.decisive(), now.decisive()  # which lack some fields with their defaults
+        pairs = [(key, old.get(key, getattr(before, key)), new.get(key, getattr(now, key))) for key in old | new]
+        changed = ", ".join(f"{key} (was {a!r}, is {b!r})" for key, a, b in pairs if a != b)
         raise RunError(
             f"{out} was started with another recipe: {changed}; resume it unchanged, or choose another --out"
         )
@@ -276,12 +282,22 @@ def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
     return run
 
 
-def _finish(recipe: Recipe, run: Run, state: State, test: Loader, console: Console, quiet: bool) -> Outcome:
-    model, ranks = state.model, state.ranks
+def _finish(
+    recipe: Recipe, run: Run, state: State, loaders: dict[str, Loader], console: Console, quiet: bool
+) -> Outcome:
+    model, ranks, test = state.model, state.ranks, loaders["test"]
 
     def weights() -> list[float]:
         if recipe.select == "best" and state.best < math.inf:
             run.load_weights("best", model)
+        if state.average is not None:
+            with torch.no_grad():
+                for one, value in zip(model.parameters(), state.average, strict=True):
+                    one.copy_(value)
+            if any(isinstance(one, _BatchNorm) and one.running_mean is not None for one in model.modules()):
+                with precision_context(recipe, next(model.parameters()).device)():
+                    images = loaders["train"].fixed_batches(_RECALIBRATED // recipe.batch_size + 1, recipe.batch_size)
+                    recalibrate(model, images, shared=True)  # which the broadcast below makes true
         run.save_weights("model", model)
         return survival_of(model)
 

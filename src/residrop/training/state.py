@@ -45,6 +45,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     survival: list[dict[str, Any]] = field(default_factory=list)  # rates measured so far, see `measuring`
     instruments: list[dict[str, Any]] = field(default_factory=list)
+    average: list[Tensor] | None = None  # of the parameters over the updates, if the recipe has an `ema`
     notes: list[str] = field(default_factory=list)  # what a user should know of the start
 
     def save(self, run: Run) -> None:
@@ -59,6 +60,7 @@ class State:
                     **{name: getattr(self, name) for name in (*_NUMBERS, *_LINES)},
                     "sums": sums.cpu(),
                     "gradient": self.gradient.cpu(),
+                    **({} if self.average is None else {"average": self.average}),
                 }
             )
         )
@@ -77,6 +79,9 @@ class State:
                 setattr(self, name, saved[name])
             _copy(self.sums, saved["sums"], "sums", keep=self.ranks.main)
             _copy(self.gradient, saved["gradient"], "gradient")
+            if self.average is not None:
+                for one, values in zip(self.average, saved["average"], strict=True):
+                    _copy(one, values, "average")
             if self.survival:
                 set_survival(self.model, self.survival[-1]["rates"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -32,7 +32,9 @@ RECIPE = {
     "samples": 3,
     "micro_batches": 3,
 }
+RECENT = {"clip_grad": 0.5, "layer_decay": 0.8, "label_smoothing": 0.1, "ema": 0.8, "decay_vectors": False}
 CHECKS = [
+    "recent",
     "uninterrupted",
     "stopped",
     "epoch",
@@ -57,6 +59,7 @@ def one(tmp_path_factory):
 def run(checked, tmp_path_factory):
     place = tmp_path_factory.mktemp("training")
     (place / "recipe.json").write_text(json.dumps(RECIPE))
+    (place / "recent.json").write_text(json.dumps(RECENT))
     return checked("training.py", 2, *CHECKS, place=place)
 
 
@@ -89,6 +92,17 @@ def assert_same_training(one, other):
 
 def test_losses_and_weights_equal_one_process(one, run):
     assert_same_training(one[0], run[1] / "two")
+
+
+def test_the_same_with_more_of_the_recipe(run, tmp_path):
+    train(Recipe(**RECIPE, **RECENT), tmp_path / "alone", quiet=True)
+    assert_same_training(tmp_path / "alone", run[1] / "recent")
+
+
+def test_average_of_a_network_with_batch_norm_is_one_on_all_ranks(found):
+    mine, theirs = found["recent"]["evaluations"]
+    assert mine == theirs
+    assert 0.0 < mine["deterministic"]["nll"] < 10.0
 
 
 def test_every_rank_returns_the_evaluation_of_all_images(one, found):

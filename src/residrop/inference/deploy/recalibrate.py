@@ -67,6 +67,7 @@ def recalibrate(
     mode: Mode = "layers",
     *,
     on_progress: Callable[[float], None] | None = None,
+    shared: bool = False,
 ) -> Recalibration:
     """Re-estimate the running statistics of all batch norms for prediction in expectation, in place.
 
@@ -90,6 +91,7 @@ def recalibrate(
         batches: how many batches to take at most.
         mode: see above.
         on_progress: called with the share that is done, in (0, 1].
+        shared: the caller sees to it that all ranks of the process group have the same statistics afterwards.
 
     Returns:
         What was done; its `undo()` puts the old statistics back.
@@ -97,9 +99,9 @@ def recalibrate(
     Raises:
         ConfigError: no batch norm with running statistics, no data, or inputs that are not finite. The model is
             unchanged.
-        RankError: the process group has several ranks, whose models would part.
+        RankError: the process group has several ranks, whose models would part (unless they are `shared`).
     """
-    norms = _checked(model, batches, mode)
+    norms = _checked(model, batches, mode, shared)
     before = _Saved(norms)
     tell = on_progress or (lambda share: None)
     try:
@@ -119,12 +121,12 @@ def recalibrate(
     return Recalibration(mode, len(seen), source.images, source.taken, change, where, unused, before)
 
 
-def _checked(model: nn.Module, batches: int, mode: str) -> dict[str, Any]:
+def _checked(model: nn.Module, batches: int, mode: str, shared: bool) -> dict[str, Any]:
     """The batch norms with running statistics by name; errors for what can be told before any work."""
     if mode not in get_args(Mode):
         raise ConfigError(f"mode is {mode!r}; choose one of {', '.join(map(repr, get_args(Mode)))}")
     check_whole("batches", batches, least=1)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if not shared and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RankError(
             f"recalibrate runs in one process, but the process group has {dist.get_world_size()}, whose models would "
             "part; do it on the saved weights, after the distributed training"

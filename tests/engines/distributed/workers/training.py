@@ -186,7 +186,20 @@ def budget():
     }
 
 
+def recent():
+    """Clipped gradients, learning rates by layer, smoothed labels and an average of weights; and a network of timm."""
+    changes = json.loads((PLACE / "recent.json").read_text())
+    train(RECIPE.replace(**changes), PLACE / "recent", **QUIET)
+    outcome = train(
+        RECIPE.replace(network="timm:test_resnet", width=None, optimizer="adamw", ema=0.9, limit=96, batch_size=33),
+        PLACE / "foreign",
+        **QUIET,
+    )
+    return {"evaluations": everywhere(outcome.evaluation.to_dict())}
+
+
 CHECKS = {
+    "recent": recent,
     "uninterrupted": uninterrupted,
     "stopped": stopped,
     "epoch": stopped_at_the_end_of_an_epoch,
