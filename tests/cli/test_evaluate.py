@@ -120,6 +120,19 @@ def test_evaluate_adaptive_prints_samples_error_and_agreement(cli, run, monkeypa
     assert not (run / "samples.png").exists()
 
 
+def test_evaluate_classes_draws_and_prints(cli, run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    code, out, _ = cli("evaluate", tmp_path / "copy", "--samples", "0", "--classes", "--json", tmp_path / "found.json")
+    assert code == 0
+    assert "most often taken for" in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row["class"] for row in found["classes"]] == [str(digit) for digit in range(10)]
+    assert sum(map(sum, found["confusion"])) == sum(row["images"] for row in found["classes"]) == 355
+    right = sum(row[i] for i, row in enumerate(found["confusion"]))
+    assert found["deterministic_error"] == pytest.approx(100 * (1 - right / 355))
+    assert (tmp_path / "copy" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_evaluate_curve_draws_and_prints(cli, run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run, target = shutil.copytree(run, tmp_path / "run"), tmp_path / "curve.json"

@@ -7,7 +7,7 @@ import torch
 
 from residrop.blocks.attach import sampler_of
 from residrop.common.errors import UsageError
-from residrop.inference import evaluate, predict, score
+from residrop.inference import ClassScores, Evaluation, Scores, evaluate, predict, score
 from residrop.models import create
 
 
@@ -35,12 +35,14 @@ def scores_by_hand(p, labels, bins=15):
         if inside.any():
             ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
     error = 1.0 - right.mean()
-    return {
+    found = {
         "error": 100 * error,
         "error_se": 100 * math.sqrt(error * (1 - error) / len(labels)),
         "nll": -np.log(p[np.arange(len(labels)), labels]).mean(),
         "ece": 100 * ece,
     }
+    five = np.argsort(p, axis=1)[:, -5:]
+    return found | ({"top5_error": 100 * (five != labels[:, None]).all(1).mean()} if p.shape[1] > 5 else {})
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
@@ -49,6 +51,35 @@ def test_scores_are_those_by_hand(sharpness):
     labels = torch.multinomial(p.sqrt(), 1).squeeze(1)
     found, wanted = score(p, labels), scores_by_hand(p, labels)
     assert {name: getattr(found, name) for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+def test_five_classes_have_no_top_5():
+    assert score(torch.full((3, 5), 0.2), torch.tensor([0, 1, 2])).top5_error is None
+
+
+def test_confusion_and_errors_by_class_are_those_by_hand(model, batches):
+    found = evaluate(model, batches, 0)
+    wanted = torch.zeros(4, 4, dtype=torch.int64)
+    for x, y in batches:
+        for label, decision in zip(y, predict(model, x, 0).classes, strict=True):
+            wanted[label, decision] += 1
+    assert torch.equal(found.confusion, wanted)
+    assert sum(row.images for row in found.by_class()) == found.images == 47
+    for label, row in enumerate(found.by_class()):
+        others = wanted[label].clone()
+        others[label] = 0
+        assert row.images == wanted[label].sum()
+        assert row.error == pytest.approx(100 * int(others.sum()) / row.images)
+        assert row.taken == others.max()
+        assert row.taken == 0 or others[row.taken_for] == row.taken
+    assert sum(row.error * row.images for row in found.by_class()) / 47 == pytest.approx(found.deterministic.error)
+
+
+def test_classes_without_images_or_errors_have_no_numbers():
+    one = Scores(0.0, 0.0, 0.0, 0.0)
+    found = Evaluation(one, None, 0, None, None, None, 3, torch.tensor([[3, 0], [0, 0]]))
+    assert found.by_class() == [ClassScores(3, 0.0, None, 0), ClassScores(0, None, None, 0)]
+    assert "confusion" not in found.to_dict()
 
 
 def test_scores_of_one_image_and_of_certainty():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ from residrop.cli.shared import Device, Json, RunPath, Weights, open_run, parse,
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
-from residrop.inference import AdaptiveEvaluation, ErrorCurve, error_curve, evaluate, evaluate_adaptive
+from residrop.inference import (
+    AdaptiveEvaluation,
+    ClassScores,
+    ErrorCurve,
+    Evaluation,
+    error_curve,
+    evaluate,
+    evaluate_adaptive,
+)
 from residrop.inference.sampled.adaptive import check_confidence
 from residrop.training import Outcome
 from residrop.training.logbook import Meter
@@ -39,6 +47,8 @@ class Evaluate:
     """Also draw the error against the number of samples into the run directory (samples.png)."""
     repetitions: int = 5
     """With --curve: sets of --samples passes, for standard errors."""
+    classes: bool = False
+    """Also print a table of the classes and draw the confusion matrix into the run directory (confusion.png)."""
     weights: Weights = "model"
     data: str | None = None
     """Another source of test images with the same classes."""
@@ -59,6 +69,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     run, model = open_run(args.run, args.weights)
     if args.curve:
         check_target(args.run / "samples.png", "--curve:")
+    if args.classes:
+        check_target(args.run / "confusion.png", "--classes:")
     recipe, device = run.recipe(), choose_device(args.device)
     model.to(device)
     loader = loader_of_run(run, args.data, device)
@@ -92,7 +104,15 @@ def run(arguments: Sequence[str], prog: str) -> int:
     show(console, f"{args.run}: {recipe.network}, {recipe.rule}", found, facts)
     if curve is not None:
         console.print(_table(curve))
+    if args.classes:
+        names, rows = run.dataset()["classes"], found.by_class()
+        console.print(_classes(names, rows))
+        console.print(f"confusion matrix: {args.run / 'confusion.png'}")
+        listed = [{"class": name, **asdict(row)} for name, row in zip(names, rows, strict=True)]
+        values |= {"classes": listed, "confusion": found.confusion.tolist()}
     write(args.json, outcome.to_dict() | values)
+    if args.classes:
+        _draw_confusion(args.run / "confusion.png", found, run.dataset()["classes"])
     if curve is not None:
         _draw(args.run / "samples.png", curve, f"{recipe.network}, {recipe.rule}, {Path(recipe.data).name}")
     return 0
@@ -126,6 +146,39 @@ def _table(curve: ErrorCurve) -> Table:
     times = f"{curve.repetitions} repetition{'s' if curve.repetitions > 1 else ''}"
     expectation = ("expectation", f"{curve.deterministic:.2f}%", "")
     return table_of(f"error of averaged passes, {times}", ("samples", "error", "± se"), [*rows, expectation])
+
+
+def _classes(names: Sequence[str], rows: Sequence[ClassScores]) -> Table:
+    """The classes, those with the largest error first."""
+    order = sorted(zip(names, rows, strict=True), key=lambda pair: -(pair[1].error or 0.0))
+    cells = [
+        (
+            name,
+            str(one.images),
+            "-" if one.error is None else f"{one.error:.2f}%",
+            "" if one.taken_for is None else f"{names[one.taken_for]} ({one.taken})",
+        )
+        for name, one in order
+    ]
+    return table_of("classes, in expectation", ("class", "images", "error", "most often taken for"), cells, ("class",))
+
+
+def _draw_confusion(path: Path, found: Evaluation, names: Sequence[str]) -> None:
+    """How often each class (row) was taken for each (column), as shares of the row; numbers where they can be read."""
+    counts = found.confusion
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    with panels(path, 1, f"{found.images} images, in expectation", "--classes:") as (axes,):
+        axes.imshow(shares.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
+        axes.set(xlabel="decision", ylabel="class")
+        if len(names) <= 30:
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(names)), names, fontsize=7)
+        if len(names) <= 12:
+            for row in range(len(names)):
+                for column in range(len(names)):
+                    if number := int(counts[row, column]):
+                        colour = "white" if shares[row, column] > 0.5 else "black"
+                        axes.text(column, row, str(number), ha="center", va="center", fontsize=7, color=colour)
 
 
 def _draw(path: Path, curve: ErrorCurve, title: str) -> None:

@@ -194,12 +194,17 @@ def table_of(
 def show(console: Console, title: str, found: Evaluation, facts: dict[str, str]) -> None:
     """Both kinds of inference as a table, then facts line by line."""
     kinds = {"deterministic (expectation)": found.deterministic, f"sampled ({found.samples} passes)": found.sampled}
+    headings = ["inference", "error", "± se", "NLL", "ECE"]
     rows = [
-        (name, f"{one.error:.2f}%", f"{one.error_se:.2f}", f"{one.nll:.4f}", f"{one.ece:.2f}%")
+        [name, f"{one.error:.2f}%", f"{one.error_se:.2f}", f"{one.nll:.4f}", f"{one.ece:.2f}%"]
         for name, one in kinds.items()
         if one is not None
     ]
-    console.print(table_of(title, ("inference", "error", "± se", "NLL", "ECE"), rows, left=("inference",)))
+    if found.deterministic.top5_error is not None:
+        headings.append("top-5 error")
+        for row, one in zip(rows, filter(None, kinds.values()), strict=True):
+            row.append(f"{one.top5_error:.2f}%")
+    console.print(table_of(title, headings, rows, left=("inference",)))
     if found.single_pass_error_se is not None:
         facts = {
             "single sampled pass": f"{found.single_pass_error:.2f} ± {found.single_pass_error_se:.2f}% error "

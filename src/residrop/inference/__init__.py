@@ -5,6 +5,7 @@ from residrop.inference.deploy.export import export as export
 from residrop.inference.deploy.fold import fold as fold
 from residrop.inference.deploy.recalibrate import Recalibration as Recalibration
 from residrop.inference.deploy.recalibrate import recalibrate as recalibrate
+from residrop.inference.evaluate import ClassScores as ClassScores
 from residrop.inference.evaluate import Evaluation as Evaluation
 from residrop.inference.evaluate import Scores as Scores
 from residrop.inference.evaluate import evaluate as evaluate

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from residrop.common.checks import check_whole
 from residrop.common.extras import extra
 from residrop.inference.sampled.predict import predict
 
-__all__ = ["Evaluation", "Scores", "evaluate", "score"]
+__all__ = ["ClassScores", "Evaluation", "Scores", "evaluate", "score"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,32 @@ class Scores:
         error_se: its standard error over the images (binomial), in percent.
         nll: mean negative log likelihood in nats.
         ece: expected calibration error in percent, 15 bins (Guo et al. 2017).
+        top5_error: share of images whose class is none of the five likeliest, in percent; None for five classes or
+            fewer.
     """
 
     error: float
     error_se: float
     nll: float
     ece: float
+    top5_error: float | None = None
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """How the images of one class fare.
+
+    Attributes:
+        images: how many there are.
+        error: share of wrong decisions in percent; None without images.
+        taken_for: number of the other class that most of them were taken for; None if no decision was wrong.
+        taken: how many were taken for that class.
+    """
+
+    images: int
+    error: float | None
+    taken_for: int | None
+    taken: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,8 @@ class Evaluation:
         probability_se: mean over images of the standard error of the winning class's probability; None below 2
             samples.
         images: number of images.
+        confusion: int64 Tensor[classes, classes], how many images of a class (row) were taken for which (column), in
+            expectation.
     """
 
     deterministic: Scores
@@ -56,10 +78,25 @@ class Evaluation:
     single_pass_error_se: float | None
     probability_se: float | None
     images: int
+    confusion: Tensor = field(compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return asdict(self)
+        """All fields but `confusion` as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name != "confusion"}
+
+    def by_class(self) -> list[ClassScores]:
+        """Errors in expectation, class by class."""
+        counts = self.confusion.sum(1)
+        wrong = self.confusion.clone().fill_diagonal_(0)
+        return [
+            ClassScores(
+                images=images,
+                error=100.0 * sum(row) / images if images else None,
+                taken_for=max(range(len(row)), key=row.__getitem__) if any(row) else None,
+                taken=max(row),
+            )
+            for images, row in zip(counts.tolist(), wrong.tolist(), strict=True)
+        ]
 
 
 def score(probabilities: Tensor, labels: Tensor) -> Scores:
@@ -70,12 +107,17 @@ def score(probabilities: Tensor, labels: Tensor) -> Scores:
     n = len(labels)
     wrong = float((probabilities.argmax(dim=1) != labels).double().mean())
     chosen = probabilities.gather(1, labels[:, None]).squeeze(1).double()
-    ece = multiclass_calibration_error(probabilities, labels, num_classes=probabilities.shape[1], n_bins=15)
+    classes = probabilities.shape[1]
+    top5 = None
+    if classes > 5:
+        top5 = 100.0 * float((probabilities.topk(5).indices != labels[:, None]).all(1).double().mean())
+    ece = multiclass_calibration_error(probabilities, labels, num_classes=classes, n_bins=15)
     return Scores(
         error=100.0 * wrong,
         error_se=100.0 * math.sqrt(wrong * (1.0 - wrong) / n),
         nll=float(-chosen.clamp_min(1e-12).log().mean()),
         ece=100.0 * float(ece),
+        top5_error=top5,
     )
 
 
@@ -144,9 +186,10 @@ def _interleaved(every: list[list[_Batch]]) -> list[_Batch]:
 
 def _summary(found: list[_Batch], samples: int) -> Evaluation:
     truth = torch.cat([batch.labels for batch in found])
-    deterministic = score(torch.cat([batch.expected for batch in found]), truth)
+    expected = torch.cat([batch.expected for batch in found])
+    deterministic, confusion = score(expected, truth), _confusion(expected, truth)
     if not samples:
-        return Evaluation(deterministic, None, 0, None, None, None, len(truth))
+        return Evaluation(deterministic, None, 0, None, None, None, len(truth), confusion)
     wrong = torch.stack([batch.wrong for batch in found if batch.wrong is not None]).double().sum(dim=0)
     single = 100.0 * wrong / len(truth)
     spread = torch.cat([batch.spread for batch in found if batch.spread is not None])
@@ -158,4 +201,12 @@ def _summary(found: list[_Batch], samples: int) -> Evaluation:
         single_pass_error_se=float(single.std() / math.sqrt(samples)) if samples > 1 else None,
         probability_se=float(spread.mean()) if samples > 1 else None,
         images=len(truth),
+        confusion=confusion,
     )
+
+
+def _confusion(probabilities: Tensor, labels: Tensor) -> Tensor:
+    with extra("train"):
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(probabilities, labels, num_classes=probabilities.shape[1])
