@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from residrop.surgery.apply import apply as apply
     from residrop.surgery.apply import remove as remove
     from residrop.theory.costs import survival_for as survival_for
+    from residrop.training.checkpoint import load_run as load_run
 
 _PACKAGES = (
     "blocks",
@@ -81,6 +82,7 @@ _NAMES = {
     "residrop.schedule.sampler": ("DepthSampler", "Plan"),
     "residrop.surgery.apply": ("apply", "remove"),
     "residrop.theory.costs": ("survival_for",),
+    "residrop.training.checkpoint": ("load_run",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import residrop
 from residrop.common.errors import RunError, UsageError
 from residrop.data import Normalization
 from residrop.training import Recipe, Run, checked, checkpoint, load_run, logbook
@@ -41,6 +42,19 @@ def test_every_file_of_a_run_is_documented(finished):
 
 def test_nothing_temporary_is_left(finished):
     assert not [path for path in finished[1].rglob("*") if path.name.startswith(".")]
+
+
+def test_load_run_gives_what_a_user_needs(finished):
+    recipe, path, _ = finished
+    loaded = residrop.load_run(str(path))
+    run, model = loaded
+    assert loaded.model is model
+    assert not model.training
+    assert loaded.recipe == run.recipe() == recipe.replace(survival="linear_decay(0.5)", normalization="channel")
+    assert loaded.classes == tuple(str(digit) for digit in range(10))
+    x = loaded.normalization(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    assert torch.equal(x, run.normalization()(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)))
+    assert model(x).shape == (2, 10)
 
 
 def test_files_say_what_was_done(finished):

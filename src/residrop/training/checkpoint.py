@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from residrop.training.foreign import is_foreign
 from residrop.training.networks import build_network, survival_of
 from residrop.training.recipe import Recipe
 
-__all__ = ["Run", "load_run", "versions"]
+__all__ = ["LoadedRun", "Run", "load_run", "versions"]
 
 
 _SURVIVAL = "survival_rates"  # in the metadata of weights
@@ -231,18 +231,45 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def load_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
+class LoadedRun(NamedTuple):
+    """A run and its network.
+
+    Attributes:
+        run: the directory.
+        model: with the trained weights, in eval mode on the CPU.
+    """
+
+    run: Run
+    model: nn.Module
+
+    @property
+    def recipe(self) -> Recipe:
+        """Every setting of the training."""
+        return self.run.recipe()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the network's outputs mean."""
+        return tuple(self.run.dataset()["classes"])
+
+    @property
+    def normalization(self) -> Normalization:
+        """From uint8 pixels Tensor[N, C, H, W] to what the network reads."""
+        return self.run.normalization()
+
+
+def load_run(path: Path | str, weights: str = "model") -> LoadedRun:
     """Open a run and build its network with the trained weights, in eval mode on the CPU.
 
     Args:
         path: the run directory.
-        weights: `model` (to report on) or `best`.
+        weights: `model` (to report on), `best` (of the validation) or `recalibrated`.
 
     Raises:
         RunError: no run there, or a file of it is missing or damaged.
     """
-    run = Run.open(path)
-    return run, run.build(weights)
+    run = Run.open(Path(path))
+    return LoadedRun(run, run.build(weights))
 
 
 def versions() -> dict[str, str]:
