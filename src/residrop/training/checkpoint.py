@@ -44,7 +44,7 @@ from residrop.training.checked import (
     write_record,
 )
 from residrop.training.foreign import is_foreign
-from residrop.training.networks import build_network, survival_of
+from residrop.training.networks import build_network, load_weights, survival_of
 from residrop.training.recipe import Recipe
 
 __all__ = ["LoadedRun", "Run", "load_run", "versions"]
@@ -215,7 +215,7 @@ class Run:
         path = self.path / f"{name}.safetensors"
         tensors, about = found
         try:
-            model.load_state_dict(tensors)
+            load_weights(model, tensors)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             text = f"{path} does not fit the recipe's network: {first[:200]}; {self._again(name)}"

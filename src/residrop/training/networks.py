@@ -4,12 +4,13 @@ Those of other libraries are changed by `residrop.apply`, so every rule works on
 model load into the one that is trained and back.
 """
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from residrop.blocks.attach import rules_of
 from residrop.common.errors import ConfigError, UsageError
@@ -21,7 +22,7 @@ from residrop.surgery.report import Report
 from residrop.training.foreign import is_foreign, plain
 from residrop.training.recipe import Recipe
 
-__all__ = ["build_network", "report_of", "survival_of"]
+__all__ = ["build_network", "load_weights", "report_of", "survival_of"]
 
 _UNMEASURED = 0.5  # the survival rate before there is another
 
@@ -52,6 +53,17 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
     else:
         options["channels"] = dataset["channels"]
     return create(recipe.network, rule=recipe.rule, classes=len(dataset["classes"]), **options)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of tensors by name; RuntimeError if they do not fit.
+
+    Some modules (MNASNet of torchvision) refuse weights without the version of their class, which files of plain
+    tensors do not keep; that of the module at hand is the one that wrote them.
+    """
+    given: Any = OrderedDict(tensors)
+    given._metadata = getattr(model.state_dict(), "_metadata", {})
+    model.load_state_dict(given)
 
 
 def survival_of(model: nn.Module) -> list[float]:

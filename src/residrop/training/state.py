@@ -13,6 +13,7 @@ from residrop.common.errors import RunError
 from residrop.engines.distributed import GradientSync
 from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks
+from residrop.training.networks import load_weights
 from residrop.training.update import RecordedUpdate
 
 __all__ = ["State"]
@@ -69,7 +70,7 @@ class State:
         """Continue from what `save` wrote to `path`; RunError if it is something else."""
         try:
             _check(saved)
-            self.model.load_state_dict(saved["model"])
+            load_weights(self.model, saved["model"])
             self._restore_optimizer(saved["optimizer"])
             sampler = sampler_of(self.model)
             if saved["sampler"] != {"seed": sampler.seed, "step": saved["update"]}:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from residrop.common.errors import ConfigError
 from residrop.training.foreign import is_foreign, pretrained
+from residrop.training.networks import load_weights
 from residrop.training.recipe import Recipe
 
 __all__ = ["check_weights", "give_weights", "start_weights"]
@@ -113,7 +114,7 @@ def give_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
             f"weights {source} do not fit the network: {wrong[0]}" + (f", and {len(wrong) - 1} more" * (len(wrong) > 1))
         )
     if not any(one.is_meta for one in wanted.values()):  # there they are only compared
-        model.load_state_dict({**wanted, **{name: one for name, one in tensors.items() if name not in head}})
+        load_weights(model, {**wanted, **{name: one for name, one in tensors.items() if name not in head}})
     lines = [f"weights: {source}"]
     if head:
         lines.append(f"new, with random weights: {', '.join(sorted(head))} (for the classes of these data)")
