@@ -178,6 +178,12 @@ def test_networks_that_do_not_fit_are_refused_before_anything_is_written(foreign
     assert not (tmp_path / "run" / "recipe.json").exists()
 
 
+def test_options_of_our_networks_are_refused(foreign, tmp_path):
+    for option in ({"width": 2}, {"block": "v2"}, {"bn_gamma_init": "uniform"}):
+        with pytest.raises(ConfigError, match=r"is for networks of residrop; timm:test_resnet takes --[a-z-]+ None"):
+            train(foreign(**option), tmp_path / "run", quiet=True)
+
+
 def test_networks_without_residual_blocks_are_refused():
     with pytest.raises(ConfigError, match="VGG has no residual blocks"):
         build_network(residrop.training.Recipe(network="torchvision:vgg11", survival="0.5"), DATASET)

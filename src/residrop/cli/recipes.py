@@ -39,7 +39,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if args.name is not None:
         return _show(args.name, args.json)
     if args.networks:
-        headings, rows = ("networks", "what it is"), list_models().items()
+        others = {
+            "timm:NAME": "any image classifier of timm with residual blocks (docs/train.md)",
+            "torchvision:NAME": "the same of torchvision",
+            "transformers:PATH": "the same of transformers, from the folder that save_pretrained wrote",
+        }
+        headings, rows = ("networks", "what it is"), (list_models() | others).items()
     elif args.rules:
         headings, rows = ("rules", "what it is"), [(name, entry.title) for name, entry in RULES.items()]
     elif args.data:

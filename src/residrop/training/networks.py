@@ -78,6 +78,13 @@ def report_of(model: nn.Module) -> Report | None:
 
 def _changed(recipe: Recipe, dataset: dict[str, Any], options: dict[str, Any]) -> nn.Module:
     """A model of another library under the recipe's rule."""
+    for name in ("width", "block", "bn_gamma_init"):
+        if (value := getattr(recipe, name)) is not None:
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"{name} is {value!r}, which is for networks of residrop; {recipe.network} takes --{option} None, and "
+                "options of its own after a question mark"
+            )
     size = dataset["size"]
     with torch.random.fork_rng(devices=[]), _refusing(recipe.network, size):
         torch.default_generator.manual_seed(recipe.seed % 2**64)
