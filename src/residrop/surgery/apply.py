@@ -141,18 +141,22 @@ def _tried(
 
     def attempt(these: list[Found], coarse: set[nn.Module]) -> tuple[Tried, list[Found]]:
         """What is learnt of these blocks, and those that may fit at block level although they do not at row level."""
+        nonlocal few
         # rates are for the blocks that fit, so these are tried at any other
         rates = survival if inherits else 1.0 if rule == "constant" else 0.5
         todo, _ = _with_rules(model, these, rule, rates, options, coarse)
+        # of whole batches more rows would show no more; later attempts count operations of as many as the first
+        few = few or (4 if any(each.granularity == "row" for _, made in todo for each in made) else 2)
         try:
             _put(todo, *given)
-            result = tried(model, [one.block for one, _ in todo], example)
+            result = tried(model, [one.block for one, _ in todo], example, few)
         finally:
             _take_away(model)
         needed.update(result.needed)
         wrong = [(one, made) for one, made in todo if one.block in result.wrong]
         return result, [one for one, made in wrong if any(each.granularity == "row" for each in made)]
 
+    few = 0  # rows of the example to look at
     needed: set[nn.Module] = set()  # what else could be tried gives as little, but for streams, which are sums
     result, rows = attempt(found, set())
     taken = {one.block: one for one in found if one.block not in result.wrong}

@@ -15,7 +15,6 @@ from residrop.surgery.operations import Operations
 
 __all__ = ["Tried", "called_with", "tried"]
 
-_ROWS = 4  # of an example that are looked at
 _KEPT = ("residrop_checked", "residrop_seen", "residrop_kinds", "residrop_forms", "residrop_unused")
 
 
@@ -47,17 +46,17 @@ def called_with(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example,), {}
 
 
-def _few_rows(example: Any) -> Any:
+def _few_rows(example: Any, rows: int) -> Any:
     """An example of some rows of this one, which show as much; None if it cannot be told what its rows are."""
     tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tensors}
-    if len(sizes) != 1 or max(sizes) <= _ROWS:
+    if len(sizes) != 1 or max(sizes) <= rows:
         return None
-    return tree_map(lambda leaf: leaf[:_ROWS] if isinstance(leaf, Tensor) else leaf, example)
+    return tree_map(lambda leaf: leaf[:rows] if isinstance(leaf, Tensor) else leaf, example)
 
 
-def tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
-    """Run a model once on an example (four rows of it), and compare each block with what it was taken for.
+def tried(model: nn.Module, blocks: Sequence[Any], example: Any, rows: int) -> Tried:
+    """Run a model once on an example (a few rows of it), and compare each block with what it was taken for.
 
     The model is in eval mode meanwhile, no gradients are computed, and random number generators are put back.
 
@@ -65,11 +64,12 @@ def tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
         model: with its blocks changed (`surgery.blocks.install_rules`).
         blocks: these.
         example: see `called_with`.
+        rows: how many rows of it.
 
     Raises:
         ConfigError: the model fails on the example.
     """
-    few = _few_rows(example)
+    few = _few_rows(example, rows)
     if few is not None:
         try:
             return _tried(model, blocks, few)
