@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from residrop.common.errors import ConfigError, DataError
-from residrop.data import Loader, augmentation, fit, load
-from residrop.data.streaming import resized_crop_box
+from residrop.data import Augmentation, Loader, augmentation, fit, load
+from residrop.data.augment import resized_crop_box
 
 # Python 3.12 and later warn of every fork while other threads (torch's own) exist.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -52,6 +52,43 @@ def test_workers_change_nothing(files):
     state = torch.get_rng_state()
     assert same(loader(files).train_batches(0), loader(files, workers=2).train_batches(0))
     assert torch.equal(state, torch.get_rng_state())
+
+
+CHANGED = {"flip": True, "crop": "resized", "policy": "trivial-augment", "alternate": True}
+CHANGED |= {"erasing": 0.5, "mixup": 0.2, "cutmix": 1.0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_changed_and_mixed_batches_are_pure_and_shared_among_ranks(files, workers):
+    options = {"augmentation": Augmentation(**CHANGED), "classes": 2}
+    state = torch.get_rng_state()
+    batches = list(loader(files, **options).train_batches(3))
+    assert torch.equal(state, torch.get_rng_state())
+    assert same(batches[1:], loader(files, **options, workers=workers).train_batches(3, start=1))
+    assert not same(batches, loader(files, **options).train_batches(4))
+    assert all(y.shape == (len(x), 2) for x, y in batches)
+    parts = [list(loader(files, **options, share=(rank, 2), workers=workers).train_batches(3)) for rank in range(2)]
+    for (x, y), *shares in zip(batches, *parts, strict=True):
+        assert torch.equal(torch.cat([one for one, _ in shares]), x)
+        assert torch.equal(torch.cat([one for _, one in shares]), y)
+
+
+def test_files_are_mirrored_in_every_other_epoch(files):
+    options = {"batch_size": 8, "augmentation": Augmentation(flip=True, crop="none", alternate=True)}
+    plain = loader(files, batch_size=8, augmentation=None)
+    epochs = [by_label_and_sum(loader(files, **options), epoch) for epoch in range(4)]
+    upright = by_label_and_sum(plain, 0)
+    for one in upright:
+        sides = [torch.equal(epoch[one], upright[one]) for epoch in epochs]
+        assert sides in ([True, False] * 2, [False, True] * 2)
+
+
+def by_label_and_sum(one, epoch):
+    return {
+        (int(n), round(float(x.double().sum()), 2)): x
+        for batch, y in one.train_batches(epoch)
+        for x, n in zip(batch, y, strict=True)
+    }
 
 
 def test_evaluation_is_the_central_crop_of_the_resized_image(files):

@@ -1,6 +1,7 @@
 """Which parameters an optimizer moves, by how much, and that absent blocks stay where they are."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from residrop.training import Recipe, load_run, loop, train
 from residrop.training.networks import build_network
 from residrop.training.optimizers import freeze, layers_of, make_optimizer
 from residrop.training.setup import prepare, resolve
+from residrop.training.update import one_pass
 
 DATASET = {"classes": [str(digit) for digit in range(10)], "channels": 1, "size": 8, "steps": 8}
 KINDS = {
@@ -153,6 +155,30 @@ def test_resumed_run_equals_the_uninterrupted(tiny, tmp_path, interrupt, assert_
     interrupt(recipe, tmp_path / "broken", 3)
     train(recipe, tmp_path / "broken", resume=True, quiet=True)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_resumed_run_with_mixed_images_equals_the_uninterrupted(tiny, tmp_path, interrupt, assert_same_run):
+    recipe = tiny(
+        survival="0.5", policy="rand-augment", erasing=0.25, mixup=0.2, cutmix=1.0, augmentation="resized-crop",
+        flips="alternating", micro_batches=2, label_smoothing=0.1, precision="bf16",
+    )  # fmt: skip
+    train(recipe, tmp_path / "whole", quiet=True)
+    interrupt(recipe, tmp_path / "broken", 3)
+    train(recipe, tmp_path / "broken", resume=True, quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_loss_and_errors_of_mixed_labels():
+    torch.manual_seed(0)
+    x, shares = torch.randn(6, 4), torch.rand(6, 4).softmax(1)
+    model, sums = nn.Linear(4, 4), torch.zeros(3, dtype=torch.float64)
+    one_pass(model, x, shares, 1 / 6, sums, nullcontext, label_smoothing=0.2)
+    smoothed = 0.8 * shares + 0.2 / 4
+    loss = -(smoothed * model(x).log_softmax(1)).sum(1).mean()
+    (wanted,) = torch.autograd.grad(loss, [model.weight])
+    torch.testing.assert_close(model.weight.grad, wanted)
+    wrong = (model(x).argmax(1) != shares.argmax(1)).sum()
+    assert sums.tolist() == pytest.approx([6 * loss.item(), wrong.item(), 6.0], rel=1e-6)
 
 
 # What is not trained

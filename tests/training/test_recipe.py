@@ -79,6 +79,12 @@ OTHER = {
     "seed": 1,
     "samples": 5,
     "precision": "fp32",
+    "flips": "alternating",
+    "crop_area": 0.25,
+    "policy": "rand-augment(1, 5)",
+    "erasing": 0.25,
+    "mixup": 0.2,
+    "cutmix": 1.0,
     "compile": True,
     "device": "cpu",
     "channels_last": False,
@@ -95,6 +101,7 @@ def base(**changes):
         {"budget": "0.5", "spend": "sensitivity"} if set(changes) & {"spend", "per_cost", "least", "refresh"} else {}
     )
     needed |= {"lr": 0.01} if "optimizer" in changes else {}
+    needed |= {"augmentation": "resized-crop"} if set(changes) & {"flips", "crop_area"} else {}
     return Recipe(**{"validation": 10, **needed, **changes})
 
 

@@ -1,6 +1,7 @@
 """Batches as a pure function of (seed, epoch, batch number), so that a resumed run sees what it would have seen."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from residrop.data.pixels import check_memory
 from residrop.data.seeds import generator_for
 from residrop.data.splits import Files, Images
 from residrop.data.streaming import check_streamable, stream
+from residrop.data.transforms import changed, check_policy, erased, mixed
 from residrop.schedule.sampler import derive_key
 
 __all__ = ["Loader"]
 
-_ORDER, _AUGMENT, _STREAM, _FIXED = 1, 2, 3, 4  # first words of the seeds: one purpose never repeats another's draw
+# first words of the seeds: one purpose never repeats another's draw
+_ORDER, _AUGMENT, _STREAM, _FIXED, _SIDE, _CHANGE, _ERASE, _MIX = range(1, 9)
 _AHEAD = 64  # batches whose draws go to the device together
 
 
@@ -27,7 +30,9 @@ class Loader:
     Batch b of epoch e, its order as well as its augmentation, is a function of (seed, e, b) alone: there is no
     generator whose state a checkpoint would have to keep, and draws are the same for every device.
 
-    `Images` live on the device and no Python code runs per image. `Files` are decoded by worker processes.
+    `Images` live on the device, and no Python code runs per image but for resized crops, policies and erasing. `Files`
+    are decoded, and changed by policies, by worker processes. Mixed images have the one before them in the batch as
+    partner (the first the last), whichever rank has that.
 
     The last batch of an epoch may be smaller. If it were a single image (and `batch_size` is not 1) it is left
     out of training, since batch normalisation has no variance of one image; evaluation always covers all images.
@@ -53,6 +58,7 @@ class Loader:
         workers: int = 2,
         share: tuple[int, int] = (0, 1),
         compile: bool = False,
+        classes: int | None = None,
     ) -> None:
         """Move the images to the device, if they are in memory.
 
@@ -60,7 +66,8 @@ class Loader:
             images: what to give out.
             batch_size: images per batch, at least 1.
             normalization: applied before augmentation; see `residrop.data.fit`.
-            augmentation: of training batches only; None for none. `Files` allow crop "none" and "resized".
+            augmentation: of training batches only; None for none. `Files` allow crop "none" and "resized". Where it
+                mixes images, labels of training batches are float32 `Tensor[n, classes]`.
             seed: any whole number.
             device: of the batches.
             channels_last: whether batches have the memory format `torch.channels_last`.
@@ -70,6 +77,7 @@ class Loader:
                 empty where images are fewer than ranks.
             compile: make augmented batches of `Images` by one compiled kernel (channels-last only); their values may
                 differ in the last bit.
+            classes: number of classes, which mixed labels need.
 
         Raises:
             ConfigError: if an argument is out of range or does not fit the images.
@@ -83,7 +91,11 @@ class Loader:
         self._device = torch.device(device)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._normalization = normalization.to(self._device)
-        self._augmentation = augmentation
+        self._augmentation, self._classes = augmentation, classes
+        if augmentation is not None:
+            check_policy(augmentation.policy)
+            if augmentation.mixes and classes is None:
+                raise ConfigError("classes: None; mixed labels need the number of classes")
         if isinstance(images, Files):
             check_streamable(augmentation)
             number, size = min(batch_size, len(images)), images.size
@@ -91,8 +103,6 @@ class Loader:
             check_memory(wanted, f"a batch of {number} images at {size}x{size} pixels")
             self._images: Images | Files = images
         else:
-            if augmentation is not None and augmentation.crop == "resized":
-                raise ConfigError("augmentation 'resized-crop' is for image files that stream; use 'crop' for this set")
             pixels, labels = images.pixels.to(self._device), images.labels.to(self._device)
             self._images = Images(pixels, labels)
         full, rest = divmod(self.num_images, batch_size)
@@ -107,8 +117,8 @@ class Loader:
                 `start`, bit for bit.
 
         Returns:
-            An iterator over (x, labels): float32 `Tensor[n, C, H, W]` and int64 `Tensor[n]` on the device; n is the
-            number of images of this rank.
+            An iterator over (x, labels): float32 `Tensor[n, C, H, W]` and int64 `Tensor[n]` (mixed: shares of the
+            classes, float32 `Tensor[n, classes]`) on the device; n is the number of images of this rank.
 
         Raises:
             ConfigError: if `start` is out of range or an epoch would have no batch at all.
@@ -123,8 +133,10 @@ class Loader:
         numbers = range(start, self.steps_per_epoch)
         if isinstance(self._images, Files):
             batches = (order[self._slice(number)] for number in numbers)
-            parts = [batch[self._share(len(batch))].tolist() for batch in batches]
-            return self._streamed(self._images, parts, self._augmentation, epoch)
+            parts: list[list[int]] = [batch[self._places(len(batch))].tolist() for batch in batches]
+            streamed = self._streamed(self._images, parts, self._augmentation, epoch)
+            made = zip(numbers, parts, streamed, strict=True)
+            return (self._later(x, y, part, epoch, number) for number, part, (x, y) in made)
         return self._resident(self._images, order, numbers, epoch)
 
     def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -168,21 +180,56 @@ class Loader:
         # The format is set on the bytes, where the copy is cheapest; everything after keeps it.
         return self._normalization(pixels.contiguous(memory_format=self._format))
 
+    def _places(self, images: int) -> slice | Tensor:
+        """Where in a training batch the images of this rank are; if they are mixed, in front of them the partner of
+        the first, if it is another rank's."""
+        mine, made = self._share(images), self._augmentation
+        if made is None or not made.mixes or mine.stop - mine.start in (0, images):
+            return mine
+        return torch.tensor([(mine.start - 1) % images, *range(mine.start, mine.stop)])
+
     def _resident(self, images: Images, order: Tensor, numbers: range, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = order.to(self._device)
+        made, there, sides = self._augmentation, order.to(self._device), None
+        if made is not None and made.flip and made.alternate:
+            sides = torch.rand(self.num_images, generator=generator_for(_SIDE, self._seed)) < 0.5
+            sides = (sides ^ bool(epoch % 2)).to(self._device)
         for number, draw in self._drawn(numbers, epoch):
-            index = order[self._slice(number)]
-            mine = self._share(len(index))
-            index = index[mine]
+            places = self._places(self.images_in(number))
+            batch = there[self._slice(number)]
+            index = batch[places]
             labels = images.labels.index_select(0, index)
-            if self._compile and draw is not None and self._augmentation is not None and len(index):
-                pad = self._augmentation.pad
-                yield fused_batch(images.pixels, index, draw.of(mine), pad, self._normalization), labels
+            if draw is None or made is None or not len(index):
+                yield self._finish(images.pixels.index_select(0, index)), labels
                 continue
-            x = self._finish(images.pixels.index_select(0, index))
-            if draw is not None and self._augmentation is not None and len(x):
-                x = self._augmentation.apply(x, draw.of(mine))
-            yield x, labels
+            if sides is not None:
+                draw = replace(draw, flip=sides[batch])
+            numbered = order[self._slice(number)][places].tolist() if made.by_image or made.erasing else []
+            if self._compile and not made.by_image:
+                x = fused_batch(images.pixels, index, draw.of(places), made.pad, self._normalization)
+            else:
+                pixels = images.pixels.index_select(0, index)
+                if made.by_image:
+                    pixels = changed(pixels, made, self._seeds(_CHANGE, epoch, numbered))
+                x = made.apply(self._finish(pixels), draw.of(places))
+            yield self._later(x, labels, numbered, epoch, number)
+
+    def _seeds(self, purpose: int, epoch: int, images: list[int]) -> list[int]:
+        return [derive_key(purpose, self._seed, epoch, image) >> 1 for image in images]
+
+    def _later(self, x: Tensor, labels: Tensor, images: list[int], epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """Erasing and mixing of a training batch; `images` are their numbers."""
+        made = self._augmentation
+        if made is None or not len(x):
+            return x, labels
+        if made.erasing:
+            x = erased(x, made.erasing, self._seeds(_ERASE, epoch, images))
+        if made.mixes:
+            assert self._classes is not None  # it was checked
+            x, labels = mixed(x, labels, made, self._classes, derive_key(_MIX, self._seed, epoch, number) >> 1)
+            share = self._share(self.images_in(number))
+            if len(x) > share.stop - share.start:  # without the partner of the first
+                x, labels = x[1:], labels[1:]
+        return x, labels
 
     def _drawn(self, numbers: range, epoch: int) -> Iterator[tuple[int, Draw | None]]:
         """Numbers of batches with their draws, which are on the device for many batches at a time."""

@@ -1,6 +1,5 @@
 """Decoding of `Files` in worker processes, batch by batch."""
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,16 +10,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from residrop.common.errors import ConfigError, DataError
-from residrop.data.augment import Augmentation
+from residrop.data.augment import ATTEMPTS, Augmentation, resized_crop_box
 from residrop.data.decode import DecodingError, open_rgb, shrink_and_crop, to_chw, without_warnings
 from residrop.data.seeds import generator_for
 from residrop.data.splits import Files
+from residrop.data.transforms import with_policy
+from residrop.schedule.sampler import derive_key
 
-__all__ = ["check_streamable", "resized_crop_box", "stream"]
-
-_ATTEMPTS = 10  # boxes tried before the central one, as fb.resnet.torch and torchvision do
-_AREA = (0.08, 1.0)
-_RATIO = (3 / 4, 4 / 3)
+__all__ = ["check_streamable", "stream"]
 
 _Decoded = tuple[Tensor, int] | str  # a string is an error on its way to the main process
 
@@ -31,31 +28,6 @@ def check_streamable(augmentation: Augmentation | None) -> None:
         raise ConfigError(
             f"crop={augmentation.crop!r}: images read batch by batch allow 'none' and 'resized'; use 'resized-crop'"
         )
-
-
-def resized_crop_box(width: int, height: int, uniforms: Sequence[float]) -> tuple[int, int, int, int]:
-    """Choose the box of a random resized crop: area 8 % to 100 % of the image, aspect ratio 3/4 to 4/3.
-
-    Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        uniforms: numbers in [0, 1), four for every attempt: area, ratio, left, top.
-
-    Returns:
-        (left, top, right, bottom) of the first attempt that fits into the image, otherwise of the central
-        square of the shorter side.
-    """
-    for area, ratio, left, top in zip(*[iter(uniforms)] * 4, strict=True):
-        pixels = width * height * (_AREA[0] + area * (_AREA[1] - _AREA[0]))
-        low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
-        aspect = math.exp(low + ratio * (high - low))
-        box_width, box_height = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            x, y = int(left * (width - box_width + 1)), int(top * (height - box_height + 1))
-            return x, y, x + box_width, y + box_height
-    side = min(width, height)
-    x, y = (width - side) // 2, (height - side) // 2
-    return x, y, x + side, y + side
 
 
 class _FileSet(Dataset[_Decoded]):
@@ -79,14 +51,23 @@ class _FileSet(Dataset[_Decoded]):
             return f"{self._paths[index]}: image {error}; {advice}"
         generator = generator_for(self._seed, self._epoch, index)
         image = self._resize(image, generator)
-        if self._augmentation is not None and self._augmentation.flip and _coin(generator):
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.ascontiguousarray(to_chw(image))), int(self._labels[index])
+        made = self._augmentation
+        if made is not None and made.flip:
+            coin = _coin(generator)
+            if made.alternate:
+                coin = _coin(generator_for(self._seed, index)) ^ bool(self._epoch % 2)
+            if coin:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = torch.from_numpy(np.ascontiguousarray(to_chw(image)))
+        if made is not None and made.policy is not None:
+            pixels = with_policy(pixels, made.policy, derive_key(self._seed, self._epoch, index, 1) >> 1)
+        return pixels, int(self._labels[index])
 
     def _resize(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
         if self._augmentation is None or self._augmentation.crop == "none":
             return shrink_and_crop(image, self._size, self._shorter)
-        box = resized_crop_box(*image.size, torch.rand(4 * _ATTEMPTS, generator=generator).tolist())
+        uniforms = torch.rand(4 * ATTEMPTS, generator=generator).tolist()
+        box = resized_crop_box(*image.size, uniforms, self._augmentation.area)
         return image.resize((self._size, self._size), Image.Resampling.BILINEAR, box=box)
 
 

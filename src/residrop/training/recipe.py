@@ -15,14 +15,16 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
-from residrop.data import sources
+from residrop.data import augmentation, sources
+from residrop.data.transforms import check_policy
 from residrop.schedule.timing import parse as parse_timing
 from residrop.theory.costs import read_budget
 
 __all__ = ["Recipe"]
 
 _LATER = {"weights", "freeze", "optimizer", "warmup_form", "decay_vectors", "layer_decay", "clip_grad"}
-_LATER |= {"label_smoothing", "ema"}
+_LATER |= {"label_smoothing", "ema", "flips", "crop_area", "policy", "erasing", "mixup", "cutmix"}
+_MIXING = ("mixup", "cutmix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,24 @@ class Recipe:
     (model). None: model for those, else channel."""
     augmentation: Literal["none", "flip", "crop", "batch-crop", "shift", "resized-crop"] = "none"
     """Random changes of training images. flip: half of them mirrored. crop: flip and a pad-4 crop per image.
-    batch-crop: flip and one crop per mini-batch (Swapout). shift: by a pixel, no flip. resized-crop: ImageNet's."""
+    batch-crop: flip and one crop per mini-batch (Swapout). shift: by a pixel, no flip. resized-crop: ImageNet's, flip
+    and a part of random area and shape."""
+    flips: Literal["random", "alternating"] = "random"
+    """random: each image is mirrored or not anew in every epoch; alternating: in every other epoch."""
+    crop_area: float = 0.08
+    """Smallest share of an image that a resized crop takes."""
+    policy: str | None = None
+    """Random changes of colour and shape by torchvision: rand-augment, rand-augment(OPERATIONS, MAGNITUDE) with 2 and 9
+    by default, or trivial-augment. They are made image by image, which takes time of the training's own process but
+    for images too large to keep in memory."""
+    erasing: float = 0.0
+    """Probability that a rectangle of an image is overwritten with noise (random erasing)."""
+    mixup: float = 0.0
+    """Mix each image and its label with another's: parameter of the Beta distribution of the share, such as 0.2 (0:
+    none)."""
+    cutmix: float = 0.0
+    """Paste a rectangle of another image into each: parameter as of mixup, such as 1. With both, each batch has one of
+    them. Training errors then count the class of the larger share."""
 
     # --- optimisation ---
     epochs: int = 30
@@ -189,7 +208,7 @@ class Recipe:
             check_whole("limit", self.limit, least=1)
         for name, kind in get_type_hints(type(self)).items():
             self._check_kind(name, kind)
-        names = ("warmup", "momentum", "least", "layer_decay", "label_smoothing")
+        names = ("warmup", "momentum", "least", "layer_decay", "label_smoothing", "crop_area", "erasing")
         shares = [(name, getattr(self, name)) for name in names]
         for name, value in [*shares, *((f"lr_drops[{i}]", drop) for i, drop in enumerate(self.lr_drops))]:
             if not 0.0 <= value <= 1.0:
@@ -202,7 +221,14 @@ class Recipe:
             raise ConfigError(
                 "compile is on, and what a budget or watch measures needs branches as they are; leave one out"
             )
-        for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes", "clip_grad"):
+        if self.crop_area == 0.0:
+            raise ConfigError("crop_area is 0.0; it is the smallest share of an image that a crop takes, such as 0.08")
+        check_policy(self.policy)
+        if self.flips == "alternating" and not augmentation(self.augmentation).flip:
+            raise ConfigError(f"flips are 'alternating', and augmentation {self.augmentation!r} mirrors no image")
+        if self.crop_area != 0.08 and self.augmentation != "resized-crop":
+            raise ConfigError(f"crop_area is {self.crop_area}; it is of augmentation 'resized-crop'")
+        for name in ("lr", "warmup_lr", "lr_factor", "weight_decay", "checkpoint_minutes", "clip_grad", *_MIXING):
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value}; give a finite number of at least 0")

@@ -175,7 +175,7 @@ def _hasten(recipe: Recipe, model: nn.Module, ready: Prepared, ranks: Ranks) -> 
     measured = recipe.budget is not None or bool(recipe.watch)  # which needs the parts of blocks as they are
     alone = ranks.size == 1 and recipe.micro_batches == 1  # nothing else adds to gradients
     usual = recipe.optimizer == "sgd" and recipe.clip_grad is None and recipe.label_smoothing == 0.0
-    usual = usual and recipe.layer_decay == 1.0 and not recipe.freeze
+    usual = usual and recipe.layer_decay == 1.0 and not recipe.freeze and not (recipe.mixup or recipe.cutmix)
     graphs = recipe.graphs != "none" and ready.device.type == "cuda" and alone and not measured
     whole = graphs and replays(model) and (recipe.compile or not any(rule.rates for rule in rules_of(model)))
     if whole and usual and recipe.graphs == "updates":

@@ -1,5 +1,6 @@
 """What a training is made of before it starts: device, precision, batches, optimizer."""
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -106,19 +107,31 @@ def loader_for(
     normalization: Normalization,
     device: torch.device,
     ranks: Ranks = ALONE,
+    classes: int | None = None,
 ) -> Loader:
-    """A rank's batches of the images of one part (train, validation, test); only those of train are augmented."""
+    """A rank's batches of the images of one part (train, validation, test); only those of train are augmented, and need
+    the number of classes."""
+    made = dataclasses.replace(
+        augmentation(recipe.augmentation),
+        alternate=recipe.flips == "alternating",
+        area=recipe.crop_area,
+        policy=recipe.policy,
+        erasing=recipe.erasing,
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+    )
     return Loader(
         images,
         batch_size=recipe.batch_size if part == "train" else evaluation_batch(recipe.batch_size, images, device),
         normalization=normalization,
-        augmentation=augmentation(recipe.augmentation) if part == "train" else None,
+        augmentation=made if part == "train" else None,
         seed=recipe.seed,
         device=device,
         channels_last=recipe.channels_last,
         workers=recipe.workers,
         share=(ranks.rank, ranks.size),
         compile=recipe.compile,
+        classes=classes,
     )
 
 
@@ -234,7 +247,10 @@ def prepare(recipe: Recipe, ranks: Ranks = ALONE, before: dict[str, Any] | None 
         splits = in_colour(splits)
     normalization = _normalization(recipe, splits)
     parts = [name for name in ("train", "validation", "test") if getattr(splits, name) is not None]
-    loaders = {name: loader_for(recipe, getattr(splits, name), name, normalization, device, ranks) for name in parts}
+    classes = len(splits.classes)
+    loaders = {
+        name: loader_for(recipe, getattr(splits, name), name, normalization, device, ranks, classes) for name in parts
+    }
     steps = loaders["train"].steps_per_epoch
     if steps == 0:
         raise ConfigError(f"{len(splits.train)} training image(s) make no batch of at least two; give more images")

@@ -33,7 +33,7 @@ def one_pass(
     Args:
         forward: from images to logits.
         x: Tensor[n, ...].
-        y: labels, int64 Tensor[n].
+        y: labels, int64 Tensor[n], or shares of the classes, float32 Tensor[n, K]; then the largest counts for errors.
         share: what an image adds to the gradient, per gradient of its loss.
         sums: float64 Tensor[3], to which loss, wrong answers and images are added.
         autocast: makes the context of the forward.
@@ -44,7 +44,7 @@ def one_pass(
         loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
     (loss * (len(x) * share)).backward()
     with torch.no_grad():
-        wrong = (logits.argmax(dim=1) != y).sum()
+        wrong = (logits.argmax(dim=1) != (y if y.ndim == 1 else y.argmax(dim=1))).sum()
         sums += torch.stack((loss.double() * len(x), wrong.double(), torch.ones_like(wrong) * len(x)))
 
 

@@ -32,7 +32,10 @@ RECIPE = {
     "samples": 3,
     "micro_batches": 3,
 }
-RECENT = {"clip_grad": 0.5, "layer_decay": 0.8, "label_smoothing": 0.1, "ema": 0.8, "decay_vectors": False}
+RECENT = {
+    **{"clip_grad": 0.5, "layer_decay": 0.8, "label_smoothing": 0.1, "ema": 0.8, "decay_vectors": False},
+    **{"policy": "rand-augment", "erasing": 0.25, "mixup": 0.2, "cutmix": 1.0},
+}
 CHECKS = [
     "recent",
     "uninterrupted",
