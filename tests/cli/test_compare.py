@@ -99,3 +99,105 @@ def test_compare_says_nothing_but_the_error(cli, place, option, words):
     result = cli("compare", *SMALL, *option)
     assert_refused(result, place)
     assert words in result[2]
+
+
+# Values of other fields
+
+
+def test_sweep_trains_every_combination_with_every_seed(cli, place):
+    sweep = ["--sweep", "survival=0.5,linear(1, 0.5)", "lr=0.05,0.1"]
+    code, out, err = cli(
+        "compare",
+        "--rules",
+        "constant",
+        "stochastic-depth",
+        *sweep,
+        "--seeds",
+        "2",
+        *SMALL,
+        "--out",
+        "all",
+        "--json",
+        "-",
+    )
+    assert code == 0, err
+    rows = strictly(out)
+    pairs = [(survival, lr) for survival in ("0.5", "linear(1, 0.5)") for lr in ("0.05", "0.1")]
+    labels = [f"stochastic-depth, survival={survival}, lr={lr}" for survival, lr in pairs]
+    assert [row["label"] for row in rows] == ["constant, lr=0.05", "constant, lr=0.1", *labels]
+    for row, (survival, lr) in zip(rows[2:], pairs, strict=True):
+        assert row["run"]["survival"] == survival
+        name = f"stochastic-depth-survival={survival}-lr={lr}".replace("(1, 0.5)", "-1-0.5").replace(")", "")
+        for seed in (0, 1):
+            recipe = json.loads((place / f"all/{name}-seed{seed}/recipe.json").read_text())
+            assert (recipe["survival"], recipe["lr"], recipe["seed"]) == (survival, float(lr), seed)
+    assert {path.name for path in (place / "all").iterdir() if path.is_dir()} == {
+        *(f"constant-lr={lr}-seed{seed}" for lr in ("0.05", "0.1") for seed in (0, 1)),
+        *(
+            f"stochastic-depth-survival={s}-lr={lr}-seed{seed}"
+            for s in ("0.5", "linear-1-0.5")
+            for lr in ("0.05", "0.1")
+            for seed in (0, 1)
+        ),
+    }
+    code, out, _ = cli("compare", "--resume", "--out", "all", "--quiet", "--json", "-")
+    assert code == 0
+    assert strictly(out) == rows
+
+
+def test_sweep_of_one_rule_names_values_alone(cli):
+    options = ["--rules", "stochastic-depth", *SMALL, "--log", "csv", "--quiet", "--json", "-"]
+    code, out, _ = cli("compare", *options, "--sweep", "nesterov=True,false", "lr-drops=0.5 0.75")
+    assert code == 0
+    assert [row["label"] for row in strictly(out)] == [
+        f"nesterov={value}, lr_drops=0.5 0.75" for value in ("True", "false")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("survivl=0.5", "did you mean survival?"),
+        ("survival", "give FIELD=VALUE,VALUE"),
+        ("survival=0.5,,0.7", "a value is empty"),
+        ("seed=0,1", "seeds with --seeds"),
+        ("rule=swapout", "rules with --rules"),
+        ("nesterov=maybe", "either True or False"),
+        ("survival=0.5,1.5", "1.5"),
+        ("lr=0.1,-1", "lr is -1.0"),
+    ],
+)
+def test_wrong_sweeps_are_refused_before_anything_is_trained(cli, place, sweep, words):
+    result = cli("compare", *SMALL, "--sweep", sweep, "--out", "all")
+    assert_refused(result, place)
+    assert words in result[2]
+
+
+def test_a_value_of_the_wrong_kind_is_refused_by_the_parser(cli, place):
+    code, _, err = cli("compare", *SMALL, "--sweep", "epochs=two", "--out", "all")
+    assert code == 2
+    assert "epochs" in err
+    assert "two" in err
+    assert not any((place / "all").glob("*-seed*"))
+
+
+def test_train_with_several_seeds_gives_mean_and_deviation(cli, place):
+    options = ["--rule", "stochastic-depth", "--survival", "0.7", "--seed", "3", "--seeds", "3", *SMALL]
+    code, out, err = cli("train", *options, "--out", "several", "--json", "-")
+    assert code == 0, err
+    (row,) = strictly(out)
+    errors = [one["deterministic"]["error"] for one in row["details"]]
+    assert len(errors) == 3
+    assert row["deterministic_error"] == pytest.approx(np.mean(errors))
+    assert row["deterministic_error_std"] == pytest.approx(np.std(errors, ddof=1))
+    assert row["run"]["survival"] == "0.7"
+    assert {path.name for path in (place / "several").iterdir() if path.is_dir()} == {
+        f"stochastic-depth-seed{seed}" for seed in (3, 4, 5)
+    }
+    assert "±" in err
+    code, out, _ = cli("compare", "--resume", "--out", "several", "--quiet", "--json", "-")
+    assert (code, strictly(out)) == (0, [row])
+
+
+def test_no_seeds_at_all_are_refused(cli, place):
+    assert_refused(cli("train", "--seeds", "0", *SMALL, "--out", "none"), place)

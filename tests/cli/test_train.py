@@ -111,7 +111,7 @@ def test_unwritable_json_is_refused_before_hours_of_training(cli, place):
 
 def test_augmentation_that_cannot_be_is_refused_before_a_run_is_made(cli, place):
     # what is left "already holds a run", so the corrected command is refused, too
-    assert_refused(cli("train", *SMALL, "--quiet", "--augmentation", "resized-crop", "--out", "run"), place)
+    assert_refused(cli("train", *SMALL, "--quiet", "--flips", "alternating", "--out", "run"), place)
 
 
 def test_images_too_small_for_the_network_are_refused_before_a_run_is_made(cli, place, digits):

@@ -308,8 +308,8 @@ def test_refused_resume_leaves_the_comparison_as_it_was(tmp_path, monkeypatch, c
     ]
     assert main(["compare", "--rules", "constant", *small, "--out", "both"]) == 0
     before = (tmp_path / "both/settings.json").read_text()
-    assert main(["compare", "--resume", "--out", "both", "--epochs", "5"]) == 2
-    assert "epochs (was 1, is 5)" in capsys.readouterr().err
+    assert main(["compare", "--resume", "--out", "both", "--width", "2"]) == 2
+    assert "width (was None, is 2)" in capsys.readouterr().err
     assert (tmp_path / "both/settings.json").read_text() == before
     assert main(["compare", "--resume", "--out", "both", "--quiet"]) == 0
 
@@ -330,3 +330,43 @@ def test_restored_momentum_stays_where_it_was(tiny):
     assert [one.data_ptr() for one in now] == places
     torch.testing.assert_close(now, then, rtol=0, atol=0)
     assert float(then[2].abs().max()) > 0
+
+
+# More epochs
+
+
+def test_more_epochs_at_a_constant_rate_equal_the_longer_training(tiny, tmp_path, assert_same_run, interrupt):
+    recipe = tiny(lr_drops=(), survival="0.5", ema=0.9)
+    train(recipe, tmp_path / "short", quiet=True)
+    longer = recipe.replace(epochs=4)
+    train(longer, tmp_path / "whole", quiet=True)
+    interrupt(longer, tmp_path / "short", 11, resume=True)
+    outcome = train(longer, tmp_path / "short", resume=True, quiet=True)
+    assert [line["epoch"] for line in outcome.history] == [1, 2, 3, 4]
+    assert_same_run(tmp_path / "whole", tmp_path / "short")
+    assert Run(tmp_path / "short").dataset()["steps"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "learning rates"),
+        ({"lr_schedule": "cosine"}, "learning rates"),
+        ({"lr_drops": (), "warmup": 0.1}, "learning rates"),
+        ({"lr_drops": (), "survival_timing": "warmup(0.1)"}, r"survival rates \(survival_timing\)"),
+    ],
+)
+def test_more_epochs_of_a_schedule_in_shares_are_refused(tiny, tmp_path, changes, words):
+    recipe = tiny(epochs=1, **changes)
+    train(recipe, tmp_path / "run", quiet=True)
+    with pytest.raises(RunError, match=rf"a training of 1 epochs, of which {words} are shares.*--weights"):
+        train(recipe.replace(epochs=2), tmp_path / "run", resume=True, quiet=True)
+    assert Run(tmp_path / "run").recipe().epochs == 1
+    assert train(recipe, tmp_path / "run", resume=True, quiet=True).history
+
+
+def test_fewer_epochs_are_another_recipe(tiny, tmp_path):
+    recipe = tiny(lr_drops=())
+    train(recipe, tmp_path / "run", quiet=True)
+    with pytest.raises(RunError, match=r"another recipe: epochs \(was 2, is 1\)"):
+        train(recipe.replace(epochs=1), tmp_path / "run", resume=True, quiet=True)

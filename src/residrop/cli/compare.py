@@ -1,16 +1,20 @@
-"""`residrop compare`: several rules, with the same data, seeds and schedule."""
+"""`residrop compare`: several rules or values of a field, with the same data, seeds and schedule."""
 
+import dataclasses
+import re
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import tyro
 from rich.console import Console
 
-from residrop.cli.shared import Fields, Json, Quiet, RecipeName, free_directory, parse, peek, resumed, table_of
+from residrop.cli.shared import Fields, Json, Log, Quiet, RecipeName, free_directory, parse, peek, resumed, table_of
 from residrop.common.errors import ConfigError, RunError, UsageError
 from residrop.common.files import write_json
 from residrop.common.lock import held
@@ -23,73 +27,87 @@ from residrop.training.presets import short_name
 from residrop.training.run import check_same
 from residrop.training.setup import prepare
 
-__all__ = ["run"]
+__all__ = ["Compare", "compare", "run"]
+
+_OF_RULES = ("theta_2", "granularity", "rescale", "rows", "of")  # which only some take
 
 
 @dataclass(frozen=True)
 class Compare:
     """Train several rules on the same data, seeds and schedule, and print them side by side.
 
-    The table has the columns of Table 1 of Swapout, both kinds of inference, and the training time relative to
-    constant depth. Finished runs are not trained again with --resume.
+    --sweep does the same with values of any other field: --rules stochastic-depth --sweep survival=0.5,0.7,0.9. Values
+    of several fields are combined, each with each. The table has the columns of Table 1 of Swapout, both kinds of
+    inference, and the training time relative to constant depth. Finished runs are not trained again with --resume.
     """
 
     settings: tyro.conf.OmitArgPrefixes[Fields] = field(default_factory=Fields)
     recipe: RecipeName = "digits"
     rules: tuple[str, ...] = ("constant", "stochastic-depth", "swapout", "skipforward", "dropout", "depth-dropout")
     """Rules to compare. Each takes its paper's survival rates unless --survival is given."""
+    sweep: tuple[str, ...] = ()
+    """Fields and their values, such as survival=0.5,0.7,0.9 or "survival=linear(1, 0.5),0.5" lr=0.1,0.05. Values are
+    written as on the command line; commas in brackets part nothing."""
     seeds: int = 1
     """Number of seeds per rule, from --seed upwards."""
     out: Path | None = None
     """Directory for the runs, the table and the curves (default: runs/compare-RECIPE-001, ...)."""
     resume: bool = False
     """Continue the comparison in --out; finished runs are kept."""
+    log: Log = ("tensorboard",)
     json: Json = None
     quiet: Quiet = False
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Train every rule with every seed, print the table, draw the curves."""
+    """Train every rule and value with every seed, print the table, draw the curves."""
     args = parse(Compare, arguments, prog, _start(arguments))
-    base = args.settings.recipe()
     check_target(args.json)
     if not args.rules or args.seeds < 1:
         raise ConfigError(f"{len(args.rules)} rules and {args.seeds} seeds were given; compare at least one of each")
     with ExitStack() as stack:
         out = args.out or stack.enter_context(free_directory(f"compare-{short_name(args.recipe)}"))
         stack.enter_context(held(out))
-        return _compare(args, base, out)
+        return compare(args, out)
 
 
-def _compare(args: Compare, base: Recipe, out: Path) -> int:
+def compare(args: Compare, out: Path) -> int:
+    """Train what the options say into a directory, which this process holds."""
+    base = args.settings.recipe()
     seeds = range(base.seed, base.seed + args.seeds)
-    recipes = [_for_rule(base, rule) for rule in dict.fromkeys(args.rules)]
+    variants = _variants(base, args.rules, args.sweep)
+    names = {label: re.sub(r"[^A-Za-z0-9._=-]+", "-", label).strip("-") for label in variants}
+    if len(set(names.values())) < len(names):
+        raise ConfigError(
+            "two of the values swept would have one directory; give values that differ in more than signs"
+        )
     if (out / "settings.json").exists() and not args.resume:
         raise RunError(f"{out} already holds a comparison; continue it with --resume, or choose another --out")
-    for recipe in recipes:  # all of them before the first is trained, and before the saved settings change
+    for label, recipe in variants.items():  # all of them before the first is trained, and the saved settings change
         prepare(recipe)
         for seed in seeds:
-            check_same(recipe.replace(seed=seed), out / f"{recipe.rule}-seed{seed}", args.resume)
-    saved = {"settings": base.to_dict(), "rules": list(args.rules), "seeds": args.seeds}
+            check_same(recipe.replace(seed=seed), out / f"{names[label]}-seed{seed}", args.resume)
+    saved = {"settings": base.to_dict(), "rules": list(args.rules), "seeds": args.seeds, "sweep": list(args.sweep)}
     write_record(out / "settings.json", saved)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     curves: dict[str, list[dict[str, Any]]] = {}
-    for recipe in recipes:
+    for label, recipe in variants.items():
         outcomes: list[Outcome] = []
         for seed in seeds:
             if not args.quiet:
-                Console(stderr=True).print(f"{recipe.rule}, seed {seed}", highlight=False, style="bold")
-            path = out / f"{recipe.rule}-seed{seed}"
+                Console(stderr=True).print(f"{label}, seed {seed}", highlight=False, style="bold")
+            path = out / f"{names[label]}-seed{seed}"
             try:
-                outcomes.append(train(recipe.replace(seed=seed), path, resume=args.resume, quiet=args.quiet))
+                one = recipe.replace(seed=seed)
+                outcomes.append(train(one, path, resume=args.resume, quiet=args.quiet, log=args.log))
             except Interrupted:
                 raise Interrupted(f"stopped; continue with residrop compare --resume --out {out}") from None
             except UsageError as error:  # it diverged, say; the others are compared without it
                 failed.append(f"{path.name}: {error}")
         if outcomes:
-            rows.append(_row(recipe.rule, outcomes))
-            curves[recipe.rule] = outcomes[0].history
+            rows.append(_row(label, recipe, outcomes))
+            curves[label] = outcomes[0].history
     if not rows:
         raise RunError(f"all {len(failed)} trainings failed; {failed[0]}")
     constant = next((row["train_seconds"] for row in rows if row["rule"] == "constant"), None)
@@ -97,8 +115,15 @@ def _compare(args: Compare, base: Recipe, out: Path) -> int:
         row["relative_time"] = row["train_seconds"] / constant if constant else None
     console = console_for(args.json)
     title = f"{base.network}, {base.data}, {base.epochs} epochs, {args.seeds} seed(s)"
-    headings = ("rule", "parameters", "deterministic", "sampled", "time", "expected depth")
-    console.print(table_of(title, headings, map(_cells, rows), left=("rule",)))
+    headings = (
+        "rule" if len({row["rule"] for row in rows}) == len(rows) else "variant",
+        "parameters",
+        "deterministic",
+        "sampled",
+        "time",
+        "expected depth",
+    )
+    console.print(table_of(title, headings, map(_cells, rows), left=headings[:1]))
     console.print("errors on the test images; time is training time relative to constant depth")
     write(args.json, rows)
     try:
@@ -111,7 +136,7 @@ def _compare(args: Compare, base: Recipe, out: Path) -> int:
     if failed:
         for line in failed:
             console.print(f"failed: {line}")
-        raise RunError(f"{len(failed)} of {len(recipes) * len(seeds)} trainings failed; {failed[0]}")
+        raise RunError(f"{len(failed)} of {len(variants) * len(seeds)} trainings failed; {failed[0]}")
     return 0
 
 
@@ -120,9 +145,10 @@ def _start(arguments: Sequence[str]) -> Compare:
     saved = resumed(arguments, "settings.json")
     if saved:
         try:
-            found = read_record(saved, {"settings": dict, "rules": [str], "seeds": int})
+            found = {"sweep": [], **read_record(saved, {"settings": dict, "rules": [str], "seeds": int})}
             settings = Fields.from_recipe(Recipe.from_dict(found["settings"]))
-            return Compare(settings=settings, rules=tuple(found["rules"]), seeds=found["seeds"])
+            rules, sweep = tuple(found["rules"]), tuple(found["sweep"])
+            return Compare(settings=settings, rules=rules, seeds=found["seeds"], sweep=sweep)
         except RunError:
             raise
         except (ValueError, TypeError) as error:
@@ -135,17 +161,68 @@ def _start(arguments: Sequence[str]) -> Compare:
     return Compare(settings=Fields.from_recipe(recipe), recipe=name)
 
 
+def _variants(base: Recipe, rules: Sequence[str], sweep: Sequence[str]) -> dict[str, Recipe]:
+    """What is compared, by what the tables call it; equal recipes are there once."""
+    swept = [_values(one) for one in sweep]
+    found: dict[str, Recipe] = {}
+    for rule in dict.fromkeys(rules):
+        for combined in product(*swept):
+            words = [word for field, value in combined for word in _words(field, value)]
+            recipe = _for_rule(
+                parse(Fields, words, "residrop compare --sweep", Fields.from_recipe(base)).recipe(), rule
+            )
+            telling = [f"{field}={value}" for field, value in combined if not _lacks(recipe, field)]
+            label = ", ".join([rule, *telling] if len(rules) > 1 or not telling else telling)
+            if recipe not in found.values():
+                found[label] = recipe
+    return found
+
+
+def _values(text: str) -> list[tuple[str, str]]:
+    """The pairs of field and value of "field=value,value,..."."""
+    field, given, values = text.partition("=")
+    field = field.strip().replace("-", "_")
+    known = [one.name for one in dataclasses.fields(Recipe) if one.name not in ("rule", "seed")]
+    if field in ("rule", "seed"):
+        raise ConfigError(f"sweep {text!r}: compare rules with --rules and seeds with --seeds")
+    if field not in known or not given:
+        close = get_close_matches(field, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close and field not in known else ""
+        raise ConfigError(f"sweep {text!r}: give FIELD=VALUE,VALUE,... with a field of the recipe{hint}")
+    parts = [part.strip() for part in re.split(r",(?![^(]*\))", values)]
+    if not all(parts):
+        raise ConfigError(f"sweep {text!r}: a value is empty; write None for no value")
+    return [(field, part) for part in dict.fromkeys(parts)]
+
+
+def _words(field: str, value: str) -> list[str]:
+    """The words of the command line that give a field a value."""
+    option, kind = f"--{field.replace('_', '-')}", get_type_hints(Recipe)[field]
+    if kind is bool:
+        if value not in ("True", "False", "true", "false"):
+            raise ConfigError(f"sweep {field}={value}: it is either True or False")
+        return [option if value.lower() == "true" else f"--no-{option[2:]}"]
+    return [option, *(value.split() if get_origin(kind) is tuple else [value])]
+
+
+def _lacks(recipe: Recipe, field: str) -> bool:
+    """Whether the rule of a recipe does not take a field."""
+    if recipe.rule == "constant" and field == "survival":
+        return True
+    return field in _OF_RULES and field not in entry_of(recipe.rule).options
+
+
 def _for_rule(base: Recipe, rule: str) -> Recipe:
     """The base recipe under another rule; options that the rule does not take are left out."""
     options = entry_of(rule).options
-    free = {name: None for name in ("theta_2", "granularity", "rescale", "rows", "of") if name not in options}
+    free = {name: None for name in _OF_RULES if name not in options}
     return base.replace(rule=rule, **free, **({"survival": None} if rule == "constant" else {}))
 
 
-def _row(rule: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _row(label: str, recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The first seed's outcome, with means and standard deviations over seeds in place of its numbers."""
     found = [outcome.to_dict() for outcome in outcomes]
-    row: dict[str, Any] = {**found[0], "rule": rule}
+    row: dict[str, Any] = {**found[0], "rule": recipe.rule, "label": label}
     for key in ("deterministic_error", "sampled_error"):
         values = [value[key] for value in found]
         row[key] = None if None in values else statistics.fmean(values)
@@ -157,7 +234,7 @@ def _row(rule: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        row["rule"],
+        row["label"],
         f"{row['parameters']:,}",
         *(_percent(row[key], row[f"{key}_std"]) for key in ("deterministic_error", "sampled_error")),
         f"{row['relative_time']:.2f}x" if row["relative_time"] else f"{row['train_seconds']:.0f} s",

@@ -18,12 +18,14 @@ from residrop.common.errors import ConfigError, RunError
 from residrop.common.torchrun import rank
 from residrop.inference import Evaluation
 from residrop.training import Recipe, Run, load_run
+from residrop.training.loggers import LoggerName
 
 __all__ = [
     "RECALIBRATED",
     "Device",
     "Fields",
     "Json",
+    "Log",
     "Quiet",
     "RecipeName",
     "RunPath",
@@ -49,6 +51,13 @@ Weights = Annotated[
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, ...; auto takes a GPU where there is one.")]
 Json = Annotated[str | None, tyro.conf.arg(help="Write the results to this file as JSON (- for standard output).")]
 Quiet = Annotated[bool, tyro.conf.arg(help="Print the final table only.")]
+Log = Annotated[
+    tuple[LoggerName, ...],
+    tyro.conf.arg(
+        help="Where metrics go besides metrics.jsonl: tensorboard, csv (metrics.csv of the run), wandb, mlflow, which "
+        "read their own environment variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...)."
+    ),
+]
 RecipeName = Annotated[
     str,
     tyro.conf.arg(

@@ -4,12 +4,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from residrop.cli.shared import Fields, Json, Quiet, RecipeName, free_directory, parse, peek, resumed, show
+from residrop.cli.compare import Compare, compare
+from residrop.cli.shared import Fields, Json, Log, Quiet, RecipeName, free_directory, parse, peek, resumed, show
+from residrop.common.errors import ConfigError
+from residrop.common.lock import held
 from residrop.common.output import check_target, console_for, write
-from residrop.training import Run, preset, train
+from residrop.common.torchrun import world_size
+from residrop.training import Recipe, Run, preset, train
 from residrop.training.distributed import process_group
 from residrop.training.presets import short_name
 
@@ -24,15 +29,22 @@ class Train:
     Learning-rate drops are shares of the training, so fewer epochs keep the schedule's shape. Ctrl-C saves;
     residrop train --resume --out RUN continues, and on the CPU gives the weights of an uninterrupted run.
 
+    --seeds 3 trains with three seeds and prints means and standard deviations: a comparison of one rule, in its
+    directory's layout. A finished run is trained for longer by --resume --out RUN --epochs MORE, if its learning rate
+    is the same all along (--lr-drops without values).
+
     On several GPUs or processes: torchrun --nproc-per-node 2 -m residrop train ... Each takes its share of every batch.
     """
 
     settings: tyro.conf.OmitArgPrefixes[Fields] = field(default_factory=Fields)
     recipe: RecipeName = "digits"
+    seeds: int = 1
+    """Number of seeds, from --seed upwards; for several, --out is the directory of their runs."""
     out: Path | None = None
     """Run directory (default: runs/RECIPE-001, -002, ...)."""
     resume: bool = False
     """Continue the run in --out; its recipe is read from there unless --recipe is given."""
+    log: Log = ("tensorboard",)
     json: Json = None
     quiet: Quiet = False
 
@@ -43,10 +55,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
     start = Run.open(saved.parent).recipe() if saved else preset(name).recipe
     args = parse(Train, arguments, prog, Train(settings=Fields.from_recipe(start), recipe=name))
     recipe = args.settings.recipe()
+    if args.seeds != 1:
+        return _seeds(args, recipe)
     with process_group(recipe.device) as ranks, ExitStack() as stack:
         ranks.from_main(lambda: check_target(args.json))
         place = ranks.from_main(lambda: args.out or stack.enter_context(free_directory(short_name(args.recipe))))
-        outcome = train(recipe, place, resume=args.resume, quiet=args.quiet)
+        outcome = train(recipe, place, resume=args.resume, quiet=args.quiet, log=args.log)
     if not ranks.main:
         return 0
     facts = {
@@ -58,3 +72,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
     show(console_for(args.json), f"{recipe.network}, {recipe.rule}, {recipe.data}", outcome.evaluation, facts)
     write(args.json, outcome.to_dict())
     return 0
+
+
+def _seeds(args: Train, recipe: Recipe) -> int:
+    """The same recipe with several seeds, as a comparison of one rule."""
+    if args.seeds < 1 or world_size() > 1:
+        raise ConfigError(
+            f"seeds is {args.seeds} on {world_size()} process(es); give 1 or more, and several to one only"
+        )
+    check_target(args.json)
+    with ExitStack() as stack:
+        out = args.out or stack.enter_context(free_directory(short_name(args.recipe)))
+        stack.enter_context(held(out))
+        options: dict[str, Any] = {name: getattr(args, name) for name in ("seeds", "resume", "log", "json", "quiet")}
+        return compare(Compare(settings=args.settings, rules=(recipe.rule,), **options), out)

@@ -4,6 +4,7 @@ from residrop.common.errors import Interrupted as Interrupted
 from residrop.common.extras import extra
 
 with extra("train"):
+    from residrop.training.callbacks import Callback as Callback
     from residrop.training.checkpoint import LoadedRun as LoadedRun
     from residrop.training.checkpoint import Run as Run
     from residrop.training.checkpoint import load_run as load_run

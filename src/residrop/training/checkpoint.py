@@ -10,6 +10,8 @@ survival.jsonl             survival rates that were measured along the way (reci
 instruments.jsonl          sensitivity and discrepancy of the blocks along the way (recipes that watch them)
 curves.png                 learning curves
 tensorboard/               the metrics for TensorBoard
+metrics.csv                the metrics as a table, if asked for
+logs.json                  what Weights & Biases and MLflow call the run
 last.pt                    everything needed to resume
 best.safetensors           weights of the epoch with the lowest validation error
 model.safetensors          weights to report on
@@ -104,6 +106,12 @@ class Run:
             return recipe
         except (TypeError, ValueError, AttributeError) as error:
             raise RunError(f"{path} is no recipe ({error}); restore it or train anew") from None
+
+    def extend(self, epochs: int, steps: int) -> None:
+        """Give the run more epochs, of so many updates in all; a final evaluation of before goes."""
+        write_record(self.path / "dataset.json", {**self.dataset(), "steps": steps})
+        (self.path / "evaluation.json").unlink(missing_ok=True)
+        write_record(self.path / "recipe.json", self.recipe().replace(epochs=epochs).to_dict())
 
     def write_versions(self) -> None:
         """Write software and machine of this process, as those of the run."""

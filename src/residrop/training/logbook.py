@@ -1,8 +1,6 @@
-"""What a run tells: metrics as JSON lines and TensorBoard events, curves as a picture, progress on the terminal."""
+"""What a run tells: metrics as JSON lines, curves as a picture, progress on the terminal."""
 
-import contextlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,14 +17,9 @@ from residrop.training.checked import unwritable, writing
 
 __all__ = ["Logbook", "Meter", "draw_curves"]
 
-_SCALARS = (
-    *("train_loss", "train_error", "validation_error", "test_error"),
-    *("lr", "realised_depth", "first_gradient", "images_per_second"),
-)
-
 
 class Logbook:
-    """Appends one line of metrics per epoch to `metrics.jsonl` and the same scalars to TensorBoard.
+    """Appends one line of metrics per epoch to `metrics.jsonl`.
 
     Lines of other files of the run, such as `survival.jsonl`, come in between. Methods raise RunError if a file cannot
     be written. What is not finite is written as null.
@@ -44,38 +37,19 @@ class Logbook:
         others: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
     ) -> None:
         self.history: list[dict[str, Any]] = [dict(line) for line in history]
-        self._path = self._events = None
+        self._path = path
         if path is None:
             return
-        # TensorBoard's writer takes seconds to import and is needed by runs only
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = path
         for name, lines in {"metrics": self.history, **others}.items():
             file = path / f"{name}.jsonl"
             if lines or name == "metrics" or file.exists():  # also those written before there was a state
                 with writing(file) as temporary:
                     temporary.write_text("".join(map(_line, lines)))
-        last = self.history[-1]["epoch"] if self.history else 0
-        try:
-            self._events = SummaryWriter(str(path / "tensorboard"), purge_step=last + 1)
-        except OSError as error:
-            raise unwritable(path / "tensorboard", error) from None
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Record the metrics of an epoch (counted from 1)."""
         self.history.append(dict(line))
-        if self._path is None or self._events is None:
-            return
         self.append("metrics", line)
-        try:
-            for name in _SCALARS:
-                if line.get(name) is not None:
-                    self._events.add_scalar(name, line[name], line["epoch"])
-            self._events.flush()
-        except OSError as error:
-            raise unwritable(self._path / "tensorboard", error) from None
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Record a line of the file `name`.jsonl."""
@@ -86,12 +60,6 @@ class Logbook:
                     lines.write(_line(line))
             except OSError as error:
                 raise unwritable(file, error) from None
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        if self._events is not None:
-            with contextlib.suppress(OSError):  # every line was flushed when it was written
-                self._events.close()
 
 
 def _line(values: Mapping[str, Any]) -> str:

@@ -71,8 +71,10 @@ def run_epochs(
     book: Logbook,
     meter: Meter,
     stopped: threading.Event,
+    tell: Callable[..., None],
 ) -> None:
-    """Train from where `state` stands to the last epoch; `others` are evaluated along the way.
+    """Train from where `state` stands to the last epoch; `others` are evaluated along the way, `tell` calls a method of
+    callbacks.
 
     Raises:
         Interrupted: `stopped` was set; the state is saved.
@@ -106,6 +108,7 @@ def run_epochs(
                 saved_at = started = time.perf_counter()
                 _check_stopped(request, state, run)
         _end_epoch(recipe, run, state, epoch, steps, others, book, meter, autocast, loader)
+        state.ranks.from_main(lambda: tell("on_epoch", state.history[-1], state.model))
         saved_at = time.perf_counter()
         _check_stopped(votes.settle(_STOP if stopped.is_set() else 0), state, run)
 

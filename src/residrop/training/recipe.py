@@ -304,6 +304,15 @@ class Recipe:
             return self.lr * 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
         return self.lr * self.lr_factor ** sum(progress >= drop for drop in self.lr_drops)
 
+    def depends_on_length(self) -> str:
+        """What of the training is set in shares of its length, in words; "" for nothing."""
+        constant = self.lr_schedule == "steps" and (not self.lr_drops or self.lr_factor == 1.0)
+        shares = {
+            "learning rates": not constant or (self.warmup > 0.0 and self.warmup_lr != self.lr),
+            "survival rates (survival_timing)": self.survival_timing != "constant",
+        }
+        return " and ".join(name for name, has in shares.items() if has)
+
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked anew."""
         return dataclasses.replace(self, **changes)

@@ -1,6 +1,7 @@
 """A whole training: from a recipe to an evaluated run directory."""
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ from residrop.engines.distributed import data_parallel
 from residrop.engines.distributed.ranks import broadcast
 from residrop.engines.graphs import record_blocks, record_pass
 from residrop.inference import Evaluation, evaluate, recalibrate
+from residrop.training.callbacks import Callback, listening
 from residrop.training.checked import unwritable, write_record
 from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.listing import data_of, save_listing
 from residrop.training.logbook import Logbook, Meter, draw_curves
+from residrop.training.loggers import make_loggers
 from residrop.training.loop import run_epochs, stop_signals
 from residrop.training.measuring import first_weights
 from residrop.training.memory import keep_memory
@@ -82,7 +85,14 @@ class Outcome:
 
 
 def train(
-    recipe: Recipe, out: Path, *, resume: bool = False, console: Console | None = None, quiet: bool = False
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    quiet: bool = False,
+    log: Sequence[str] = ("tensorboard",),
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train a recipe into a run directory and evaluate it both ways.
 
@@ -92,16 +102,21 @@ def train(
     Args:
         recipe: what to do.
         out: new run directory, or with `resume` an existing one of the same recipe.
-        resume: continue where the run was stopped; a finished run is only evaluated again.
+        resume: continue where the run was stopped; a finished run is only evaluated again, unless the recipe has more
+            epochs than before and a learning rate that does not depend on their number.
         console: where progress is written (default: standard error).
         quiet: write nothing.
+        log: where metrics go besides metrics.jsonl: tensorboard, csv, wandb, mlflow (`training.loggers`).
+        callbacks: more that listens, on rank 0: see `Callback`.
 
     Raises:
         UsageError: bad data, recipe or run directory; raised before any training.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     console = console or Console(stderr=True, markup=False)
+    listeners = [*make_loggers(log), *callbacks]
     with process_group(recipe.device) as ranks, ExitStack() as stack:
+        tell = stack.enter_context(listening(listeners if ranks.main else ()))
         recipe = ranks.from_main(lambda: resolve(recipe))
         ranks.from_main(lambda: stack.enter_context(held(out)))
         ranks.from_main(lambda: check_same(recipe, out, resume))  # said before minutes of decoding, not after
@@ -112,13 +127,15 @@ def train(
         state = _state(recipe, ready, ranks, run, resume)
         quiet = quiet or not ranks.main
         try:
-            _train(recipe, run, state, ready, console, quiet)
+            ranks.from_main(lambda: tell("on_start", run, state.history))
+            _train(recipe, run, state, ready, console, quiet, tell)
         except Interrupted:
             leaving()
             with suppress(RuntimeError):  # one has left already
                 ranks.wait_for_all()  # torchrun ends the others as soon as one has left
             raise
         outcome = _finish(recipe, run, state, ready.loaders, console, quiet)
+        ranks.from_main(lambda: tell("on_finish", outcome))
         ranks.wait_for_all()
     return outcome
 
@@ -225,7 +242,15 @@ def _check_restored(recipe: Recipe, run: Run, state: State, steps: int) -> None:
         run.load_weights("best", build_network(recipe, run.dataset()))  # into another network, to try
 
 
-def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Console, quiet: bool) -> None:
+def _train(
+    recipe: Recipe,
+    run: Run,
+    state: State,
+    ready: Prepared,
+    console: Console,
+    quiet: bool,
+    tell: Callable[..., None],
+) -> None:
     others = dict(ready.loaders)
     loader = others.pop("train")
     ranks, total = state.ranks, ready.dataset["steps"]
@@ -239,9 +264,8 @@ def _train(recipe: Recipe, run: Run, state: State, ready: Prepared, console: Con
             Meter(total, state.update, recipe.rule, console=console, quiet=quiet) as meter,
             stop_signals(patient=ranks.size > 1) as stopped,
         ):
-            run_epochs(recipe, run, state, loader, others, book, meter, stopped)
+            run_epochs(recipe, run, state, loader, others, book, meter, stopped, tell)
     finally:
-        book.close()
         if state.history and ranks.main:
             curves = run.path / "curves.png"
             try:
@@ -258,7 +282,14 @@ def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
     before, now = Run.open(out).recipe(), resolve(recipe)
     if not resume:
         raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-    if before.fingerprint() != now.fingerprint():
+    if before.replace(epochs=now.epochs).fingerprint() == now.fingerprint() and now.epochs > before.epochs:
+        if now.depends_on_length():
+            raise RunError(
+                f"{out} is a training of {before.epochs} epochs, of which {now.depends_on_length()} are shares: in one "
+                f"of {now.epochs} these epochs would have been others; start anew from its weights (--weights {out}), "
+                "or train it at a constant rate (--lr-schedule steps --lr-drops, without values, and no warm-up)"
+            )
+    elif before.fingerprint() != now.fingerprint():
         old, new = before.decisive(), now.decisive()  # which lack some fields with their defaults
         pairs = [(key, old.get(key, getattr(before, key)), new.get(key, getattr(now, key))) for key in old | new]
         changed = ", ".join(f"{key} (was {a!r}, is {b!r})" for key, a, b in pairs if a != b)
@@ -274,6 +305,8 @@ def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
             save_listing(run, ready.listed)
         return run
     run = Run.open(out)
+    if recipe.epochs > run.recipe().epochs:  # which check_same has allowed
+        run.extend(recipe.epochs, ready.dataset["steps"])
     if not (out / "versions.json").exists():
         run.write_versions()
     run.versions()  # which the evaluation names in the end

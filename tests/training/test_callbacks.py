@@ -1,0 +1,154 @@
+"""Callbacks and the loggers that are written with them."""
+
+import csv
+import json
+
+import pytest
+
+from residrop.common.errors import ConfigError, Interrupted, RunError
+from residrop.training import Callback, Run, loggers, train
+from residrop.training.loggers import LoggerName, make_loggers
+
+
+class Listener(Callback):
+    def __init__(self, fail=""):
+        self.heard, self.fail = [], fail
+
+    def on_start(self, run, history):
+        self.heard.append(("start", [line["epoch"] for line in history]))
+
+    def on_epoch(self, line, model):
+        self.heard.append(("epoch", line["epoch"], line["train_loss"]))
+        if self.fail:
+            raise ValueError(self.fail)
+
+    def on_finish(self, outcome):
+        self.heard.append(("finish", outcome.evaluation.deterministic.error))
+
+    def on_close(self):
+        self.heard.append(("close",))
+
+
+def test_callbacks_hear_everything_in_order(tiny, tmp_path):
+    listener = Listener()
+    outcome = train(tiny(), tmp_path / "run", quiet=True, callbacks=[Callback(), listener])
+    losses = [line["train_loss"] for line in outcome.history]
+    assert listener.heard == [
+        ("start", []),
+        *(("epoch", number, loss) for number, loss in enumerate(losses, 1)),
+        ("finish", outcome.evaluation.deterministic.error),
+        ("close",),
+    ]
+    again = Listener()
+    train(tiny(), tmp_path / "run", resume=True, quiet=True, callbacks=[again])
+    assert again.heard == [("start", [1, 2]), listener.heard[-2], ("close",)]
+
+
+def test_resumed_training_tells_what_was_done(tiny, tmp_path, interrupt):
+    interrupt(tiny(), tmp_path / "run", 5)
+    listener = Listener()
+    train(tiny(), tmp_path / "run", resume=True, quiet=True, callbacks=[listener])
+    assert [one[:2] for one in listener.heard][:2] == [("start", [1]), ("epoch", 2)]
+
+
+def test_a_failing_callback_ends_the_training_and_loses_nothing(tiny, tmp_path, assert_same_run):
+    with pytest.raises(RunError, match=r"Listener\.on_epoch failed \(ValueError: disk on fire\).*--resume") as caught:
+        train(tiny(), tmp_path / "broken", quiet=True, callbacks=[listener := Listener("disk on fire")])
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert listener.heard[-1] == ("close",)
+    assert Run(tmp_path / "broken").load_state()["update"] == 4  # of the epoch it was told of
+    train(tiny(), tmp_path / "broken", resume=True, quiet=True)
+    train(tiny(), tmp_path / "whole", quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_callbacks_are_closed_after_a_stop(tiny, tmp_path):
+    class Stopping(Listener):
+        def on_epoch(self, line, model):
+            raise Interrupted("enough")
+
+    stopping = Stopping()
+    with pytest.raises(RunError, match="enough"):
+        train(tiny(), tmp_path / "run", quiet=True, callbacks=[stopping])
+    assert stopping.heard == [("start", []), ("close",)]
+
+
+# Loggers
+
+
+def test_csv_is_the_history_as_a_table(tiny, tmp_path):
+    recipe = tiny(eval_every=2, epochs=3)
+    with pytest.raises(RunError):
+        train(recipe, tmp_path / "run", quiet=True, log=["csv"], callbacks=[Listener("stop")])
+    outcome = train(recipe, tmp_path / "run", resume=True, quiet=True, log=["csv"])
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    for row, line in zip(rows, outcome.history, strict=True):
+        assert {name: float(value) for name, value in row.items() if value} == pytest.approx(
+            {name: value for name, value in line.items() if value is not None}
+        )
+    assert rows[0]["test_error"] == ""
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_offline(tiny, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged, original = [], wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run,
+        "log",
+        lambda self, data, step: logged.append((self.id, step, data)) or original(self, data, step=step),
+    )
+    outcome = train(tiny(), tmp_path / "run", quiet=True, log=["wandb"])
+    assert [(step, data["train_loss"]) for _, step, data in logged] == [
+        (line["epoch"], line["train_loss"]) for line in outcome.history
+    ]
+    (name,) = {one for one, _, _ in logged}
+    assert json.loads((tmp_path / "run" / "logs.json").read_text())["wandb"] == name
+    files = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
+    assert files
+    assert files[0].stat().st_size > 1000
+    train(tiny(), tmp_path / "run", resume=True, quiet=True, log=["wandb"])
+    assert {one for one, _, _ in logged} == {name}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_in_files(tiny, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    recipe = tiny()
+    with pytest.raises(RunError):
+        train(recipe, tmp_path / "run", quiet=True, log=["mlflow"], callbacks=[Listener("stop")])
+    client = mlflow.MlflowClient()
+    (experiment,) = (one for one in client.search_experiments() if one.name == "residrop")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "KILLED"
+    assert found.data.params["rule"] == recipe.rule
+    outcome = train(recipe, tmp_path / "run", resume=True, quiet=True, log=["mlflow"])
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    told = {one.step: one.value for one in client.get_metric_history(found.info.run_id, "train_loss")}
+    assert told == {line["epoch"]: line["train_loss"] for line in outcome.history}
+    assert found.data.metrics["final_deterministic_error"] == outcome.evaluation.deterministic.error
+
+
+def test_data_of_this_machine_are_not_told(tiny, tmp_path):
+    run = train(tiny(), tmp_path / "run", quiet=True, log=()).run
+    assert loggers._settings(run)["data"] == "digits"
+
+
+def test_unknown_loggers_and_missing_packages_are_refused_before_anything(tiny, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="log 'comet': allowed are tensorboard, csv, wandb, mlflow"):
+        train(tiny(), tmp_path / "run", log=["comet"])
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="run: python -m pip install wandb"):
+        train(tiny(), tmp_path / "run", log=["tensorboard", "wandb"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_name_has_a_logger():
+    assert [type(one).__name__ for one in make_loggers(LoggerName.__args__[:2])] == ["TensorBoard", "Csv"]
