@@ -54,8 +54,11 @@ Quiet = Annotated[bool, tyro.conf.arg(help="Print the final table only.")]
 Log = Annotated[
     tuple[LoggerName, ...],
     tyro.conf.arg(
+        name="loggers",  # torchrun takes --log for the beginning of options of its own
+        aliases=("--log",),
         help="Where metrics go besides metrics.jsonl: tensorboard, csv (metrics.csv of the run), wandb, mlflow, which "
-        "read their own environment variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...)."
+        "read their own environment variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...). Under torchrun write "
+        "--loggers.",
     ),
 ]
 RecipeName = Annotated[
