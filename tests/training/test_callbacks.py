@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 
 import pytest
 
@@ -108,9 +109,11 @@ def test_weights_and_biases_offline(tiny, tmp_path, monkeypatch):
     ]
     (name,) = {one for one, _, _ in logged}
     assert json.loads((tmp_path / "run" / "logs.json").read_text())["wandb"] == name
-    files = list((tmp_path / "run" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
-    assert files
-    assert files[0].stat().st_size > 1000
+    (file,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")
+    until = time.monotonic() + 60.0  # its own process writes the file
+    while file.stat().st_size < 1000 and time.monotonic() < until:
+        time.sleep(0.2)
+    assert file.stat().st_size >= 1000
     train(tiny(), tmp_path / "run", resume=True, quiet=True, log=["wandb"])
     assert {one for one, _, _ in logged} == {name}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -332,8 +333,12 @@ def test_bad_recipe_is_refused_before_a_directory_is_made(tiny, tmp_path, change
 
 def test_augmentation_that_cannot_be_is_refused_before_a_directory_is_made(tiny, tmp_path):
     # what is left "already holds a run": the corrected command is refused, too, and --resume as another recipe
-    with pytest.raises(ConfigError, match="resized"):
-        train(tiny(augmentation="resized-crop"), tmp_path / "run", quiet=True)
+    for number in range(8):
+        place = tmp_path / "images" / ("train" if number < 6 else "test") / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 3), (number, 0, 0)).save(place / f"{number}.png")
+    with pytest.raises(ConfigError, match="images of 3x3 allow at most 3"):
+        train(tiny(data=f"folder:{tmp_path}/images?size=3", limit=None, augmentation="crop"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -130,12 +130,16 @@ class Augmentation:
             flip = torch.rand(n, generator=generator, device=device) < 0.5
         return Draw(top, left, flip)
 
+    def check(self, height: int, width: int) -> None:
+        """ConfigError if images of this size cannot be cropped so."""
+        if self.crop in ("image", "batch") and self.pad > min(height, width):
+            raise ConfigError(f"pad={self.pad}: images of {height}x{width} allow at most {min(height, width)}")
+
     def apply(self, x: Tensor, draw: Draw) -> Tensor:
         """Return `x` cropped and flipped as `draw` says; see `__call__`."""
         _, _, height, width = x.shape
         if draw.top is not None and draw.left is not None:
-            if self.pad > min(height, width):
-                raise ConfigError(f"pad={self.pad}: images of {height}x{width} allow at most {min(height, width)}")
+            self.check(height, width)
             if self.crop == "image":
                 return _crop_each(x, self.pad, draw.top, draw.left, draw.flip)
             x = _shift_all(x, int(draw.top) - self.pad, int(draw.left) - self.pad)

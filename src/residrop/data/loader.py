@@ -103,6 +103,8 @@ class Loader:
             check_memory(wanted, f"a batch of {number} images at {size}x{size} pixels")
             self._images: Images | Files = images
         else:
+            if augmentation is not None:
+                augmentation.check(*images.pixels.shape[2:])
             pixels, labels = images.pixels.to(self._device), images.labels.to(self._device)
             self._images = Images(pixels, labels)
         full, rest = divmod(self.num_images, batch_size)
