@@ -108,13 +108,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10.0, help="of training for every run")
     parser.add_argument("--epochs", type=int, help="for every run, in place of --minutes")
+    parser.add_argument("--compile", action="store_true", help="compile the networks")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, which share the threads")
     parser.add_argument("--rounds", type=int, default=5, help="of ten updates, to measure speeds")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path("runs/board"), help="folder of the runs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    options = {"data": arguments.data, "device": arguments.device}
+    options = {"data": arguments.data, "device": arguments.device, "compile": arguments.compile}
     cells = list(itertools.product(arguments.depths, arguments.rules, arguments.protocols))
     kinds = {"-".join(map(str, cell)): recipe_of(*cell, options) for cell in cells}
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -162,6 +163,7 @@ def main() -> None:
     if arguments.json:
         limit = f"--epochs {arguments.epochs}" if arguments.epochs else f"--minutes {arguments.minutes:g}"
         command = f"python benchmarks/board.py --data parquet:PATH {limit} --seeds {arguments.seeds}"
+        command += " --compile" if arguments.compile else ""
         kept_rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
         ledger.save(arguments.json, "Record board on CIFAR-10 at equal training time", command, kept_rows)
 
