@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from command_line import KEYS, SMALL, assert_refused, strictly
-from residrop.training import loop
+from residrop.training import loggers, loop
 
 
 def test_compare_tabulates_rules_and_keeps_finished_runs(cli, place, monkeypatch):
@@ -36,7 +36,8 @@ def test_compare_tabulates_rules_and_keeps_finished_runs(cli, place, monkeypatch
     code, out, err = cli("compare", *settings)
     assert (code, out) == (2, "")
     assert err == (
-        "residrop: error: all already holds a comparison; continue it with --resume, or choose another --out\n"
+        "residrop: error: all already holds a comparison; continue it with residrop compare --resume --out all, or "
+        "choose another --out\n"
     )
 
     shutil.rmtree(place / "all/swapout-seed1")
@@ -131,27 +132,61 @@ def test_sweep_trains_every_combination_with_every_seed(cli, place):
         for seed in (0, 1):
             recipe = json.loads((place / f"all/{name}-seed{seed}/recipe.json").read_text())
             assert (recipe["survival"], recipe["lr"], recipe["seed"]) == (survival, float(lr), seed)
-    assert {path.name for path in (place / "all").iterdir() if path.is_dir()} == {
-        *(f"constant-lr={lr}-seed{seed}" for lr in ("0.05", "0.1") for seed in (0, 1)),
-        *(
-            f"stochastic-depth-survival={s}-lr={lr}-seed{seed}"
-            for s in ("0.5", "linear-1-0.5")
-            for lr in ("0.05", "0.1")
-            for seed in (0, 1)
-        ),
-    }
     code, out, _ = cli("compare", "--resume", "--out", "all", "--quiet", "--json", "-")
     assert code == 0
     assert strictly(out) == rows
 
 
-def test_sweep_of_one_rule_names_values_alone(cli):
-    options = ["--rules", "stochastic-depth", *SMALL, "--log", "csv", "--quiet", "--json", "-"]
+def test_sweep_of_one_rule_names_values_alone(cli, place, monkeypatch):
+    options = ["--rules", "stochastic-depth", *SMALL, "--log", "csv", "--quiet", "--json", "-", "--out", "all"]
     code, out, _ = cli("compare", *options, "--sweep", "nesterov=True,false", "lr-drops=0.5 0.75")
     assert code == 0
+    monkeypatch.setattr(loop, "_update", None)  # nothing is trained again, under more rules either
+    assert cli("compare", "--resume", "--quiet", "--out", "all")[0] == 0
+    assert (
+        cli("compare", "--resume", "--quiet", "--out", "all", "--rules", "stochastic-depth", "stochastic-depth")[0] == 0
+    )
+    assert len(list((place / "all").glob("stochastic-depth-nesterov=*-lr_drops=0.5-0.75-seed0/metrics.csv"))) == 2
     assert [row["label"] for row in strictly(out)] == [
         f"nesterov={value}, lr_drops=0.5 0.75" for value in ("True", "false")
     ]
+
+
+def test_time_is_relative_to_constant_depth_of_the_same_values(cli):
+    options = ["--rules", "constant", "stochastic-depth", *SMALL, "--quiet", "--json", "-"]
+    _, out, _ = cli("compare", *options, "--sweep", "batch_size=32,64", "survival=0.5,0.8")
+    rows = strictly(out)
+    constant = {row["swept"]["batch_size"]: row["train_seconds"] for row in rows if row["rule"] == "constant"}
+    assert len(constant) == 2
+    assert len(rows) == 6
+    for row in rows:
+        assert row["relative_time"] == pytest.approx(row["train_seconds"] / constant[row["swept"]["batch_size"]])
+
+
+def test_fields_swept_twice_are_refused(cli, place):
+    result = cli("compare", *SMALL, "--sweep", "lr=0.1", "lr=0.2", "--out", "all")
+    assert_refused(result, place)
+    assert "a field twice" in result[2]
+
+
+def test_survival_is_not_swept_under_a_budget(cli, place):
+    options = ["--rules", "stochastic-depth", "--budget", "0.6", *SMALL, "--sweep", "survival=0.5,0.7", "--out", "all"]
+    assert_refused(cli("compare", *options), place)
+
+
+def test_a_missing_logger_is_told_before_anything(cli, place, monkeypatch):
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    assert_refused(cli("compare", *SMALL, "--log", "wandb", "--out", "all"), place)
+    assert_refused(cli("train", *SMALL, "--log", "mlflow", "--out", "run"), place)
+
+
+def test_a_comparison_goes_into_no_directory_of_a_run(cli, place):
+    assert cli("train", *SMALL, "--quiet", "--out", "run")[0] == 0
+    for command in (["train", "--seeds", "2"], ["train", "--seeds", "2", "--resume"], ["compare"]):
+        code, _, err = cli(*command, *SMALL, "--out", "run")
+        assert code == 2
+        assert "run holds a single run" in err
+    assert not (place / "run/settings.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -164,11 +199,12 @@ def test_sweep_of_one_rule_names_values_alone(cli):
         ("rule=swapout", "rules with --rules"),
         ("nesterov=maybe", "either True or False"),
         ("survival=0.5,1.5", "1.5"),
+        ("of=branch,shortcut", "none of constant, stochastic-depth takes it"),
         ("lr=0.1,-1", "lr is -1.0"),
     ],
 )
 def test_wrong_sweeps_are_refused_before_anything_is_trained(cli, place, sweep, words):
-    result = cli("compare", *SMALL, "--sweep", sweep, "--out", "all")
+    result = cli("compare", "--rules", "constant", "stochastic-depth", *SMALL, "--sweep", sweep, "--out", "all")
     assert_refused(result, place)
     assert words in result[2]
 
@@ -197,6 +233,18 @@ def test_train_with_several_seeds_gives_mean_and_deviation(cli, place):
     assert "±" in err
     code, out, _ = cli("compare", "--resume", "--out", "several", "--quiet", "--json", "-")
     assert (code, strictly(out)) == (0, [row])
+    for again in ([], ["--resume"]):
+        code, _, err = cli("train", *options, "--out", "several", *again)
+        assert code == 2
+        assert "residrop compare --resume --out several" in err
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--rule", "swapout", "--granularity", "row"], ["--rule", "constant", "--survival", "0.5"]]
+)
+def test_several_seeds_refuse_what_one_does(cli, place, wrong):
+    assert_refused(cli("train", *SMALL, *wrong, "--out", "run"), place)
+    assert_refused(cli("train", *SMALL, *wrong, "--seeds", "2", "--out", "run"), place)
 
 
 def test_no_seeds_at_all_are_refused(cli, place):

@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +64,47 @@ def test_a_failing_callback_ends_the_training_and_loses_nothing(tiny, tmp_path, 
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_callbacks_that_were_not_started_are_not_closed(tiny, tmp_path):
+    listener = Listener()
+    with pytest.raises(ConfigError):
+        train(tiny(network="resnet-7"), tmp_path / "run", quiet=True, callbacks=[listener])
+    assert listener.heard == []
+
+
+def test_an_error_at_the_end_is_a_warning(tiny, tmp_path):
+    class Closing(Listener):
+        def on_close(self):
+            raise OSError("server gone")
+
+    last = Listener()
+    with pytest.warns(RuntimeWarning, match=r"Closing\.on_close failed \(OSError: server gone\)"):
+        outcome = train(tiny(), tmp_path / "run", quiet=True, callbacks=[Closing(), last])
+    assert outcome.history
+    assert last.heard[-1] == ("close",)
+
+
+def test_loggers_of_a_run_are_those_of_its_continuation(tmp_path, monkeypatch):
+    from residrop.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    small = ["--network", "resnet-8", "--limit", "100", "--epochs", "1", "--samples", "0", "--lr-drops", "--quiet"]
+    assert main(["train", *small, "--log", "csv", "--out", "run"]) == 0
+    assert main(["train", "--resume", "--out", "run", "--epochs", "2", "--quiet"]) == 0
+    assert (tmp_path / "run/metrics.csv").read_text().count("\n") == 3
+    assert not (tmp_path / "run/tensorboard").exists()
+
+
+def test_a_logger_that_comes_later_gets_all_epochs(tiny, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = tiny(lr_drops=())
+    train(recipe, tmp_path / "run", quiet=True, log=())
+    train(recipe.replace(epochs=3), tmp_path / "run", quiet=True, resume=True)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3]
+
+
 def test_callbacks_are_closed_after_a_stop(tiny, tmp_path):
     class Stopping(Listener):
         def on_epoch(self, line, model):
@@ -101,7 +143,7 @@ def test_weights_and_biases_offline(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         wandb.sdk.wandb_run.Run,
         "log",
-        lambda self, data, step: logged.append((self.id, step, data)) or original(self, data, step=step),
+        lambda self, data, **rest: logged.append((self.id, rest["step"], data)) or original(self, data, **rest),
     )
     outcome = train(tiny(), tmp_path / "run", quiet=True, log=["wandb"])
     assert [(step, data["train_loss"]) for _, step, data in logged] == [
@@ -134,14 +176,22 @@ def test_mlflow_in_files(tiny, tmp_path, monkeypatch):
     outcome = train(recipe, tmp_path / "run", resume=True, quiet=True, log=["mlflow"])
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
-    told = {one.step: one.value for one in client.get_metric_history(found.info.run_id, "train_loss")}
-    assert told == {line["epoch"]: line["train_loss"] for line in outcome.history}
+    train(recipe, tmp_path / "run", resume=True, quiet=True, log=["mlflow"])  # evaluated again
+    told = [(one.step, one.value) for one in client.get_metric_history(found.info.run_id, "train_loss")]
+    assert told == [(line["epoch"], line["train_loss"]) for line in outcome.history]
     assert found.data.metrics["final_deterministic_error"] == outcome.evaluation.deterministic.error
 
 
 def test_data_of_this_machine_are_not_told(tiny, tmp_path):
     run = train(tiny(), tmp_path / "run", quiet=True, log=()).run
-    assert loggers._settings(run)["data"] == "digits"
+    settings = {
+        "data": "folder:/home/me/photos?size=32",
+        "weights": "/home/me/start.safetensors",
+        "network": "transformers:/home/me/vit",
+    }
+    found = loggers._settings(SimpleNamespace(recipe=lambda: run.recipe().replace(**settings)))
+    assert [found[name] for name in settings] == ["photos?size=32", "start.safetensors", "transformers:vit"]
+    assert not any("home" in str(value) for value in found.values())
 
 
 def test_unknown_loggers_and_missing_packages_are_refused_before_anything(tiny, tmp_path, monkeypatch):

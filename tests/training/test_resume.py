@@ -18,6 +18,7 @@ from PIL import Image
 
 from residrop.common.errors import Interrupted, RunError
 from residrop.training import Recipe, Run, loop, preset, run, setup, train
+from residrop.training.pool import train_all
 
 BF16 = pytest.param("bf16", marks=pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bf16"))  # fmt: skip
@@ -186,9 +187,8 @@ def test_directory_that_is_a_file_is_refused(tiny, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("normalization", ["channel", "unit"])
-def test_other_images_are_refused_on_resume(tiny, tmp_path, interrupt, normalization):
-    # same classes, labels and shapes, other pixels, which the statistics of `unit` do not tell apart
+def write_two_sets(tmp_path):
+    """Images of the same classes, labels and shapes with other pixels, in folders a and b."""
     rng = np.random.default_rng(0)
     for folder, brightness in (("a", 0), ("b", 100)):
         for part in ("train", "test"):
@@ -198,6 +198,11 @@ def test_other_images_are_refused_on_resume(tiny, tmp_path, interrupt, normaliza
                 for i in range(8):
                     pixels = rng.integers(brightness, brightness + 100, (8, 8, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(place / f"{i}.png")
+
+
+@pytest.mark.parametrize("normalization", ["channel", "unit"])
+def test_other_images_are_refused_on_resume(tiny, tmp_path, interrupt, normalization):
+    write_two_sets(tmp_path)  # which the statistics of `unit` do not tell apart
     recipe = tiny(data=f"folder:{tmp_path}/a?size=8", limit=None, batch_size=8, normalization=normalization)
     interrupt(recipe, tmp_path / "run", 1)
     with pytest.raises(RunError, match="other training images"):
@@ -347,6 +352,39 @@ def test_more_epochs_at_a_constant_rate_equal_the_longer_training(tiny, tmp_path
     assert Run(tmp_path / "short").dataset()["steps"] == 16
 
 
+def test_a_longer_training_that_cannot_be_leaves_the_run_as_it_was(tiny, tmp_path):
+    write_two_sets(tmp_path)
+    recipe = tiny(lr_drops=(), data=f"folder:{tmp_path}/a?size=8", limit=None, batch_size=8)
+    train(recipe, tmp_path / "run", quiet=True, log=())
+    files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    longer = recipe.replace(epochs=4, data=f"folder:{tmp_path}/b?size=8")
+    with pytest.raises(RunError, match="other training images"):
+        train(longer, tmp_path / "run", resume=True, quiet=True, log=())
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+    (tmp_path / "run/last.pt").write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"last\.pt"):
+        train(recipe.replace(epochs=4), tmp_path / "run", resume=True, quiet=True, log=())
+    assert Run(tmp_path / "run").recipe().epochs == 2
+    assert Run(tmp_path / "run").evaluation()
+
+
+def test_weights_of_a_shorter_training_are_not_those_of_the_longer(tiny, tmp_path, interrupt):
+    recipe = tiny(lr_drops=())
+    train(recipe, tmp_path / "run", quiet=True)
+    (tmp_path / "run/recalibrated.safetensors").write_bytes(b"of before")
+    interrupt(recipe.replace(epochs=4), tmp_path / "run", 10, resume=True)
+    for name in ("model.safetensors", "recalibrated.safetensors", "evaluation.json"):
+        assert not (tmp_path / "run" / name).exists()
+
+
+def test_many_trainings_are_made_longer_too(tiny, tmp_path):
+    recipe = tiny(lr_drops=())
+    first = train_all({"one": recipe}, tmp_path, workers=1, quiet=True)
+    longer = train_all({"one": recipe.replace(epochs=3)}, tmp_path, workers=1, quiet=True)
+    assert first["one"]["run"]["epochs"] == 2
+    assert longer["one"]["run"]["epochs"] == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -354,12 +392,13 @@ def test_more_epochs_at_a_constant_rate_equal_the_longer_training(tiny, tmp_path
         ({"lr_schedule": "cosine"}, "learning rates"),
         ({"lr_drops": (), "warmup": 0.1}, "learning rates"),
         ({"lr_drops": (), "survival_timing": "warmup(0.1)"}, r"survival rates \(survival_timing\)"),
+        ({"lr_drops": (), "select": "best", "validation": 40, "eval_every": 2}, "epochs to select from"),
     ],
 )
 def test_more_epochs_of_a_schedule_in_shares_are_refused(tiny, tmp_path, changes, words):
     recipe = tiny(epochs=1, **changes)
     train(recipe, tmp_path / "run", quiet=True)
-    with pytest.raises(RunError, match=rf"a training of 1 epochs, of which {words} are shares.*--weights"):
+    with pytest.raises(RunError, match=rf"a training of 1 epochs, which decide its {words}: .*--weights"):
         train(recipe.replace(epochs=2), tmp_path / "run", resume=True, quiet=True)
     assert Run(tmp_path / "run").recipe().epochs == 1
     assert train(recipe, tmp_path / "run", resume=True, quiet=True).history

@@ -23,6 +23,7 @@ from residrop.rules.catalogue import entry_of
 from residrop.training import Interrupted, Outcome, Recipe, preset, train
 from residrop.training.checked import read_record, write_record
 from residrop.training.logbook import draw_curves
+from residrop.training.loggers import make_loggers
 from residrop.training.presets import short_name
 from residrop.training.run import check_same
 from residrop.training.setup import prepare
@@ -71,50 +72,68 @@ def run(arguments: Sequence[str], prog: str) -> int:
         return compare(args, out)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison: a recipe, what tables call it, its directory, and the values of swept fields in it."""
+
+    recipe: Recipe
+    label: str
+    name: str
+    values: dict[str, str]
+
+
 def compare(args: Compare, out: Path) -> int:
     """Train what the options say into a directory, which this process holds."""
+    make_loggers(args.log)
     base = args.settings.recipe()
     seeds = range(base.seed, base.seed + args.seeds)
     variants = _variants(base, args.rules, args.sweep)
-    names = {label: re.sub(r"[^A-Za-z0-9._=-]+", "-", label).strip("-") for label in variants}
-    if len(set(names.values())) < len(names):
+    if len({one.name for one in variants}) < len(variants):
         raise ConfigError(
             "two of the values swept would have one directory; give values that differ in more than signs"
         )
+    if (out / "recipe.json").exists():
+        raise RunError(f"{out} holds a single run; choose another --out")
     if (out / "settings.json").exists() and not args.resume:
-        raise RunError(f"{out} already holds a comparison; continue it with --resume, or choose another --out")
-    for label, recipe in variants.items():  # all of them before the first is trained, and the saved settings change
-        prepare(recipe)
+        raise RunError(
+            f"{out} already holds a comparison; continue it with residrop compare --resume --out {out}, or choose "
+            "another --out"
+        )
+    for one in variants:  # all of them before the first is trained, and before the saved settings change
+        prepare(one.recipe)
         for seed in seeds:
-            check_same(recipe.replace(seed=seed), out / f"{names[label]}-seed{seed}", args.resume)
-    saved = {"settings": base.to_dict(), "rules": list(args.rules), "seeds": args.seeds, "sweep": list(args.sweep)}
-    write_record(out / "settings.json", saved)
+            check_same(one.recipe.replace(seed=seed), out / f"{one.name}-seed{seed}", args.resume)
+    saved: dict[str, Any] = {name: list(getattr(args, name)) for name in ("rules", "sweep", "log")}
+    write_record(out / "settings.json", {"settings": base.to_dict(), "seeds": args.seeds, **saved})
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     curves: dict[str, list[dict[str, Any]]] = {}
-    for label, recipe in variants.items():
+    for variant in variants:
         outcomes: list[Outcome] = []
         for seed in seeds:
             if not args.quiet:
-                Console(stderr=True).print(f"{label}, seed {seed}", highlight=False, style="bold")
-            path = out / f"{names[label]}-seed{seed}"
+                Console(stderr=True).print(f"{variant.label}, seed {seed}", highlight=False, style="bold")
+            path = out / f"{variant.name}-seed{seed}"
             try:
-                one = recipe.replace(seed=seed)
+                one = variant.recipe.replace(seed=seed)
                 outcomes.append(train(one, path, resume=args.resume, quiet=args.quiet, log=args.log))
             except Interrupted:
                 raise Interrupted(f"stopped; continue with residrop compare --resume --out {out}") from None
             except UsageError as error:  # it diverged, say; the others are compared without it
                 failed.append(f"{path.name}: {error}")
         if outcomes:
-            rows.append(_row(label, recipe, outcomes))
-            curves[label] = outcomes[0].history
+            rows.append(_row(variant, outcomes))
+            curves[variant.label] = outcomes[0].history
     if not rows:
         raise RunError(f"all {len(failed)} trainings failed; {failed[0]}")
-    constant = next((row["train_seconds"] for row in rows if row["rule"] == "constant"), None)
     for row in rows:
-        row["relative_time"] = row["train_seconds"] / constant if constant else None
+        constant = (one for one in rows if one["rule"] == "constant" and one["swept"].items() <= row["swept"].items())
+        seconds = next((one["train_seconds"] for one in constant), None)
+        row["relative_time"] = row["train_seconds"] / seconds if seconds else None
     console = console_for(args.json)
-    title = f"{base.network}, {base.data}, {base.epochs} epochs, {args.seeds} seed(s)"
+    swept = {field for one in variants for field in one.values}
+    shown = {"network": base.network, "data": base.data, "epochs": f"{base.epochs} epochs"}
+    title = ", ".join(text for field, text in shown.items() if field not in swept)
     headings = (
         "rule" if len({row["rule"] for row in rows}) == len(rows) else "variant",
         "parameters",
@@ -123,12 +142,12 @@ def compare(args: Compare, out: Path) -> int:
         "time",
         "expected depth",
     )
-    console.print(table_of(title, headings, map(_cells, rows), left=headings[:1]))
+    console.print(table_of(f"{title}, {args.seeds} seed(s)", headings, map(_cells, rows), left=headings[:1]))
     console.print("errors on the test images; time is training time relative to constant depth")
     write(args.json, rows)
     try:
         write_json(out / "compare.json", rows)
-        draw_curves(out / "curves.png", curves, f"{base.network}, {base.data}")
+        draw_curves(out / "curves.png", curves, title)
     except OSError as error:
         why = f"{out} cannot be written ({error.strerror}); make that possible, then repeat with --resume --out {out}"
         raise RunError(why) from None
@@ -145,10 +164,15 @@ def _start(arguments: Sequence[str]) -> Compare:
     saved = resumed(arguments, "settings.json")
     if saved:
         try:
-            found = {"sweep": [], **read_record(saved, {"settings": dict, "rules": [str], "seeds": int})}
+            found = {
+                "sweep": [],
+                "log": ["tensorboard"],
+                **read_record(saved, {"settings": dict, "rules": [str], "seeds": int}),
+            }
             settings = Fields.from_recipe(Recipe.from_dict(found["settings"]))
             rules, sweep = tuple(found["rules"]), tuple(found["sweep"])
-            return Compare(settings=settings, rules=rules, seeds=found["seeds"], sweep=sweep)
+            log = tuple(found["log"])
+            return Compare(settings=settings, rules=rules, seeds=found["seeds"], sweep=sweep, log=log)
         except RunError:
             raise
         except (ValueError, TypeError) as error:
@@ -161,21 +185,33 @@ def _start(arguments: Sequence[str]) -> Compare:
     return Compare(settings=Fields.from_recipe(recipe), recipe=name)
 
 
-def _variants(base: Recipe, rules: Sequence[str], sweep: Sequence[str]) -> dict[str, Recipe]:
-    """What is compared, by what the tables call it; equal recipes are there once."""
+def _variants(base: Recipe, rules: Sequence[str], sweep: Sequence[str]) -> list[Variant]:
+    """What is compared; equal recipes are there once."""
     swept = [_values(one) for one in sweep]
-    found: dict[str, Recipe] = {}
-    for rule in dict.fromkeys(rules):
+    fields = [pairs[0][0] for pairs in swept]
+    if len(set(fields)) < len(fields):
+        raise ConfigError(f"sweep has a field twice ({', '.join(fields)}); give all values of a field at once")
+    rules = list(dict.fromkeys(rules))
+    found: list[Variant] = []
+    for rule in rules:
         for combined in product(*swept):
             words = [word for field, value in combined for word in _words(field, value)]
-            recipe = _for_rule(
-                parse(Fields, words, "residrop compare --sweep", Fields.from_recipe(base)).recipe(), rule
-            )
-            telling = [f"{field}={value}" for field, value in combined if not _lacks(recipe, field)]
+            made = parse(Fields, words, "residrop compare --sweep", Fields.from_recipe(base)).recipe()
+            recipe = _for_rule(made, rule)
+            values = {field: _shown(field, value) for field, value in combined if not _lacks(recipe, field)}
+            telling = [f"{field}={value}" for field, value in values.items()]
             label = ", ".join([rule, *telling] if len(rules) > 1 or not telling else telling)
-            if recipe not in found.values():
-                found[label] = recipe
+            name = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join([rule, *telling])).strip("-")
+            if all(recipe != one.recipe for one in found):
+                found.append(Variant(recipe, label, name, values))
+    for one in fields:
+        if all(one not in variant.values for variant in found):
+            raise ConfigError(f"sweep of {one}: none of {', '.join(rules)} takes it here; leave it out")
     return found
+
+
+def _shown(field: str, value: str) -> str:
+    return Path(value).name if field in ("data", "weights") else value  # where it lies on this machine tells nothing
 
 
 def _values(text: str) -> list[tuple[str, str]]:
@@ -207,7 +243,7 @@ def _words(field: str, value: str) -> list[str]:
 
 def _lacks(recipe: Recipe, field: str) -> bool:
     """Whether the rule of a recipe does not take a field."""
-    if recipe.rule == "constant" and field == "survival":
+    if field == "survival" and (recipe.rule == "constant" or recipe.budget is not None):
         return True
     return field in _OF_RULES and field not in entry_of(recipe.rule).options
 
@@ -219,10 +255,15 @@ def _for_rule(base: Recipe, rule: str) -> Recipe:
     return base.replace(rule=rule, **free, **({"survival": None} if rule == "constant" else {}))
 
 
-def _row(label: str, recipe: Recipe, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _row(variant: Variant, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The first seed's outcome, with means and standard deviations over seeds in place of its numbers."""
     found = [outcome.to_dict() for outcome in outcomes]
-    row: dict[str, Any] = {**found[0], "rule": recipe.rule, "label": label}
+    row: dict[str, Any] = {
+        **found[0],
+        "rule": variant.recipe.rule,
+        "label": variant.label,
+        "swept": variant.values,
+    }
     for key in ("deterministic_error", "sampled_error"):
         values = [value[key] for value in found]
         row[key] = None if None in values else statistics.fmean(values)

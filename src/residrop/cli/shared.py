@@ -124,6 +124,8 @@ def resumed(arguments: Sequence[str], saved: str) -> Path | None:
     out = peek(arguments, "--out")
     if out is None:
         raise ConfigError("--resume needs the directory to continue; add --out DIRECTORY")
+    if saved != "settings.json" and (Path(out) / "settings.json").exists():
+        raise RunError(f"{out} holds several runs; continue them with residrop compare --resume --out {out}")
     if not (Path(out) / saved).exists():
         raise RunError(f"{out} holds nothing to continue ({saved} is missing); leave --resume out to start anew")
     return None if peek(arguments, "--recipe") else Path(out) / saved

@@ -16,7 +16,9 @@ from residrop.common.output import check_target, console_for, write
 from residrop.common.torchrun import world_size
 from residrop.training import Recipe, Run, preset, train
 from residrop.training.distributed import process_group
+from residrop.training.loggers import loggers_of
 from residrop.training.presets import short_name
+from residrop.training.setup import prepare
 
 __all__ = ["run"]
 
@@ -53,7 +55,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     """Train (into a free directory if none is named), show the evaluation, write JSON."""
     name, saved = peek(arguments, "--recipe") or "digits", resumed(arguments, "recipe.json")
     start = Run.open(saved.parent).recipe() if saved else preset(name).recipe
-    args = parse(Train, arguments, prog, Train(settings=Fields.from_recipe(start), recipe=name))
+    log = loggers_of(saved.parent) if saved else ("tensorboard",)
+    args = parse(Train, arguments, prog, Train(settings=Fields.from_recipe(start), recipe=name, log=log))
     recipe = args.settings.recipe()
     if args.seeds != 1:
         return _seeds(args, recipe)
@@ -81,6 +84,7 @@ def _seeds(args: Train, recipe: Recipe) -> int:
             f"seeds is {args.seeds} on {world_size()} process(es); give 1 or more, and several to one only"
         )
     check_target(args.json)
+    prepare(recipe)  # which refuses what a comparison leaves out
     with ExitStack() as stack:
         out = args.out or stack.enter_context(free_directory(short_name(args.recipe)))
         stack.enter_context(held(out))

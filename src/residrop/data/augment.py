@@ -69,8 +69,8 @@ class Draw:
 class Augmentation:
     """Random changes of training images.
 
-    A resized crop and the policy come first, on bytes; then the images are normalised, cropped and mirrored, erased,
-    and mixed with one another.
+    A resized crop and the policy come first, on bytes; then the images are normalised, cropped and mirrored (files:
+    mirrored before the policy), erased, and mixed with one another.
 
     Attributes:
         flip: mirror left-right with probability 1/2, every image for itself.

@@ -1,5 +1,6 @@
 """What may listen to a training: the protocol of callbacks, which the loggers of `--log` are written with."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -47,15 +48,19 @@ class Callback:
         """After the final evaluation; also where a finished run is only evaluated again."""
 
     def on_close(self) -> None:
-        """At the end, whether the training finished, was stopped or failed."""
+        """At the end, whether the training finished, was stopped or failed; only if it came to `on_start`. An error is
+        a warning, which leaves the training as it is."""
 
 
 @contextmanager
 def listening(callbacks: Sequence[Callback]) -> Iterator[Callable[..., None]]:
-    """A function that calls the method of this name of all callbacks; they are closed in the end."""
+    """A function that calls the method of this name of all callbacks; those that were started are closed in the end."""
+    started: list[Callback] = []
 
     def tell(method: str, *values: Any) -> None:
         for one in callbacks:
+            if method == "on_start":
+                started.append(one)
             try:
                 getattr(one, method)(*values)
             except UsageError:
@@ -67,5 +72,9 @@ def listening(callbacks: Sequence[Callback]) -> Iterator[Callable[..., None]]:
     try:
         yield tell
     finally:
-        for one in callbacks:
-            one.on_close()
+        for one in started:
+            try:
+                one.on_close()
+            except Exception as error:
+                what = f"{type(one).__name__}.on_close failed ({type(error).__name__}: {error})"
+                warnings.warn(what, RuntimeWarning, stacklevel=2)

@@ -108,10 +108,11 @@ class Run:
             raise RunError(f"{path} is no recipe ({error}); restore it or train anew") from None
 
     def extend(self, epochs: int, steps: int) -> None:
-        """Give the run more epochs, of so many updates in all; a final evaluation of before goes."""
-        write_record(self.path / "dataset.json", {**self.dataset(), "steps": steps})
-        (self.path / "evaluation.json").unlink(missing_ok=True)
+        """Give the run more epochs, of so many updates in all; what was reported after fewer goes."""
+        for name in ("evaluation.json", "model.safetensors", "recalibrated.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
         write_record(self.path / "recipe.json", self.recipe().replace(epochs=epochs).to_dict())
+        write_record(self.path / "dataset.json", {**self.dataset(), "steps": steps})
 
     def write_versions(self) -> None:
         """Write software and machine of this process, as those of the run."""

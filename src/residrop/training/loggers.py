@@ -5,7 +5,7 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,7 +20,16 @@ from residrop.training.checkpoint import Run
 if TYPE_CHECKING:
     from residrop.training.run import Outcome
 
-__all__ = ["Csv", "LoggerName", "Mlflow", "TensorBoard", "WeightsAndBiases", "make_loggers"]
+__all__ = [
+    "Csv",
+    "LoggerName",
+    "Mlflow",
+    "TensorBoard",
+    "WeightsAndBiases",
+    "loggers_of",
+    "make_loggers",
+    "remember",
+]
 
 LoggerName = Literal["tensorboard", "csv", "wandb", "mlflow"]
 
@@ -58,18 +67,44 @@ def _results(outcome: "Outcome") -> dict[str, float]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """The recipe, without where its data lie on this machine."""
+    """The recipe, without where files lie on this machine."""
     recipe = run.recipe()
-    return {**recipe.to_dict(), "data": Path(recipe.data).name}
+    library, separator, name = recipe.network.partition(":")
+    return {
+        **recipe.to_dict(),
+        "data": Path(recipe.data).name,
+        "weights": None if recipe.weights is None else Path(recipe.weights).name,
+        "network": f"{library}{separator}{Path(name).name}" if separator else recipe.network,
+    }
 
 
-def _kept(run: Run, name: str, new: str) -> str:
-    """What a service calls this run: as it was written down when the run began, else `new`."""
-    path = run.path / "logs.json"
-    known = read_record(path, advice="delete it to log under a new name") if path.exists() else {}
-    if name not in known:
-        write_record(path, {**known, name: new})
-    return known.get(name, new)
+def _known(path: Path) -> dict[str, Any]:
+    """What is written down of the loggers of a run directory: their names, and what services call the run."""
+    file = path / "logs.json"
+    return read_record(file, advice="delete it to log under a new name") if file.exists() else {}
+
+
+def remember(run: Run, names: Sequence[str]) -> None:
+    """Write down which loggers a run has, and forget what services called one that begins anew."""
+    before = _known(run.path)
+    known = before if (run.path / "last.pt").exists() else {}
+    if tuple(names) != ("tensorboard",) or before:
+        write_record(run.path / "logs.json", {**known, "loggers": list(names)})
+
+
+def loggers_of(path: Path) -> tuple[LoggerName, ...]:
+    """The names of the loggers that a run directory had last."""
+    return tuple(name for name in _known(path).get("loggers", ["tensorboard"]) if name in get_args(LoggerName))
+
+
+def _called(run: Run, service: str, new: Callable[[], str]) -> tuple[str, bool]:
+    """What a service calls this run, and whether it is new there."""
+    known = _known(run.path)
+    if service in known:
+        return known[service], False
+    name = new()
+    write_record(run.path / "logs.json", {**known, service: name})
+    return name, True
 
 
 class TensorBoard(Callback):
@@ -84,12 +119,13 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run.path / "tensorboard"
+        lines = history[-1:] if self._path.exists() else history
         try:
-            self._events = SummaryWriter(str(self._path), purge_step=history[-1]["epoch"] if history else 1)
+            self._events = SummaryWriter(str(self._path), purge_step=lines[0]["epoch"] if lines else 1)
         except OSError as error:
             raise unwritable(self._path, error) from None
-        if history:
-            self._write(history[-1])
+        for line in lines:
+            self._write(line)
 
     def on_epoch(self, line: Line, model: nn.Module) -> None:
         self._write(line)
@@ -140,30 +176,32 @@ class WeightsAndBiases(Callback):
 
     def __init__(self) -> None:
         self._run: Any = None
+        self._code = 1
 
     def on_start(self, run: Run, history: Sequence[Line]) -> None:
         import wandb
 
-        name = _kept(run, "wandb", os.urandom(6).hex())
+        name, new = _called(run, "wandb", lambda: os.urandom(6).hex())
         project = os.environ.get("WANDB_PROJECT", "residrop")
         self._run = wandb.init(
             project=project, id=name, name=run.path.name, dir=run.path, resume="allow", config=_settings(run)
         )
-        if history:
-            self._write(history[-1])
+        for line in history if new else history[-1:]:  # steps that it has are not taken twice
+            self._write(line)
 
     def on_epoch(self, line: Line, model: nn.Module) -> None:
         self._write(line)
 
     def _write(self, line: Line) -> None:
-        self._run.log(_numbers(line), step=line["epoch"])
+        self._run.log(_numbers(line), step=line["epoch"], commit=True)
 
     def on_finish(self, outcome: "Outcome") -> None:
         self._run.summary.update(_results(outcome))
+        self._code = 0
 
     def on_close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(exit_code=self._code)
 
 
 class Mlflow(Callback):
@@ -181,17 +219,18 @@ class Mlflow(Callback):
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "residrop")
         experiment = self._client.get_experiment_by_name(title)
         number = self._client.create_experiment(title) if experiment is None else experiment.experiment_id
-        path = run.path / "logs.json"
-        if path.exists() and "mlflow" in read_record(path):
-            self._name = _kept(run, "mlflow", "")
-            self._client.update_run(self._name, status="RUNNING")
-        else:
-            made = self._client.create_run(number, run_name=run.path.name)
-            self._name = _kept(run, "mlflow", made.info.run_id)
+        made = lambda: self._client.create_run(number, run_name=run.path.name).info.run_id  # noqa: E731
+        self._name, new = _called(run, "mlflow", made)
+        if new:
             for name, value in _settings(run).items():
                 self._client.log_param(self._name, name, value)
-        if history:
-            self._write(history[-1])
+        else:
+            self._client.update_run(self._name, status="RUNNING")
+            self._client.set_tag(self._name, "epochs", run.recipe().epochs)  # parameters cannot change
+        known = {one.step for one in self._client.get_metric_history(self._name, "train_loss")}
+        for line in history:
+            if line["epoch"] not in known:
+                self._write(line)
 
     def on_epoch(self, line: Line, model: nn.Module) -> None:
         self._write(line)

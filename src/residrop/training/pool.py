@@ -93,7 +93,8 @@ def train_all(
     found: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes.items():
         check_same(recipe, out / name, resume=True)
-        if (finished_before := Run(out / name).evaluation()) is not None:
+        finished_before = Run(out / name).evaluation()
+        if finished_before is not None and Run(out / name).recipe().epochs == recipe.epochs:
             found[name] = finished_before
             on_finished(name, finished_before)
     todo = {name: recipe for name, recipe in recipes.items() if name not in found}

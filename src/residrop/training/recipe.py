@@ -305,11 +305,13 @@ class Recipe:
         return self.lr * self.lr_factor ** sum(progress >= drop for drop in self.lr_drops)
 
     def depends_on_length(self) -> str:
-        """What of the training is set in shares of its length, in words; "" for nothing."""
+        """What the number of epochs decides of the training that was done with it, in words; "" for nothing."""
         constant = self.lr_schedule == "steps" and (not self.lr_drops or self.lr_factor == 1.0)
         shares = {
             "learning rates": not constant or (self.warmup > 0.0 and self.warmup_lr != self.lr),
             "survival rates (survival_timing)": self.survival_timing != "constant",
+            # the last one is evaluated in any case
+            "epochs to select from": self.select == "best" and self.epochs % self.eval_every > 0,
         }
         return " and ".join(name for name, has in shares.items() if has)
 

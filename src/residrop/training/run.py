@@ -28,7 +28,7 @@ from residrop.training.checkpoint import Run
 from residrop.training.distributed import ALONE, Ranks, process_group
 from residrop.training.listing import data_of, save_listing
 from residrop.training.logbook import Logbook, Meter, draw_curves
-from residrop.training.loggers import make_loggers
+from residrop.training.loggers import make_loggers, remember
 from residrop.training.loop import run_epochs, stop_signals
 from residrop.training.measuring import first_weights
 from residrop.training.memory import keep_memory
@@ -116,17 +116,19 @@ def train(
     console = console or Console(stderr=True, markup=False)
     listeners = [*make_loggers(log), *callbacks]
     with process_group(recipe.device) as ranks, ExitStack() as stack:
-        tell = stack.enter_context(listening(listeners if ranks.main else ()))
         recipe = ranks.from_main(lambda: resolve(recipe))
         ranks.from_main(lambda: stack.enter_context(held(out)))
+        tell = stack.enter_context(listening(listeners if ranks.main else ()))  # closed before the lock is given back
         ranks.from_main(lambda: check_same(recipe, out, resume))  # said before minutes of decoding, not after
         going_on = resume and (out / "recipe.json").exists()
         before = ranks.from_main(lambda: data_of(Run(out)) if going_on else None)
         ready = _same_data(ranks, ranks.in_turn(lambda: prepare(recipe, ranks, before)))
         run = ranks.from_main(lambda: _directory(out, recipe, ready, resume))
         state = _state(recipe, ready, ranks, run, resume)
+        ranks.from_main(lambda: _lengthen(run, recipe.epochs, ready.dataset["steps"]))
         quiet = quiet or not ranks.main
         try:
+            ranks.from_main(lambda: remember(run, log))
             ranks.from_main(lambda: tell("on_start", run, state.history))
             _train(recipe, run, state, ready, console, quiet, tell)
         except Interrupted:
@@ -283,9 +285,9 @@ def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
     if not resume:
         raise RunError(f"{out} already holds a run; continue it with --resume, or choose another --out")
     if before.replace(epochs=now.epochs).fingerprint() == now.fingerprint() and now.epochs > before.epochs:
-        if now.depends_on_length():
+        if shares := before.depends_on_length():
             raise RunError(
-                f"{out} is a training of {before.epochs} epochs, of which {now.depends_on_length()} are shares: in one "
+                f"{out} is a training of {before.epochs} epochs, which decide its {shares}: in one "
                 f"of {now.epochs} these epochs would have been others; start anew from its weights (--weights {out}), "
                 "or train it at a constant rate (--lr-schedule steps --lr-drops, without values, and no warm-up)"
             )
@@ -298,6 +300,12 @@ def check_same(recipe: Recipe, out: Path, resume: bool) -> None:
         )
 
 
+def _lengthen(run: Run, epochs: int, steps: int) -> None:
+    """Write down that a run has more epochs now, which `check_same` has allowed."""
+    if epochs > run.recipe().epochs or steps > run.dataset()["steps"]:
+        run.extend(epochs, steps)
+
+
 def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
     if not (resume and (out / "recipe.json").exists()):
         run = Run.create(out, recipe, ready.dataset, ready.normalization)
@@ -305,8 +313,6 @@ def _directory(out: Path, recipe: Recipe, ready: Prepared, resume: bool) -> Run:
             save_listing(run, ready.listed)
         return run
     run = Run.open(out)
-    if recipe.epochs > run.recipe().epochs:  # which check_same has allowed
-        run.extend(recipe.epochs, ready.dataset["steps"])
     if not (out / "versions.json").exists():
         run.write_versions()
     run.versions()  # which the evaluation names in the end
