@@ -201,7 +201,7 @@ def _variants(base: Recipe, rules: Sequence[str], sweep: Sequence[str]) -> list[
             values = {field: _shown(field, value) for field, value in combined if not _lacks(recipe, field)}
             telling = [f"{field}={value}" for field, value in values.items()]
             label = ", ".join([rule, *telling] if len(rules) > 1 or not telling else telling)
-            name = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join([rule, *telling])).strip("-")
+            name = re.sub(r"[^A-Za-z0-9._=]+", "-", "-".join([rule, *telling])).strip("-")
             if all(recipe != one.recipe for one in found):
                 found.append(Variant(recipe, label, name, values))
     for one in fields:

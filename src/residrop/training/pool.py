@@ -94,7 +94,8 @@ def train_all(
     for name, recipe in recipes.items():
         check_same(recipe, out / name, resume=True)
         finished_before = Run(out / name).evaluation()
-        if finished_before is not None and Run(out / name).recipe().epochs == recipe.epochs:
+        # there may have been fewer epochs, of a run that can be made longer
+        if finished_before is not None and finished_before["run"].get("epochs", recipe.epochs) == recipe.epochs:
             found[name] = finished_before
             on_finished(name, finished_before)
     todo = {name: recipe for name, recipe in recipes.items() if name not in found}
