@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     script = arguments.timm_train.resolve()
+    version = (script.parent / "timm" / "version.py").read_text().partition("=")[2].strip().strip("'\"")
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def main() -> None:
                 "timm": lambda *a, weights=weights, model=model: timms(script, model, *a[:3], folder, weights, a[3]),
             }
             part = errors if arguments.part == "errors" else times
-            rows += [{"model": MODELS[model][0], **row} for row in part(runs, model, arguments, work)]
+            rows += [{"model": MODELS[model][0], "timm": version, **row} for row in part(runs, model, arguments, work)]
     if arguments.json:
         command = f"python benchmarks/finetune.py --part {arguments.part} --timm-train train.py"
         ledger.save(arguments.json, f"Fine-tuning by residrop and by timm's train.py: {arguments.part}", command, rows)

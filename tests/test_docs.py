@@ -209,6 +209,7 @@ LOOKED_AT = [
     {"model": name, "granularity": "block", "example": "given"}
     for name in ("timm/vit_small_patch16_224", "torchvision/resnet50", "transformers/t5_small_encoder")
 ]
+VIT, RESNET = ("ViT-Tiny", "timm:vit_tiny_patch16_224"), ("ResNet-18", "torchvision:resnet18")
 QUOTED = [  # page, its words, file in results/, what tells each row, the value's name
     (
         "choose",
@@ -259,6 +260,30 @@ QUOTED = [  # page, its words, file in results/, what tells each row, the value'
         "forwards",
     ),
     ("apply", "seconds (T5-small: {:.1f} forward passes)", "finding", LOOKED_AT[2:], "first_forwards"),
+    *(
+        (
+            "train",
+            f"| {name} | {rate:g} | {{:+.2f}} ± ",
+            "finetune_errors",
+            [{"model": model, "drop_path": rate}],
+            "difference",
+        )
+        for name, model, rate in (*((*VIT, rate) for rate in (0.0, 0.2)), (*RESNET, 0.0))
+    ),
+    *(
+        (
+            "train",
+            f"| {name} | 0.5 | | {{:.2f}} |",
+            "finetune_times",
+            [{"model": model, "drop_path": 0.5}],
+            "relative_to_timm",
+        )
+        for name, model in (VIT, RESNET)
+    ),
+    *(
+        ("train", " | {:.2f} | 1.00 |", "finetune_times", [{"model": model, "drop_path": 0.0}], "relative_to_timm")
+        for _, model in (VIT, RESNET)
+    ),
     ("distributed", "{:.2f} MiB of gradients instead of {:.2f}", "wirings", WIRED, "bytes"),
 ]
 
