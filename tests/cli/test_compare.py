@@ -105,7 +105,7 @@ def test_compare_says_nothing_but_the_error(cli, place, option, words):
 # Values of other fields
 
 
-def test_sweep_trains_every_combination_with_every_seed(cli, place):
+def test_sweep_trains_every_combination(cli, place):
     sweep = ["--sweep", "survival=0.5,linear(1, 0.5)", "lr=0.05,0.1"]
     code, out, err = cli(
         "compare",
@@ -113,8 +113,8 @@ def test_sweep_trains_every_combination_with_every_seed(cli, place):
         "constant",
         "stochastic-depth",
         *sweep,
-        "--seeds",
-        "2",
+        "--seed",
+        "1",
         *SMALL,
         "--out",
         "all",
@@ -129,9 +129,8 @@ def test_sweep_trains_every_combination_with_every_seed(cli, place):
     for row, (survival, lr) in zip(rows[2:], pairs, strict=True):
         assert row["run"]["survival"] == survival
         name = f"stochastic-depth-survival={survival}-lr={lr}".replace("(1, 0.5)", "-1-0.5").replace(")", "")
-        for seed in (0, 1):
-            recipe = json.loads((place / f"all/{name}-seed{seed}/recipe.json").read_text())
-            assert (recipe["survival"], recipe["lr"], recipe["seed"]) == (survival, float(lr), seed)
+        recipe = json.loads((place / f"all/{name}-seed1/recipe.json").read_text())
+        assert (recipe["survival"], recipe["lr"], recipe["seed"]) == (survival, float(lr), 1)
     code, out, _ = cli("compare", "--resume", "--out", "all", "--quiet", "--json", "-")
     assert code == 0
     assert strictly(out) == rows

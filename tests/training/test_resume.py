@@ -379,9 +379,8 @@ def test_weights_of_a_shorter_training_are_not_those_of_the_longer(tiny, tmp_pat
 
 def test_many_trainings_are_made_longer_too(tiny, tmp_path):
     recipe = tiny(lr_drops=())
-    first = train_all({"one": recipe}, tmp_path, workers=1, quiet=True)
+    train(recipe, tmp_path / "one", quiet=True)
     longer = train_all({"one": recipe.replace(epochs=3)}, tmp_path, workers=1, quiet=True)
-    assert first["one"]["run"]["epochs"] == 2
     assert longer["one"]["run"]["epochs"] == 3
 
 

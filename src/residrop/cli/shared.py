@@ -135,6 +135,8 @@ def resumed(arguments: Sequence[str], saved: str) -> Path | None:
 class Fields(Recipe):
     """What to train, on what, and how. Every field can be overridden on the command line."""
 
+    weights: Annotated[str | None, tyro.conf.arg(aliases=("--start",))] = None
+
     def __post_init__(self) -> None:
         """Leave the check to `recipe`: tyro would print its errors in a box, as if they were its own."""
 
