@@ -136,6 +136,7 @@ def test_csv_is_the_history_as_a_table(tiny, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_weights_and_biases_offline(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it leaves a log of its own where it is started
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
