@@ -178,6 +178,6 @@ def test_a_dead_block_launches_nothing():
 
 def test_prediction_stays_on_the_device():
     model = residrop.create("resnet-8", rule="swapout").cuda()
-    found = residrop.predict(model, torch.randn(3, 3, 32, 32, device="cuda"), samples=4)
+    found = residrop.predict(model, torch.randn(3, 3, 32, 32, device="cuda"), samples=4, keep=True)
     assert all(part.device.type == "cuda" for part in (found.probabilities, found.standard_error, found.sample_classes))
     assert residrop.predict(model, torch.randn(3, 3, 32, 32, device="cuda"), samples=0).sample_classes.is_cuda

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from residrop.inference.evaluate import evaluate as evaluate
     from residrop.inference.sampled.adaptive import AdaptivePrediction as AdaptivePrediction
     from residrop.inference.sampled.adaptive import predict_adaptive as predict_adaptive
-    from residrop.inference.sampled.predict import Prediction as Prediction
     from residrop.inference.sampled.predict import Sampled as Sampled
     from residrop.inference.sampled.predict import predict as predict
+    from residrop.inference.sampled.predictions import DetectionPrediction as DetectionPrediction
+    from residrop.inference.sampled.predictions import NumberPrediction as NumberPrediction
+    from residrop.inference.sampled.predictions import Prediction as Prediction
     from residrop.models.registry import create as create
     from residrop.models.registry import list_models as list_models
     from residrop.rules.base import Rule as Rule
@@ -72,7 +74,8 @@ _NAMES = {
     "residrop.inference.deploy.recalibrate": ("recalibrate",),
     "residrop.inference.evaluate": ("evaluate",),
     "residrop.inference.sampled.adaptive": ("AdaptivePrediction", "predict_adaptive"),
-    "residrop.inference.sampled.predict": ("Prediction", "Sampled", "predict"),
+    "residrop.inference.sampled.predict": ("Sampled", "predict"),
+    "residrop.inference.sampled.predictions": ("DetectionPrediction", "NumberPrediction", "Prediction"),
     "residrop.models.registry": ("create", "list_models"),
     "residrop.rules.base": ("Rule",),
     "residrop.rules.catalogue": ("RULES", "make_rule"),

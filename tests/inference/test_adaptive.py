@@ -135,7 +135,7 @@ def test_adaptive_samples_are_the_first_of_all(form):
     options = FORMS[form]
     model, x = network(**{"rule": form, "survival": "linear(1, 0.5)", **options}), torch.randn(40, 1, 8, 8)
     found = predict_adaptive(model, x, first=7, max_samples=20)
-    every = predict(model, x, 20, first=7).sample_probabilities
+    every = predict(model, x, 20, first=7, keep=True).sample_probabilities
     used = found.used.tolist()
     assert len(set(used)) > 2
     assert min(used) >= 6

@@ -32,7 +32,7 @@ def test_curve_is_that_of_disjoint_predictions(model, batches):
     for repetition in range(3):
         every = torch.cat(
             [
-                predict(model, x, 4, first=(3 * number + repetition) * 4).sample_probabilities
+                predict(model, x, 4, first=(3 * number + repetition) * 4, keep=True).sample_probabilities
                 for number, (x, _) in enumerate(batches)
             ],
             dim=1,

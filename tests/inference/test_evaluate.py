@@ -94,7 +94,7 @@ def test_evaluation_is_that_of_the_predictions(model, batches):
     found = evaluate(model, batches, samples=5)
     labels = torch.cat([y for _, y in batches])
     once = torch.cat([predict(model, x, 0).probabilities for x, _ in batches])
-    sampled = [predict(model, x, 5, first=5 * number) for number, (x, _) in enumerate(batches)]
+    sampled = [predict(model, x, 5, first=5 * number, keep=True) for number, (x, _) in enumerate(batches)]
     for scores, p in ((found.deterministic, once), (found.sampled, torch.cat([s.probabilities for s in sampled]))):
         wanted = scores_by_hand(p, labels)
         assert {name: getattr(scores, name) for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-4)

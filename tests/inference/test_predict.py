@@ -54,16 +54,21 @@ def test_no_samples_is_the_softmax_of_eval(rule, x):
     assert found.sample_classes.shape == (0, 6)
     assert not found.standard_error.any()
     assert not found.mutual_information.any()
+    assert not found.votes.any()
+    assert not found.disagreement.any()
 
 
 @pytest.mark.parametrize("samples", [1, 2, 7])
 @pytest.mark.parametrize("rule", RULES)
 def test_samples_are_the_average_of_passes_made_one_by_one(rule, samples, x):
     model = network(rule)
-    found = predict(model, x, samples, first=4)
+    found = predict(model, x, samples, first=4, keep=True)
     passes = single_passes(model, x, range(4, 4 + samples))
     torch.testing.assert_close(found.probabilities.double(), passes.mean(0), rtol=0, atol=1e-6)
     assert torch.equal(found.sample_classes, passes.argmax(dim=2))
+    votes = torch.stack([torch.bincount(one, minlength=5) for one in passes.argmax(dim=2).T])
+    assert torch.equal(found.votes, votes.int())
+    torch.testing.assert_close(found.disagreement, 1 - votes.amax(1) / samples)
     assert found.samples == samples
     assert found.standard_error.shape == (6, 5)
 
@@ -227,7 +232,7 @@ def test_one_sample_has_no_standard_error(x):
 @pytest.mark.parametrize("rule", ["stochastic-depth", "swapout"])
 def test_quantiles_are_those_of_numpy(rule, samples, x):
     levels = [0.0, 0.05, 0.31, 0.5, 0.95, 1.0]
-    found = predict(network(rule), x, samples)
+    found = predict(network(rule), x, samples, keep=True)
     wanted = np.quantile(found.sample_probabilities.numpy(), levels, axis=0)
     assert found.quantiles(levels).shape == (6, 6, 5)
     np.testing.assert_allclose(found.quantiles(levels).numpy(), wanted, rtol=1e-5, atol=1e-7)
@@ -241,17 +246,19 @@ def test_quantiles_of_the_expectation_are_itself(x):
 
 def test_quantiles_need_samples_and_levels(x):
     with pytest.raises(ConfigError, match=r"were not kept.*keep=True"):
-        predict(network("swapout"), x, 3, keep=False).quantiles()
+        predict(network("swapout"), x, 3).quantiles()
     with pytest.raises(ConfigError, match="level is 5"):
-        predict(network("swapout"), x, 3).quantiles([5])
+        predict(network("swapout"), x, 3, keep=True).quantiles([5])
 
 
 def test_samples_that_are_not_kept_change_nothing_else(x):
     model = network("swapout")
-    kept, found = predict(model, x, 4), predict(model, x, 4, keep=False)
+    kept, found = predict(model, x, 4, keep=True), predict(model, x, 4)
     assert found.sample_probabilities is None
     assert all(torch.equal(a, b) for a, b in zip(kept[:3], found[:3], strict=True))
-    assert torch.equal(kept.sample_classes, found.sample_classes)
+    assert torch.equal(kept.votes, found.votes)
+    with pytest.raises(ConfigError, match="were not kept"):
+        _ = found.sample_classes
     assert torch.equal(kept.sample_probabilities.mean(0).argmax(1), kept.classes)
 
 
@@ -260,7 +267,7 @@ def test_samples_that_are_not_kept_change_nothing_else(x):
 
 def test_sampled_is_predict_as_a_module(x):
     model = network("swapout")
-    wanted = predict(model, x, 4, first=2)
+    wanted = predict(model, x, 4, first=2, keep=True)
     wrapper = Sampled(model, 4, first=2)
     assert torch.equal(wrapper(x), wanted.probabilities)
     assert torch.equal(wrapper(x), wrapper(x))

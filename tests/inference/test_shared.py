@@ -10,6 +10,8 @@ from residrop.blocks.attach import sampler_of, sampling
 from residrop.blocks.residual import Residual
 from residrop.common.errors import ConfigError
 from residrop.inference import predict
+from residrop.inference.sampled.batch import Batch
+from residrop.inference.sampled.outputs import Reader
 from residrop.inference.sampled.pieces import pieces_of
 from residrop.inference.sampled.shared import passes
 from residrop.rules import ConstantDepth, StochasticDepth
@@ -73,7 +75,7 @@ def test_unstacked_samples_are_those_of_the_loop_bit_for_bit(form, network_of, x
     model = network(form, name, **options)
     every = loop(model, x)
     assert pieces_of(model, x) is not None
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, stack=1), every, exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, stack=1, keep=True), every, exactly=True)
     assert form == "constant" or every.std(0).max() > 1e-4
 
 
@@ -81,7 +83,9 @@ def test_unstacked_samples_are_those_of_the_loop_bit_for_bit(form, network_of, x
 @pytest.mark.parametrize("form", FORMS)
 def test_samples_do_not_depend_on_the_stack(form, stack, x):
     model = network(form)
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, stack=stack), loop(model, x), exactly=False)
+    assert_same_prediction(
+        predict(model, x, SAMPLES, first=FIRST, stack=stack, keep=True), loop(model, x), exactly=False
+    )
 
 
 @pytest.mark.parametrize("form", ["stochastic-depth", "row", "swapout"])
@@ -98,21 +102,23 @@ def test_the_other_networks_are_sequences_too(form, name, options, shape):
     x = torch.randn(shape)
     warmed(model, (8, *shape[1:]))
     assert pieces_of(model, x) is not None
-    assert_same_prediction(predict(model, x, 5, first=1, stack=1), loop(model, x, 5, 1), exactly=form != "row")
+    assert_same_prediction(
+        predict(model, x, 5, first=1, stack=1, keep=True), loop(model, x, 5, 1), exactly=form != "row"
+    )
 
 
 @pytest.mark.parametrize("form", ["stochastic-depth", "row", "swapout"])
 def test_channels_last_networks(form, x):
     model = network(form).to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), loop(model, x), exactly=False)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), loop(model, x), exactly=False)
 
 
 @pytest.mark.parametrize("form", ["stochastic-depth", "row", "swapout"])
 def test_autocast(form, x):
     model = network(form)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        every, found = loop(model, x), predict(model, x, SAMPLES, first=FIRST)
+        every, found = loop(model, x), predict(model, x, SAMPLES, first=FIRST, keep=True)
     torch.testing.assert_close(found.sample_probabilities, every, rtol=0.0, atol=0.02)
     torch.testing.assert_close(found.probabilities, every.mean(0), rtol=0.0, atol=0.005)
 
@@ -121,7 +127,7 @@ def test_autocast(form, x):
 def test_one_image_and_none(form):
     model = network(form)
     one, none = torch.randn(1, 1, 8, 8), torch.randn(0, 1, 8, 8)
-    assert_same_prediction(predict(model, one, SAMPLES, first=FIRST), loop(model, one), exactly=False)
+    assert_same_prediction(predict(model, one, SAMPLES, first=FIRST, keep=True), loop(model, one), exactly=False)
     assert predict(model, none, 3).probabilities.shape == (0, 5)
 
 
@@ -129,7 +135,7 @@ def test_the_rates_of_a_timing_are_those_it_ends_with(x):
     model = warmed(
         residrop.create("resnet-14", rule="stochastic-depth", survival=0.5, timing="early(100)", classes=5, channels=1)
     )
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, stack=1), loop(model, x), exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, stack=1, keep=True), loop(model, x), exactly=True)
 
 
 @pytest.mark.parametrize("form", ["stochastic-depth", "row", "swapout"])
@@ -137,7 +143,7 @@ def test_compiled_branches(form, x):
     model = network(form)
     every = loop(model, x)
     residrop.compile_branches(model, backend="eager")
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=False)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), every, exactly=False)
 
 
 # What is shared
@@ -162,7 +168,7 @@ def test_every_branch_is_computed_once_per_set_of_coins_before_it(form, stack, x
     plans = [sampler_of(model).plan(FIRST + k, stream="sample") for k in range(SAMPLES)]
     counts = [Counts(block.branch) for block in blocks_of(model)]
     stem = Counts(model.stem)
-    predict(model, x, SAMPLES, first=FIRST, stack=stack)
+    predict(model, x, SAMPLES, first=FIRST, stack=stack, keep=True)
     assert stem.rows == [N]
     assert counts[0].rows == [N]  # linear(1, 0.5): always present
     coins = torch.stack([coins_of(plan, blocks_of(model)) for plan in plans])  # [samples, blocks, rows]
@@ -226,10 +232,10 @@ def test_constant_depth_is_one_pass(x):
 @pytest.mark.parametrize("form", FORMS)
 def test_some_rows_have_the_samples_they_have_in_the_whole_batch(form, x):
     model = network(form)
-    with passes(model, x, first=FIRST) as sampled:
-        every = sampled.draw(range(FIRST, FIRST + SAMPLES))
+    with passes(model, Batch(x), Reader(), first=FIRST) as sampled:
+        (every,) = sampled.draw(range(FIRST, FIRST + SAMPLES))
         for rows in ([0, 1, 3, 5], [4], list(range(N))):
-            some = sampled.draw(range(FIRST + 2, FIRST + 5), torch.tensor(rows))
+            (some,) = sampled.draw(range(FIRST + 2, FIRST + 5), torch.tensor(rows))
             torch.testing.assert_close(some, every[2:5][:, rows], rtol=0.0, atol=2e-6)
 
 
@@ -269,7 +275,7 @@ def test_other_models_are_called_whole_and_equal_draws_once(x):
     every = loop(model, x, 30)
     different = len({sampler_of(model).plan(FIRST + k, stream="sample").draws for k in range(30)})
     model.calls = 0
-    assert_same_prediction(predict(model, x, 30, first=FIRST), every, exactly=True)
+    assert_same_prediction(predict(model, x, 30, first=FIRST, keep=True), every, exactly=True)
     assert model.calls == different <= 4
 
 
@@ -283,7 +289,7 @@ def test_blocks_of_other_models_are_computed_once_per_set_of_coins(x):
     model = attached(Foreign(*[StochasticDepth(p) for p in (1.0, 0.9, 0.8, 0.6, 0.5)]))
     every = loop(model, x, 30)
     counts = [Counts(block.shortcut) for block in model.blocks]
-    assert_same_prediction(predict(model, x, 30, first=FIRST), every, exactly=True)
+    assert_same_prediction(predict(model, x, 30, first=FIRST, keep=True), every, exactly=True)
     plans = [sampler_of(model).plan(FIRST + k, stream="sample") for k in range(30)]
     assert [len(count.rows) for count in counts] == blocks_computed(plans)
     assert sum(len(count.rows) for count in counts) < 0.6 * 30 * 5
@@ -299,9 +305,9 @@ def test_applied_models_give_the_samples_of_the_loop(granularity):
     x = torch.randn(2, 3, 32, 32)
     every = loop(model, x, 12)
     count = Counts(model.layer4[1].conv1)
-    assert_same_prediction(predict(model, x, 12, first=FIRST), every, exactly=True)
+    assert_same_prediction(predict(model, x, 12, first=FIRST, keep=True), every, exactly=True)
     assert 0 < sum(count.rows) < 12 * 2
-    assert_same_prediction(predict(model, x, 12, first=FIRST, stack=1), every, exactly=True)
+    assert_same_prediction(predict(model, x, 12, first=FIRST, stack=1, keep=True), every, exactly=True)
 
 
 def test_outputs_that_somebody_writes_into_are_not_given_again(x):
@@ -313,7 +319,7 @@ def test_outputs_that_somebody_writes_into_are_not_given_again(x):
             return x.mean((2, 3))
 
     model = attached(InPlace(*[StochasticDepth(p) for p in (0.9, 0.8, 0.6, 0.5)]))
-    assert_same_prediction(predict(model, x, 30, first=FIRST), loop(model, x, 30), exactly=True)
+    assert_same_prediction(predict(model, x, 30, first=FIRST, keep=True), loop(model, x, 30), exactly=True)
 
 
 def test_blocks_that_write_into_their_input_are_computed_every_time(x):
@@ -333,7 +339,7 @@ def test_blocks_that_write_into_their_input_are_computed_every_time(x):
             return sum(outputs).mean((2, 3))
 
     model = attached(ReadAgain(*[StochasticDepth(p) for p in (0.9, 0.8, 0.6, 0.5)]))
-    assert_same_prediction(predict(model, x, 30, first=FIRST), loop(model, x, 30), exactly=True)
+    assert_same_prediction(predict(model, x, 30, first=FIRST, keep=True), loop(model, x, 30), exactly=True)
 
 
 def test_blocks_that_are_given_more_than_numbers_are_computed_every_time(x):
@@ -361,7 +367,7 @@ def test_blocks_that_are_given_more_than_numbers_are_computed_every_time(x):
     model = attached(Logged(StochasticDepth(0.9), StochasticDepth(0.5)))
     every = loop(model, x)
     model.logs.clear()
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), every, exactly=True)
     assert len(model.logs) > 1
     assert set(model.logs) == {2}
 
@@ -370,7 +376,7 @@ def test_inference_mode(x):
     model = attached(Foreign(StochasticDepth(0.5), StochasticDepth(0.8)))
     every = loop(model, x)
     with torch.inference_mode():
-        assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=True)
+        assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), every, exactly=True)
 
 
 def test_blocks_are_themselves_again_after_an_exception(x):
@@ -385,7 +391,7 @@ def test_blocks_are_themselves_again_after_an_exception(x):
 )
 def test_other_models_give_the_samples_of_the_loop(rules, x):
     model = attached(Foreign(*rules))
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), loop(model, x), exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), loop(model, x), exactly=True)
 
 
 def test_a_wrapper_counts_passes_as_before(x):
@@ -400,7 +406,7 @@ def test_a_wrapper_counts_passes_as_before(x):
             return self.root(x) + self.root(x.flip(3))
 
     model = Twice()
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), loop(model, x), exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), loop(model, x), exactly=True)
 
 
 @pytest.mark.parametrize("granularity", ["block", "row"])
@@ -420,7 +426,7 @@ def test_sequences_of_many_kinds_of_rules(granularity, x):
     stem = Counts(model[0])
     every = loop(model, x)
     stem.rows.clear()
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), every, exactly=True)
     assert stem.rows == [N]
 
 
@@ -430,18 +436,18 @@ def test_networks_of_mix(options, x):
     stem = Counts(model.stem)
     every = loop(model, x)
     stem.rows.clear()
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, stack=1), every, exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, stack=1, keep=True), every, exactly=True)
     assert stem.rows == [N]
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=False)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), every, exactly=False)
 
 
 @pytest.mark.parametrize("rule", [StochasticDepth(0.5), StochasticDepth(0.5, "row"), Swapout(0.5)])
 def test_a_block_that_comes_twice_lives_or_dies_as_one(rule, x):
     block = Residual(nn.Conv2d(1, 1, 3, padding=1), rule=rule)
     model = attached(nn.Sequential(block, block, nn.Flatten(), nn.Linear(64, 3)))
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), loop(model, x), exactly=False)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), loop(model, x), exactly=False)
     counts = Counts(block.branch)
-    predict(model, x[:1], SAMPLES, first=FIRST, stack=1)
+    predict(model, x[:1], SAMPLES, first=FIRST, stack=1, keep=True)
     assert 0 < len(counts.rows) <= 2 * SAMPLES
 
 
@@ -449,7 +455,7 @@ def test_a_hook_of_the_root_sees_every_sample(x):
     model = network("stochastic-depth")
     every, seen = loop(model, x), []
     model.register_forward_hook(lambda *_: seen.append(1))
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), every, exactly=True)
     plans = {sampler_of(model).plan(FIRST + k, stream="sample").draws for k in range(SAMPLES)}
     assert len(seen) == len(plans)
 
@@ -458,7 +464,7 @@ def test_a_hook_of_a_block_sees_all_its_rows(x):
     model = network("stochastic-depth")
     every = loop(model, x)
     block = Counts(blocks_of(model)[3])
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), every, exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), every, exactly=True)
     assert sum(block.rows) == N * SAMPLES
 
 
@@ -470,7 +476,7 @@ def test_work_in_place_is_never_shared(x):
         )
     )
     assert pieces_of(model, x) is None
-    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST), loop(model, x), exactly=True)
+    assert_same_prediction(predict(model, x, SAMPLES, first=FIRST, keep=True), loop(model, x), exactly=True)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 3, 8), (2, 64)])

@@ -16,6 +16,11 @@ from residrop.inference.sampled.curve import AdaptiveEvaluation as AdaptiveEvalu
 from residrop.inference.sampled.curve import ErrorCurve as ErrorCurve
 from residrop.inference.sampled.curve import error_curve as error_curve
 from residrop.inference.sampled.curve import evaluate_adaptive as evaluate_adaptive
-from residrop.inference.sampled.predict import Prediction as Prediction
+from residrop.inference.sampled.detections import merge_detections as merge_detections
 from residrop.inference.sampled.predict import Sampled as Sampled
+from residrop.inference.sampled.predict import default_samples as default_samples
 from residrop.inference.sampled.predict import predict as predict
+from residrop.inference.sampled.predictions import DetectionPrediction as DetectionPrediction
+from residrop.inference.sampled.predictions import Detections as Detections
+from residrop.inference.sampled.predictions import NumberPrediction as NumberPrediction
+from residrop.inference.sampled.predictions import Prediction as Prediction

@@ -170,10 +170,10 @@ class _Batch(NamedTuple):
 
 
 def _one_batch(model: nn.Module, x: Tensor, y: Tensor, samples: int, first: int) -> _Batch:
-    expected = predict(model, x, samples=0).probabilities.cpu()
+    expected = predict(model, x, 0, kind="classes").probabilities.cpu()
     if not samples:
         return _Batch(y.cpu(), expected, None, None, None)
-    result = predict(model, x, samples, first=first, keep=False)
+    result = predict(model, x, samples, first=first, keep=True, kind="classes")
     spread = result.standard_error.gather(1, result.classes[:, None]).squeeze(1).cpu()
     wrong = (result.sample_classes != y.to(result.sample_classes.device)).sum(dim=1).cpu()
     return _Batch(y.cpu(), expected, result.probabilities.cpu(), spread, wrong)

@@ -15,13 +15,15 @@ at most alpha = 1 - confidence, for every input.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from residrop.common.checks import check_whole, is_number
 from residrop.common.errors import ConfigError
+from residrop.inference.sampled.batch import Batch
+from residrop.inference.sampled.outputs import Kinds, Outputs, Reader
 from residrop.inference.sampled.shared import passes
 
 __all__ = ["AdaptivePrediction", "check_confidence", "predict_adaptive"]
@@ -41,6 +43,7 @@ class AdaptivePrediction(NamedTuple):
         settled: Tensor[n] bool, whether it stopped because its decision was settled, not because passes ran out.
         max_samples: the largest number of passes.
         confidence: probability, of every input, that its decision is that of `max_samples` passes; at least.
+        class_dim: the dimension of classes in `probabilities` (which has places of dense outputs, as `Prediction`).
     """
 
     probabilities: Tensor
@@ -48,11 +51,12 @@ class AdaptivePrediction(NamedTuple):
     settled: Tensor
     max_samples: int
     confidence: float
+    class_dim: int = 1
 
     @property
     def classes(self) -> Tensor:
         """Tensor[n] int64, the most probable class."""
-        return self.probabilities.argmax(dim=1)
+        return self.probabilities.argmax(dim=self.class_dim)
 
     @property
     def mean_samples(self) -> float:
@@ -133,12 +137,15 @@ def check_confidence(confidence: object) -> float:
 @torch.no_grad()
 def predict_adaptive(
     model: nn.Module,
-    x: Tensor,
+    x: Any,
     *,
     confidence: float = 0.95,
     max_samples: int = 30,
     first: int = 0,
     stack: int | None = None,
+    outputs: Outputs = None,
+    kind: Kinds = None,
+    dropout: bool = False,
 ) -> AdaptivePrediction:
     """Predict a batch by sampling, each input only while its decision is open.
 
@@ -148,43 +155,75 @@ def predict_adaptive(
     branches that are repeated, outputs that are read again), rules whose draws belong to a batch as a whole draw for
     the smaller batch; the bound then speaks of passes made so.
 
+    Where a model decides at many places (pixels, tokens), the bound is one for every place, and an input leaves the
+    batch when all its places are settled.
+
     Args:
-        model: an attached network, Tensor[n, ...] to logits Tensor[n, classes].
-        x: Tensor[n, ...], the batch.
+        model: an attached network.
+        x: the batch, as in `predict`.
         confidence: in (0, 1).
         max_samples: passes after which an input is decided in any case.
         first: number of the first sampled pass; the same number and seed give the same samples.
         stack: rows (inputs times samples) that go through the network together, though never fewer than x has; None
             chooses for the device.
+        outputs: as in `predict`; one head.
+        kind: as in `predict`; classes, tokens or binary.
+        dropout: as in `predict`.
 
     Raises:
-        ConfigError: a bad number, or a model that is not attached.
+        ConfigError: a bad number, a model that is not attached, an output whose meaning cannot be told, or one that is
+            no decision between classes.
     """
     alpha = 1.0 - check_confidence(confidence)
     check_whole("max_samples", max_samples, least=1)
     stack = None if stack is None else check_whole("stack", stack, least=1)
-    with passes(model, x, first=first, stack=stack) as sampled:
+    batch = Batch(x)
+    n = len(batch)
+    read = Reader(outputs, kind, None if batch.tensor is None else batch.tensor.shape)
+    with passes(model, batch, read, first=first, stack=stack, dropout=dropout) as sampled:
         count = _least(max_samples, alpha)
-        found = sampled.draw(range(first, first + count))
-        race = Race(found[0], max_samples, alpha)
+        drawn = sampled.draw(range(first, first + count))
+        dim = _class_dim(read)
+        (found,) = drawn
+        shape = found[0].movedim(dim, -1).shape  # n, places, classes
+
+        def flat(p: Tensor) -> Tensor:
+            return p.movedim(dim, -1).flatten(0, -2)
+
+        places = math.prod(shape[1:-1])
+        race = Race(flat(found[0]), max_samples, alpha)
         for p in found[1:]:
-            race.update(p)
-        probabilities = torch.empty_like(found[0])
-        used = torch.full((len(x),), max_samples, device=found.device)
-        settled = torch.zeros(len(x), dtype=torch.bool, device=found.device)
-        rows = torch.arange(len(x), device=found.device)
+            race.update(flat(p))
+        probabilities = torch.empty(shape, dtype=found.dtype, device=found.device)
+        used = torch.full((n,), max_samples, device=found.device)
+        settled = torch.zeros(n, dtype=torch.bool, device=found.device)
+        rows = torch.arange(n, device=found.device)
         while True:
-            done = race.settled()
+            done = race.settled().view(len(rows), places).all(dim=1)
             stop = done if race.count < max_samples else torch.ones_like(done)
             leave = rows[stop]
-            probabilities[leave] = (race.total[stop] / race.count).to(probabilities.dtype)
+            means = (race.total / race.count).view(len(rows), *shape[1:])
+            probabilities[leave] = means[stop].to(probabilities.dtype)
             used[leave], settled[leave] = race.count, done[stop]
             if bool(stop.all()):
                 break
             rows = rows[~stop]
-            race.keep(~stop)
+            race.keep((~stop).repeat_interleave(places))
             count = min(math.ceil(race.count / 5), max_samples - race.count)  # looks grow rarer
             start = first + race.count
-            for p in sampled.draw(range(start, start + count), None if len(rows) == len(x) else rows):
-                race.update(p)
-    return AdaptivePrediction(probabilities, used, settled, max_samples, float(confidence))
+            (found,) = sampled.draw(range(start, start + count), None if len(rows) == n else rows)
+            for p in found:
+                race.update(flat(p))
+    moved = probabilities.movedim(-1, dim).contiguous()
+    return AdaptivePrediction(moved, used, settled, max_samples, float(confidence), dim)
+
+
+def _class_dim(read: Reader) -> int:
+    """The dimension of classes of a single output; ConfigError if there are several, or no classes."""
+    heads = read.heads or {}
+    if len(heads) != 1:
+        raise ConfigError(f"adaptive sampling goes by one decision; say with outputs= which of {list(heads)} it is")
+    (head,) = heads.values()
+    if head.kind in ("numbers", "detections"):
+        raise ConfigError(f"{head.kind} are no decision that could be settled; use residrop.predict")
+    return head.class_dim

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
 from residrop.inference.sampled.adaptive import predict_adaptive
+from residrop.inference.sampled.batch import Batch
+from residrop.inference.sampled.outputs import Reader
 from residrop.inference.sampled.predict import predict
 from residrop.inference.sampled.shared import passes
 
@@ -72,8 +74,9 @@ def error_curve(
         missed += int((predict(model, x, 0).classes != y).sum())
         for repetition in range(repetitions):
             first = (number * repetitions + repetition) * samples
-            with passes(model, x, first=first) as sampled:
-                sums = sampled.draw(range(first, first + samples)).cumsum(dim=0)
+            with passes(model, Batch(x), Reader(kind="classes"), first=first) as sampled:
+                (found,) = sampled.draw(range(first, first + samples))
+            sums = found.cumsum(dim=0)
             wrong[repetition] += (sums.argmax(dim=2) != y).sum(dim=1).cpu()
         done += len(y)
         if on_batch:

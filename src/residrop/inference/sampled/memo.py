@@ -5,7 +5,7 @@ the order of their coins, and one output a block is remembered.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,9 +44,14 @@ class _Output:
 
 
 class Memo:
-    """What the blocks of a model gave in the last pass. Every pass has to be announced to `begin`."""
+    """What the blocks of a model gave in the last pass. Every pass has to be announced to `begin`.
 
-    def __init__(self) -> None:
+    Args:
+        restless: modules that give something else in every pass (sampled dropout).
+    """
+
+    def __init__(self, restless: Set[nn.Module] = frozenset()) -> None:
+        self._restless = restless
         self._outputs: dict[tuple[nn.Module, int], _Output] = {}
         self._plan: Plan | None = None
         self._before: Plan | None = None
@@ -59,6 +64,10 @@ class Memo:
         self._same = self._before is not None
         self._calls.clear()
 
+    def forget(self) -> None:
+        """From here on, this pass has nothing in common with the last one."""
+        self._same = False
+
     def call(self, block: nn.Module, forward: Any, rules: list[int], *args: Any, **kwargs: Any) -> Any:
         """The forward of a block, or what it gave when all draws up to its own were the same."""
         place = block, self._calls[block]
@@ -68,6 +77,7 @@ class Memo:
             assert self._plan is not None
             old, new = self._before.draws, self._plan.draws
             self._same = all(old[rule] == new[rule] or is_certain(new[rule]) for rule in rules)
+            self._same = self._same and self._restless.isdisjoint(block.modules())
         # a block that is given a cache, say, does more than to give an output
         if not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves((args, kwargs))):
             return forward(*args, **kwargs)
@@ -78,15 +88,15 @@ class Memo:
 
 
 @contextmanager
-def remembering(model: nn.Module) -> Iterator[Memo | None]:
-    """Inside, blocks with rules ask a memo first.
+def remembering(model: nn.Module, restless: Set[nn.Module] = frozenset()) -> Iterator[Memo | None]:
+    """Inside, blocks with rules ask a memo first; see `Memo`.
 
     None where a compiler would look into them, and in inference mode, where tensors do not tell who writes into them.
     """
     if torch.is_inference_mode_enabled() or any(module._compiled_call_impl is not None for module in model.modules()):
         yield None
         return
-    memo = Memo()
+    memo = Memo(restless)
     blocks = [module for module in model.modules() if isinstance(module, Skippable) and module is not model]
     before = [(block, block.__dict__.get("forward")) for block in blocks]
     try:

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import before_root, rules_of
 from residrop.blocks.residual import Chain, Residual
-from residrop.common.errors import ConfigError
 from residrop.functional.call import combined
 from residrop.models import CifarResNet, ImageNetResNet, Vanilla
 from residrop.rules.base import Rule
@@ -22,7 +21,6 @@ __all__ = [
     "is_plain",
     "is_random",
     "pieces_of",
-    "softmax",
     "with_branch",
     "without_branch",
 ]
@@ -104,18 +102,3 @@ def without_branch(block: Residual, h: Tensor) -> Tensor:
     """A block whose branch is absent for all rows of h."""
     y = block.shortcut(h)
     return y if block.settled else block.post(y)
-
-
-def softmax(logits: Tensor) -> Tensor:
-    """Probabilities Tensor[rows, classes] float32.
-
-    Raises:
-        ConfigError: a single output a row, whose softmax is 1 whatever it is.
-    """
-    if logits.ndim < 2 or logits.shape[1] == 1:
-        raise ConfigError(
-            f"the model's output has shape {list(logits.shape)}, and the softmax of one number is 1 whatever it is; "
-            "give the model one output for each class, two for yes or no (torch.cat([torch.zeros_like(z), z], 1)), "
-            "or average torch.sigmoid(model(x)) over passes inside residrop.sampling(model)"
-        )
-    return logits.float().softmax(dim=1)

@@ -7,9 +7,10 @@ Where a network is a sequence of pieces, everything before the first random one 
 - Unit-level draws: shortcut and branch of the first random block are computed once; its masks part the samples.
 - Anything else, and pieces nobody here knows: one sample at a time from there on.
 
-Other models are called as a whole, one sample at a time and in the order of their coins, and blocks give their last
-output again while nothing before them has changed. Pass number k has the draw of pass number k of `residrop.sampling`
-everywhere. Small batches of sequences are stacked, several samples in one pass, to fill the machine.
+Other models, and all whose own dropout is sampled, are called as a whole, one sample at a time and in the order of
+their coins, and blocks give their last output again while nothing before them has changed. Pass number k has the draw
+of pass number k of `residrop.sampling` everywhere. Small batches of sequences are stacked, several samples in one pass,
+to fill the machine.
 """
 
 from abc import ABC, abstractmethod
@@ -22,51 +23,85 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import before_root, sampler_of, sampling
 from residrop.blocks.residual import Residual
+from residrop.inference.sampled.batch import Batch
+from residrop.inference.sampled.dropout import Dropouts, dropping
 from residrop.inference.sampled.memo import remembering
-from residrop.inference.sampled.pieces import TREE, UNITS, branch_of, is_plain, is_random, pieces_of, softmax
+from residrop.inference.sampled.outputs import Reader
+from residrop.inference.sampled.pieces import TREE, UNITS, branch_of, is_plain, is_random, pieces_of
 from residrop.inference.sampled.tree import Tree
-from residrop.schedule.sampler import DepthSampler, Draw, Plan
+from residrop.schedule.sampler import DepthSampler, Plan
 
 __all__ = ["Passes", "passes"]
 
+_MEMORY = 1 << 28  # bytes of outputs that are held together
+_SMALL = 1 << 22  # bytes of images whose outputs are taken for small before one was made
+
 
 class Passes(ABC):
-    """Sampled passes over one batch of n inputs."""
+    """Sampled passes over one batch of n inputs.
+
+    Args:
+        x: the input, if it is one tensor.
+    """
+
+    def __init__(self, x: Tensor | None) -> None:
+        # numbers of tokens, say, may become logits of a whole vocabulary
+        self._all_at_once = x is not None and x.is_floating_point() and x.nbytes < _SMALL
 
     @abstractmethod
-    def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> Tensor:
-        """Probabilities Tensor[passes, m, classes] float32 of the passes with these numbers.
+    def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> tuple[Any, ...]:
+        """What is read of the passes with these numbers: of every head Tensor[passes, m, ...], of detections a list.
 
         Args:
             numbers: consecutive numbers of passes; each is drawn once.
             rows: int64 Tensor[m], rising, the rows that are wanted; None is all n.
         """
 
+    def stream(self, first: int, samples: int) -> Iterator[tuple[Any, ...]]:
+        """Of one pass after the other, what is read; as many are made together as memory is meant to hold."""
+        done, count = 0, samples if self._all_at_once else 1
+        while done < samples:
+            count = min(count, samples - done)
+            found = self.draw(range(first + done, first + done + count))
+            yield from (tuple(head[number] for head in found) for number in range(count))
+            done += count
+            size = sum(head[0].nbytes for head in found if isinstance(head, Tensor))
+            count = max(1, _MEMORY // max(1, size))
+
 
 @contextmanager
 def passes(
     model: nn.Module,
-    x: Tensor,
+    batch: Batch,
+    read: Reader,
     *,
     first: int = 0,
     stack: int | None = None,
+    dropout: bool = False,
 ) -> Iterator[Passes]:
     """Inside, `draw` makes sampled passes of a batch, the first of them number `first`; see `residrop.sampling`.
 
     Args:
-        model: an attached network, Tensor[n, ...] to logits Tensor[n, classes].
-        x: Tensor[n, ...].
+        model: an attached network.
+        batch: its inputs.
+        read: what is wanted of its output.
         first: number of the first pass.
         stack: rows (inputs times samples) that go through the network together; None chooses. With at most n, no two
             samples are stacked.
+        dropout: sample the model's dropout modules, too.
     """
+    x = batch.tensor
     with sampling(model, first=first), torch.no_grad():
-        sampler, pieces = sampler_of(model), pieces_of(model, x)
-        if pieces is None or not len(x):
-            yield _Whole(model, x, sampler)
+        sampler = sampler_of(model)
+        pieces = None if dropout or x is None or not len(x) else pieces_of(model, x)
+        if pieces is None:
+            dropouts = Dropouts(model, sampler.seed, len(batch)) if dropout else None
+            with dropping(dropouts):
+                yield _Whole(model, batch, sampler, read, dropouts)
         else:
+            assert x is not None
             with sampler.giving(sampler.plan(first, stream="sample")):  # what is certain is so under any plan
-                yield _Sequence(pieces, x, sampler, _filling(x) if stack is None else stack)
+                yield _Sequence(pieces, x, sampler, _filling(x) if stack is None else stack, read)
 
 
 def _filling(x: Tensor) -> int:
@@ -80,30 +115,57 @@ class _Whole(Passes):
 
     Args:
         model: attached, or a wrapper around an attached model.
-        x: Tensor[n, ...].
+        batch: its inputs.
         sampler: of the model.
+        read: what is wanted of its output.
+        dropouts: its dropout modules, if they are sampled.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, sampler: DepthSampler) -> None:
-        self.model, self.x, self.sampler = model, x, sampler
+    def __init__(
+        self, model: nn.Module, batch: Batch, sampler: DepthSampler, read: Reader, dropouts: Dropouts | None
+    ) -> None:
+        super().__init__(batch.tensor)
+        self.model, self.batch, self.sampler, self.read, self.dropouts = model, batch, sampler, read, dropouts
+        self._last: tuple[Tensor | None, dict[Any, tuple[Any, ...]]] = None, {}  # rows of a draw, and what it made
         self.is_root = before_root(model) is not None
 
-    def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> Tensor:
-        x = self.x if rows is None else self.x[rows]
-        if not self.is_root:  # a wrapper, which may call its root more than once: the sampler counts the calls
-            return torch.stack([softmax(self.model(x)) for _ in numbers])
+    def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> tuple[Any, ...]:
+        made = self._wrapped(numbers, rows) if not self.is_root else self._made(numbers, rows)
+        heads = zip(*made, strict=True)
+        return tuple(torch.stack(head) if isinstance(head[0], Tensor) else list(head) for head in heads)
+
+    def _wrapped(self, numbers: Sequence[int], rows: Tensor | None) -> list[tuple[Any, ...]]:
+        """Of a wrapper, which may call its root more than once: the sampler counts the calls."""
+        found: list[tuple[Any, ...]] = []
+        for number in numbers:
+            if self.dropouts is not None:
+                self.dropouts.begin(number, rows)
+            found.append(self.read(self.batch.called(self.model, rows)))
+        return found
+
+    def _made(self, numbers: Sequence[int], rows: Tensor | None) -> list[tuple[Any, ...]]:
         plans = {number: self.sampler.plan(number, stream="sample") for number in numbers}
         alike = sorted(plans, key=lambda number: [draw.alive is False for draw in plans[number].draws])
-        made: dict[tuple[Draw, ...], Tensor] = {}
-        with remembering(self.model) if len(plans) > 1 else nullcontext() as memo:
+        dropouts = self.dropouts
+        before = self._last[1] if self._last[0] is rows else {}
+        # a pass is that of any other number with the same draws, unless dropout parts them
+        name = {number: (None if dropouts is None else number, plan.draws) for number, plan in plans.items()}
+        made = {key: before[key] for key in name.values() if key in before}
+        restless = frozenset() if dropouts is None else dropouts.numbers.keys()
+        with remembering(self.model, restless) if len(plans) > 1 else nullcontext() as memo:
+            if dropouts is not None:
+                dropouts.on_call = None if memo is None else memo.forget
             for number in alike:
-                plan = plans[number]
-                if plan.draws not in made:
-                    if memo is not None:
-                        memo.begin(plan)
-                    with self.sampler.sampling(number):
-                        made[plan.draws] = softmax(self.model(x))
-        return torch.stack([made[plans[number].draws] for number in numbers])
+                if name[number] in made:
+                    continue
+                if memo is not None:
+                    memo.begin(plans[number])
+                if dropouts is not None:
+                    dropouts.begin(number, rows)
+                with self.sampler.sampling(number):
+                    made[name[number]] = self.read(self.batch.called(self.model, rows))
+        self._last = rows, made
+        return [made[name[number]] for number in numbers]
 
 
 class _Sequence(Passes):
@@ -114,9 +176,12 @@ class _Sequence(Passes):
         x: Tensor[n, ...].
         sampler: of the network.
         stack: rows that go through a piece together, at most (but all of x may).
+        read: what is wanted of its output.
     """
 
-    def __init__(self, pieces: list[nn.Module], x: Tensor, sampler: DepthSampler, stack: int) -> None:
+    def __init__(self, pieces: list[nn.Module], x: Tensor, sampler: DepthSampler, stack: int, read: Reader) -> None:
+        super().__init__(x)
+        self.read = read
         self.sampler, self.stack, self.total = sampler, max(stack, len(x)), len(x)
         plan = sampler.plan(0, stream="sample")
         self.random = [is_random(piece, plan) for piece in pieces]
@@ -130,36 +195,37 @@ class _Sequence(Passes):
         self.is_units = all(is_plain(piece, UNITS) for piece in random)
         self._first: tuple[Tensor, Tensor] | None = None  # shortcut and branch of the first random block
 
-    def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> Tensor:
+    def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> tuple[Any, ...]:
         plans = [self.sampler.plan(number, stream="sample") for number in numbers]
         h = self.h if rows is None else self.h[rows]
         if not self.pieces:
-            return softmax(h).expand(len(plans), -1, -1)
+            return tuple(value.expand(len(plans), *value.shape) for value in self.read(h))
         if self.is_tree:
             own = torch.arange(self.total) if rows is None else rows.cpu()
             left = list(zip(self.pieces, self.random, strict=True))
-            return Tree(left, plans, own, self.total, self.stack).walk(h)
+            return Tree(left, plans, own, self.total, self.stack, self.read).walk(h)
         if self.is_units:
             return self._units(plans, rows)
-        found: list[Tensor] = []
+        found: list[tuple[Any, ...]] = []
         for plan in plans:
             y = h
             with self.sampler.giving(plan):
                 for piece in self.pieces:
                     y = piece(y)
-            found.append(softmax(y))
-        return torch.stack(found)
+            found.append(self.read(y))
+        return tuple(torch.stack(head) for head in zip(*found, strict=True))
 
-    def _units(self, plans: Sequence[Plan], rows: Tensor | None) -> Tensor:
+    def _units(self, plans: Sequence[Plan], rows: Tensor | None) -> tuple[Any, ...]:
         """Unit-level draws: as many samples at once as are to be stacked, each under a key of its own."""
         block: Any = self.pieces[0]
         if self._first is None:
             self._first = block.shortcut(self.h), branch_of(block, self.h)
         skip, f = self._first if rows is None else (self._first[0][rows], self._first[1][rows])
         count = max(1, self.stack // max(1, len(skip)))
-        return torch.cat([self._together(plans[at : at + count], skip, f, rows) for at in range(0, len(plans), count)])
+        found = [self._together(plans[at : at + count], skip, f, rows) for at in range(0, len(plans), count)]
+        return tuple(torch.cat(head) for head in zip(*found, strict=True))
 
-    def _together(self, plans: Sequence[Plan], skip: Tensor, f: Tensor, rows: Tensor | None) -> Tensor:
+    def _together(self, plans: Sequence[Plan], skip: Tensor, f: Tensor, rows: Tensor | None) -> tuple[Any, ...]:
         first, *rest = self.pieces
         y = self._mixed(first, plans, [skip] * len(plans), [f] * len(plans), rows)
         for piece, parts_samples in zip(rest, self.random[1:], strict=True):
@@ -169,7 +235,7 @@ class _Sequence(Passes):
                 y = self._mixed(piece, plans, *parts, rows)
             else:
                 y = piece(y)
-        return softmax(y).unflatten(0, (len(plans), -1))
+        return tuple(value.unflatten(0, (len(plans), -1)) for value in self.read(y))
 
     def _mixed(
         self, block: Any, plans: Sequence[Plan], skips: Sequence[Tensor], fs: Sequence[Tensor], rows: Tensor | None

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from residrop.blocks.residual import Residual
 from residrop.functional.units import row_mask
-from residrop.inference.sampled.pieces import softmax, with_branch, without_branch
+from residrop.inference.sampled.outputs import Reader
+from residrop.inference.sampled.pieces import with_branch, without_branch
 from residrop.rules.depth import StochasticDepth
 from residrop.schedule.sampler import Draw, Plan
 
@@ -26,11 +27,19 @@ class Tree:
         own: int64 Tensor[rows] on the CPU, the rows' numbers in the batch that they belong to.
         total: rows of that batch.
         stack: rows of the walk that go through a piece together, at most; no fewer than `own` has.
+        read: what is wanted of the network's output.
     """
 
     def __init__(
-        self, pieces: Sequence[tuple[nn.Module, bool]], plans: Sequence[Plan], own: Tensor, total: int, stack: int
+        self,
+        pieces: Sequence[tuple[nn.Module, bool]],
+        plans: Sequence[Plan],
+        own: Tensor,
+        total: int,
+        stack: int,
+        read: Reader,
     ) -> None:
+        self.read = read
         self.pieces, self.stack, self.shape = [piece for piece, _ in pieces], stack, (len(plans), len(own))
         self.coins: list[Tensor | None] = [None] * len(self.pieces)  # Bool [rows, samples]
         self.scales = [1.0] * len(self.pieces)
@@ -42,14 +51,13 @@ class Tree:
                 self.scales[number] = piece.rule.scale(draws[0])
                 coins = torch.stack([_coins(piece.rule, draw, total) for draw in draws], dim=1)
                 self.coins[number] = coins[own]
-        self.found: Tensor | None = None
+        self.found: list[Tensor] = []
 
-    def walk(self, h: Tensor) -> Tensor:
-        """Probabilities Tensor[samples, rows, classes]."""
+    def walk(self, h: Tensor) -> tuple[Tensor, ...]:
+        """What is read, of every head Tensor[samples, rows, ...]."""
         samples, rows = self.shape
         self._down(h, torch.arange(rows), torch.ones(rows, samples, dtype=torch.bool), 0)
-        assert self.found is not None
-        return self.found
+        return tuple(self.found)
 
     def _down(self, h: Tensor, rows: Tensor, members: Tensor, number: int) -> None:
         """From piece `number` to the end.
@@ -86,14 +94,15 @@ class Tree:
                     half = len(h) // 2
                     self._down(h[:half], rows[:half], members[:half], number)
                     h, rows, members = h[half:], rows[half:], members[half:]
-        self._arrive(softmax(h), rows, members)
+        self._arrive(self.read(h), rows, members)
 
-    def _arrive(self, p: Tensor, rows: Tensor, members: Tensor) -> None:
-        if self.found is None:
-            self.found = p.new_empty(*self.shape, p.shape[1])
+    def _arrive(self, values: tuple[Tensor, ...], rows: Tensor, members: Tensor) -> None:
+        if not self.found:
+            self.found = [value.new_empty(*self.shape, *value.shape[1:]) for value in values]
         at, sample = members.nonzero(as_tuple=True)
         row = rows[at]
-        self.found[sample.to(p.device), row.to(p.device)] = p[at.to(p.device)]
+        for found, value in zip(self.found, values, strict=True):
+            found[sample.to(value.device), row.to(value.device)] = value[at.to(value.device)]
 
 
 def _some(h: Tensor, wanted: Tensor) -> Tensor:
