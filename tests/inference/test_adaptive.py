@@ -11,7 +11,7 @@ from helpers import ALPHA
 from residrop.blocks.attach import sampler_of
 from residrop.common.errors import ConfigError, PlanError
 from residrop.inference import predict, predict_adaptive
-from residrop.inference.sampled.adaptive import Race, _least
+from residrop.inference.sampled.adaptive import Race, _least, _orders
 
 HORIZON = 30
 
@@ -130,8 +130,19 @@ def network(rule="swapout", **options):
 FORMS = {"stochastic-depth": {}, "row": {"rule": "stochastic-depth", "granularity": "row"}, "swapout": {}}
 
 
+def test_orders_are_random_and_a_row_has_its_own_in_every_batch():
+    orders = _orders(3, 7, 6000, 5)
+    assert torch.equal(orders.sort(1).values, torch.arange(5).expand(6000, 5))
+    assert torch.equal(_orders(3, 7, 100, 5), orders[:100])
+    assert not torch.equal(_orders(3, 8, 100, 5), orders[:100])
+    counts = torch.bincount((orders * torch.tensor([625, 125, 25, 5, 1])).sum(1))
+    counts = counts[counts > 0]
+    assert len(counts) == 120  # all permutations, each equally often
+    assert stats.chisquare(counts.numpy()).pvalue > ALPHA
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_adaptive_samples_are_the_first_of_all(form):
+def test_adaptive_samples_are_some_of_all_in_an_order_of_each_input(form):
     options = FORMS[form]
     model, x = network(**{"rule": form, "survival": "linear(1, 0.5)", **options}), torch.randn(40, 1, 8, 8)
     found = predict_adaptive(model, x, first=7, max_samples=20)
@@ -139,7 +150,8 @@ def test_adaptive_samples_are_the_first_of_all(form):
     used = found.used.tolist()
     assert len(set(used)) > 2
     assert min(used) >= 6
-    wanted = torch.stack([every[:count, row].mean(0) for row, count in enumerate(used)])
+    orders = torch.arange(20).expand(40, -1) if form == "swapout" else _orders(sampler_of(model).seed, 7, 40, 20)
+    wanted = torch.stack([every[orders[row, :count], row].mean(0) for row, count in enumerate(used)])
     torch.testing.assert_close(found.probabilities, wanted, rtol=0.0, atol=2e-6)
     assert found.mean_samples == pytest.approx(np.mean(used))
     assert (found.used[~found.settled] == 20).all()

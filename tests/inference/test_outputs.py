@@ -284,6 +284,44 @@ def test_only_one_decision_can_be_settled():
         predict_adaptive(flat(), x, outputs=lambda y: {"a": y, "b": y})
 
 
+# Mirror images
+
+
+@pytest.mark.parametrize("rule", ["stochastic-depth", "swapout"])
+def test_passes_of_odd_numbers_see_mirror_images(rule):
+    model, x = dense(rule), torch.randn(2, 3, 5, 6)
+    found = predict(model, x, SAMPLES, first=FIRST, keep=True, stack=1, flips=True)
+    plain = predict(model, x, SAMPLES, first=FIRST, keep=True, stack=1).sample_probabilities
+    mirrored = predict(model, x.flip(-1), SAMPLES, first=FIRST, keep=True, stack=1).sample_probabilities.flip(-1)
+    for number, p in enumerate(found.sample_probabilities):
+        assert torch.equal(p, (mirrored if (FIRST + number) % 2 else plain)[number])
+    once, other = predict(model, x, 0), predict(model, x.flip(-1), 0)
+    both = predict(model, x, 0, flips=True)
+    torch.testing.assert_close(both.probabilities, (once.probabilities + other.probabilities.flip(-1)) / 2)
+    assert not both.standard_error.any()
+
+
+def test_mirror_images_in_adaptive_sampling_and_in_the_module():
+    model = residrop.create("resnet-8", rule="swapout", channels=1, classes=4)
+    x = torch.randn(12, 1, 8, 8)
+    every = predict(model, x, 20, keep=True, flips=True).sample_probabilities
+    adaptive = predict_adaptive(model, x, max_samples=20, confidence=0.8, flips=True)
+    wanted = torch.stack([every[:count, row].mean(0) for row, count in enumerate(adaptive.used.tolist())])
+    torch.testing.assert_close(adaptive.probabilities, wanted, rtol=0, atol=2e-6)
+    assert torch.equal(Sampled(model, 4, flips=True)(x), predict(model, x, 4, flips=True).probabilities)
+
+
+def test_what_has_no_known_mirror_image_is_refused():
+    with pytest.raises(ConfigError, match="flips=True needs images"):
+        predict(flat(), torch.randn(5, 6), 2, flips=True)
+    with pytest.raises(ConfigError, match="takes classes of images or pixels, not numbers"):
+        predict(dense(), torch.randn(2, 3, 5, 6), 2, flips=True, kind="numbers")
+    with pytest.raises(ConfigError, match="neither with dropout=True nor with a wrapper"):
+        predict(dense(), torch.randn(2, 3, 5, 6), 2, flips=True, dropout=True)
+    with pytest.raises(ConfigError, match="nor with a wrapper"):
+        predict(nn.Sequential(dense()), torch.randn(2, 3, 5, 6), 2, flips=True)
+
+
 # Defaults
 
 

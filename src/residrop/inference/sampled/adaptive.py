@@ -20,17 +20,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from residrop.blocks.attach import sampler_of
 from residrop.common.checks import check_whole, is_number
 from residrop.common.errors import ConfigError
+from residrop.functional.units import row_normal
 from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.outputs import Kinds, Outputs, Reader
 from residrop.inference.sampled.shared import passes
+from residrop.schedule.sampler import derive_key
 
 __all__ = ["AdaptivePrediction", "check_confidence", "predict_adaptive"]
 
 _CANDIDATES = 3  # classes that may settle: the likeliest of the first pass
 _SMOOTHING = 0.1  # added to their probabilities, so that a first pass that misleads can be overruled
 _BOLDNESS = 0.95  # largest stake, as a share of the one that may lose everything
+_ORDERS = 0x0DE5  # parts the key of the orders of passes from those of plans
 _VARIANCE = 0.05  # of a difference, before anything is known
 
 
@@ -146,12 +150,17 @@ def predict_adaptive(
     outputs: Outputs = None,
     kind: Kinds = None,
     dropout: bool = False,
+    flips: bool = False,
 ) -> AdaptivePrediction:
     """Predict a batch by sampling, each input only while its decision is open.
 
     The samples are those of `predict(model, x, max_samples, first=first)`, of which an input is given the first few;
     for every input the decision is that of all `max_samples` with probability at least `confidence` (over the draws;
-    see the module). Inputs that are settled leave the batch. Where samples are made one at a time (other models;
+    see the module). Inputs that are settled leave the batch.
+
+    Under block- and row-level rules, in networks known to be sequences, every input has these passes in an order of its
+    own (a function of the seed, `first` and its place in the batch): an unlucky sub-network among the first passes
+    would else delay all inputs together. Where samples are made one at a time (other models;
     branches that are repeated, outputs that are read again), rules whose draws belong to a batch as a whole draw for
     the smaller batch; the bound then speaks of passes made so.
 
@@ -169,6 +178,7 @@ def predict_adaptive(
         outputs: as in `predict`; one head.
         kind: as in `predict`; classes, tokens or binary.
         dropout: as in `predict`.
+        flips: as in `predict`; all inputs have their passes in one order then.
 
     Raises:
         ConfigError: a bad number, a model that is not attached, an output whose meaning cannot be told, or one that is
@@ -180,11 +190,19 @@ def predict_adaptive(
     batch = Batch(x)
     n = len(batch)
     read = Reader(outputs, kind, None if batch.tensor is None else batch.tensor.shape)
-    with passes(model, batch, read, first=first, stack=stack, dropout=dropout) as sampled:
+    with passes(model, batch, read, first=first, stack=stack, dropout=dropout, flips=flips) as sampled:
+        own = _orders(sampler_of(model).seed, first, n, max_samples) if sampled.is_tree else None
+
+        def drawn(start: int, count: int, rows: Tensor) -> tuple[Any, ...]:
+            if own is not None:
+                return sampled.draw_own(first + own[rows.cpu(), start : start + count], rows)
+            return sampled.draw(range(first + start, first + start + count), None if len(rows) == n else rows)
+
         count = _least(max_samples, alpha)
-        drawn = sampled.draw(range(first, first + count))
+        rows = torch.arange(n, device=batch.device)
+        heads = drawn(0, count, rows)
         dim = _class_dim(read)
-        (found,) = drawn
+        (found,) = heads
         shape = found[0].movedim(dim, -1).shape  # n, places, classes
 
         def flat(p: Tensor) -> Tensor:
@@ -197,7 +215,6 @@ def predict_adaptive(
         probabilities = torch.empty(shape, dtype=found.dtype, device=found.device)
         used = torch.full((n,), max_samples, device=found.device)
         settled = torch.zeros(n, dtype=torch.bool, device=found.device)
-        rows = torch.arange(n, device=found.device)
         while True:
             done = race.settled().view(len(rows), places).all(dim=1)
             stop = done if race.count < max_samples else torch.ones_like(done)
@@ -210,12 +227,16 @@ def predict_adaptive(
             rows = rows[~stop]
             race.keep((~stop).repeat_interleave(places))
             count = min(math.ceil(race.count / 5), max_samples - race.count)  # looks grow rarer
-            start = first + race.count
-            (found,) = sampled.draw(range(start, start + count), None if len(rows) == n else rows)
+            (found,) = drawn(race.count, count, rows)
             for p in found:
                 race.update(flat(p))
     moved = probabilities.movedim(-1, dim).contiguous()
     return AdaptivePrediction(moved, used, settled, max_samples, float(confidence), dim)
+
+
+def _orders(seed: int, first: int, rows: int, passes: int) -> Tensor:
+    """int64 Tensor[rows, passes] on the CPU: for every row a random order of 0, ..., passes - 1."""
+    return row_normal(rows * passes, derive_key(seed, _ORDERS, first)).view(rows, passes).argsort(dim=1)
 
 
 def _class_dim(read: Reader) -> int:

@@ -47,6 +47,16 @@ class Batch:
         only = len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
         return self.args[0] if only else None
 
+    def mirrored(self) -> "Batch":
+        """The mirror images (left and right) of images Tensor[n, C, H, W].
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        if self.tensor is None or self.tensor.ndim != 4 or not self.tensor.is_floating_point():
+            raise ConfigError("flips=True needs images, one tensor [n, channels, height, width]; leave it out")
+        return Batch(self.tensor.flip(-1).contiguous(memory_format=torch.preserve_format))
+
     @property
     def device(self) -> torch.device:
         """Where its first tensor lies."""

@@ -71,6 +71,21 @@ class Reader:
             self.heads = {name: self._head(name, value, output) for name, value in found.items()}
         return tuple(_READ[head.kind](found[name]) for name, head in self.heads.items())
 
+    def mirrored_back(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What was read of mirror images, Tensor[passes, rows, ...] a head, as if of the images themselves.
+
+        Raises:
+            ConfigError: these are not classes of images or of pixels.
+        """
+        assert self.heads is not None
+        for head, value in zip(self.heads.values(), values, strict=True):
+            if head.kind not in ("classes", "binary") or (head.kind == "classes" and value.ndim == 4):
+                raise ConfigError(
+                    f"flips=True takes classes of images or pixels, not {head.kind} of shape {list(value.shape[1:])}, "
+                    "whose mirror image it does not know"
+                )
+        return tuple(value.flip(-1) if value.ndim > 4 else value for value in values)
+
     def _picked(self, output: Any) -> dict[str | None, Any]:
         outputs = self._outputs
         if callable(outputs):

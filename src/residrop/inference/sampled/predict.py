@@ -40,6 +40,7 @@ def predict(
     outputs: Outputs = None,
     kind: Kinds = None,
     dropout: bool = False,
+    flips: bool = False,
 ) -> Any:
     """Predict for a batch what the model predicts: classes, numbers or detections.
 
@@ -86,6 +87,8 @@ def predict(
         dropout: in sampled passes, sample the model's own nn.Dropout (1d to 3d, too) as well. Masks are functions of
             the seed, the number of the pass and the row's place in the batch. Dropout inside attention kernels, which
             is no module, stays off.
+        flips: passes of odd numbers see the images mirrored, left and right (of pixels, what they give is mirrored
+            back); with samples=0 the two passes in expectation are averaged. For classes of images or pixels.
 
     Returns:
         A `Prediction` (classes, tokens, binary), `NumberPrediction` or `DetectionPrediction`; of several heads a dict.
@@ -100,9 +103,12 @@ def predict(
     if samples == 0:
         with evaluating(model):
             found = [read(batch.called(model))]
+            if flips:
+                values = tuple(value[None] for value in read(batch.mirrored().called(model)))
+                found.append(tuple(value[0] for value in read.mirrored_back(values)))
         return _gathered(read, found, 0, keep)
     sampler_of(model)
-    with passes(model, batch, read, first=first, stack=stack, dropout=dropout) as sampled:
+    with passes(model, batch, read, first=first, stack=stack, dropout=dropout, flips=flips) as sampled:
         return _gathered(read, sampled.stream(first, samples), samples, keep)
 
 
@@ -138,6 +144,7 @@ class Sampled(nn.Module):
         outputs: as in `predict`.
         kind: as in `predict`.
         dropout: as in `predict`.
+        flips: as in `predict`.
 
     Raises:
         ConfigError: a bad number, or a model that is not attached.
@@ -153,13 +160,14 @@ class Sampled(nn.Module):
         outputs: Outputs = None,
         kind: Kinds = None,
         dropout: bool = False,
+        flips: bool = False,
     ) -> None:
         super().__init__()
         self.samples = check_whole("samples", samples, least=0)
         self.first = check_whole("first", first, least=0)
         sampler_of(model)
         self.model = model
-        self.details, self.outputs, self.dropout = details, outputs, dropout
+        self.details, self.outputs, self.dropout, self.flips = details, outputs, dropout, flips
         self.kind: Kinds = kind
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,6 +180,7 @@ class Sampled(nn.Module):
             outputs=self.outputs,
             kind=self.kind,
             dropout=self.dropout,
+            flips=self.flips,
         )
         if self.details:
             return found

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from residrop.blocks.attach import before_root, sampler_of, sampling
 from residrop.blocks.residual import Residual
+from residrop.common.errors import ConfigError
 from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.dropout import Dropouts, dropping
 from residrop.inference.sampled.memo import remembering
@@ -44,6 +45,8 @@ class Passes(ABC):
         x: the input, if it is one tensor.
     """
 
+    is_tree = False  # whether rows may have passes of their own: `draw_own`
+
     def __init__(self, x: Tensor | None) -> None:
         # numbers of tokens, say, may become logits of a whole vocabulary
         self._all_at_once = x is not None and x.is_floating_point() and x.nbytes < _SMALL
@@ -56,6 +59,10 @@ class Passes(ABC):
             numbers: consecutive numbers of passes; each is drawn once.
             rows: int64 Tensor[m], rising, the rows that are wanted; None is all n.
         """
+
+    def draw_own(self, numbers: Tensor, rows: Tensor) -> tuple[Any, ...]:
+        """As `draw`, where every row has passes of its own: int64 Tensor[m, passes] on the CPU."""
+        raise NotImplementedError
 
     def stream(self, first: int, samples: int) -> Iterator[tuple[Any, ...]]:
         """Of one pass after the other, what is read; as many are made together as memory is meant to hold."""
@@ -78,6 +85,7 @@ def passes(
     first: int = 0,
     stack: int | None = None,
     dropout: bool = False,
+    flips: bool = False,
 ) -> Iterator[Passes]:
     """Inside, `draw` makes sampled passes of a batch, the first of them number `first`; see `residrop.sampling`.
 
@@ -89,7 +97,23 @@ def passes(
         stack: rows (inputs times samples) that go through the network together; None chooses. With at most n, no two
             samples are stacked.
         dropout: sample the model's dropout modules, too.
+        flips: passes of odd numbers see mirrored images.
+
+    Raises:
+        ConfigError: the model is not attached or has no dropout to sample, or flips of what are no images.
     """
+    if flips:
+        if dropout or before_root(model) is None:
+            raise ConfigError(
+                "flips=True goes neither with dropout=True nor with a wrapper of the attached model; leave one out"
+            )
+        mirrored = batch.mirrored()
+        with (
+            passes(model, batch, read, first=first, stack=stack, dropout=dropout) as even,
+            passes(model, mirrored, read, first=first, stack=stack, dropout=dropout) as odd,
+        ):
+            yield _Flipped(batch.tensor, read, even, odd)
+        return
     x = batch.tensor
     with sampling(model, first=first), torch.no_grad():
         sampler = sampler_of(model)
@@ -108,6 +132,25 @@ def _filling(x: Tensor) -> int:
     """Rows that keep a machine busy: inputs of 1 MiB in all on the CPU, of 32 MiB elsewhere, within bounds."""
     budget, most = (1 << 20, 64) if x.device.type == "cpu" else (1 << 25, 1024)
     return max(len(x), min(most, budget // max(1, x[0].nbytes)))
+
+
+class _Flipped(Passes):
+    """Passes of even numbers over images, those of odd numbers over their mirror images."""
+
+    def __init__(self, x: Tensor | None, read: Reader, even: Passes, odd: Passes) -> None:
+        super().__init__(x)
+        self.read, self.even, self.odd = read, even, odd
+
+    def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> tuple[Any, ...]:
+        parts = [[number for number in numbers if number % 2 == odd] for odd in (0, 1)]
+        made = {}
+        for some, part in zip(parts, (self.even, self.odd), strict=True):
+            if some:
+                found = part.draw(some, rows)
+                if part is self.odd:
+                    found = self.read.mirrored_back(found)
+                made.update(zip(some, zip(*found, strict=True), strict=True))
+        return tuple(torch.stack(head) for head in zip(*(made[number] for number in numbers), strict=True))
 
 
 class _Whole(Passes):
@@ -191,7 +234,7 @@ class _Sequence(Passes):
             self.h = piece(self.h)
         self.pieces, self.random = pieces[start:], self.random[start:]
         random = [piece for piece, is_random in zip(self.pieces, self.random, strict=True) if is_random]
-        self.is_tree = all(is_plain(piece, TREE) for piece in random)
+        self.is_tree = bool(random) and all(is_plain(piece, TREE) for piece in random)
         self.is_units = all(is_plain(piece, UNITS) for piece in random)
         self._first: tuple[Tensor, Tensor] | None = None  # shortcut and branch of the first random block
 
@@ -202,8 +245,7 @@ class _Sequence(Passes):
             return tuple(value.expand(len(plans), *value.shape) for value in self.read(h))
         if self.is_tree:
             own = torch.arange(self.total) if rows is None else rows.cpu()
-            left = list(zip(self.pieces, self.random, strict=True))
-            return Tree(left, plans, own, self.total, self.stack, self.read).walk(h)
+            return self._walk(h, plans, torch.arange(len(plans)).expand(len(own), -1), own)
         if self.is_units:
             return self._units(plans, rows)
         found: list[tuple[Any, ...]] = []
@@ -214,6 +256,15 @@ class _Sequence(Passes):
                     y = piece(y)
             found.append(self.read(y))
         return tuple(torch.stack(head) for head in zip(*found, strict=True))
+
+    def draw_own(self, numbers: Tensor, rows: Tensor) -> tuple[Any, ...]:
+        different, which = numbers.unique(return_inverse=True)
+        plans = [self.sampler.plan(number, stream="sample") for number in different.tolist()]
+        return self._walk(self.h[rows], plans, which, rows.cpu())
+
+    def _walk(self, h: Tensor, plans: Sequence[Plan], which: Tensor, own: Tensor) -> tuple[Any, ...]:
+        left = list(zip(self.pieces, self.random, strict=True))
+        return Tree(left, plans, which, own, self.total, self.stack, self.read).walk(h)
 
     def _units(self, plans: Sequence[Plan], rows: Tensor | None) -> tuple[Any, ...]:
         """Unit-level draws: as many samples at once as are to be stacked, each under a key of its own."""

@@ -20,7 +20,7 @@ class Sums(Protocol):
         """The next pass: what a `Reader` gives for one head."""
 
     def result(self, samples: int) -> Any:
-        """The prediction of so many passes; 0 for one pass in expectation, which was the only one added."""
+        """The prediction of so many passes; 0 for passes in expectation (one, or two of mirror images)."""
 
 
 def sums_of(head: Head, keep: bool) -> Sums:
@@ -51,9 +51,9 @@ class _Moments:
 
     def variance(self, samples: int) -> Tensor:
         """Unbiased; 0 in expectation, NaN for one sample."""
-        if samples == 1:
-            return torch.full_like(self.square, torch.nan)
-        return self.square / max(1, samples - 1)
+        if samples < 2:
+            return torch.full_like(self.square, torch.nan if samples else 0.0)
+        return self.square / (samples - 1)
 
     def kept(self, samples: int) -> Tensor | None:
         return None if self.every is None or not samples else torch.stack(self.every)

@@ -23,7 +23,8 @@ class Tree:
 
     Args:
         pieces: what is left of the network, and for each whether samples may differ behind it.
-        plans: one per sample.
+        plans: of the samples, each once.
+        which: int64 Tensor[rows, samples] on the CPU, which of these plans is that of a row's sample.
         own: int64 Tensor[rows] on the CPU, the rows' numbers in the batch that they belong to.
         total: rows of that batch.
         stack: rows of the walk that go through a piece together, at most; no fewer than `own` has.
@@ -34,13 +35,14 @@ class Tree:
         self,
         pieces: Sequence[tuple[nn.Module, bool]],
         plans: Sequence[Plan],
+        which: Tensor,
         own: Tensor,
         total: int,
         stack: int,
         read: Reader,
     ) -> None:
         self.read = read
-        self.pieces, self.stack, self.shape = [piece for piece, _ in pieces], stack, (len(plans), len(own))
+        self.pieces, self.stack, self.shape = [piece for piece, _ in pieces], stack, (which.shape[1], len(own))
         self.coins: list[Tensor | None] = [None] * len(self.pieces)  # Bool [rows, samples]
         self.scales = [1.0] * len(self.pieces)
         for number, (piece, is_random) in enumerate(pieces):
@@ -49,8 +51,7 @@ class Tree:
                 assert isinstance(piece.rule, StochasticDepth)
                 draws = [plan.draws[piece.rule.index] for plan in plans]
                 self.scales[number] = piece.rule.scale(draws[0])
-                coins = torch.stack([_coins(piece.rule, draw, total) for draw in draws], dim=1)
-                self.coins[number] = coins[own]
+                self.coins[number] = _coins(piece.rule, draws, total)[own].gather(1, which)
         self.found: list[Tensor] = []
 
     def walk(self, h: Tensor) -> tuple[Tensor, ...]:
@@ -109,8 +110,14 @@ def _some(h: Tensor, wanted: Tensor) -> Tensor:
     return h if bool(wanted.all()) else h.index_select(0, wanted.nonzero().squeeze(1).to(h.device))
 
 
-def _coins(rule: StochasticDepth, draw: Draw, total: int) -> Tensor:
-    """Bool Tensor[total] on the CPU: which rows of the batch have the branch."""
+def _coins(rule: StochasticDepth, draws: Sequence[Draw], total: int) -> Tensor:
+    """Bool Tensor[total, draws] on the CPU: which rows of the batch have the branch."""
+    if all(draw.alive is not None for draw in draws):
+        return torch.tensor([[draw.alive for draw in draws]]).expand(total, -1)
+    return torch.stack([_rows_of(rule, draw, total) for draw in draws], dim=1)
+
+
+def _rows_of(rule: StochasticDepth, draw: Draw, total: int) -> Tensor:
     if draw.alive is not None:
         return torch.full((total,), draw.alive)
     if rule.rows == "bernoulli":
