@@ -226,7 +226,8 @@ def predict_adaptive(
                 break
             rows = rows[~stop]
             race.keep((~stop).repeat_interleave(places))
-            count = min(math.ceil(race.count / 5), max_samples - race.count)  # looks grow rarer
+            # looks grow rarer; the passes of one look share what their draws agree on, those of two do not
+            count = min(math.ceil(race.count / (5 if own is None else 2)), max_samples - race.count)
             (found,) = drawn(race.count, count, rows)
             for p in found:
                 race.update(flat(p))
