@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from residrop.common.checks import check_whole
 from residrop.common.extras import extra
-from residrop.inference.sampled.predict import predict
+from residrop.inference.sampled.predict import Prediction, predict
 
 __all__ = ["ClassScores", "Evaluation", "Scores", "evaluate", "score"]
 
@@ -127,6 +127,7 @@ def evaluate(
     samples: int = 30,
     *,
     on_batch: Callable[[int], None] | None = None,
+    on_predictions: Callable[[Tensor, Prediction, Prediction | None], None] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Evaluation:
     """Evaluate deterministic and sampled inference on labelled batches.
@@ -136,6 +137,8 @@ def evaluate(
         batches: pairs (x Tensor[n, ...], labels Tensor[n] int64), at least one image in all.
         samples: sampled passes per batch; 0 skips sampled inference.
         on_batch: called with the number of images done after every batch (for progress bars).
+        on_predictions: called after every batch of this rank with its labels and predictions, in one pass and sampled
+            (None where samples is 0), such as `residrop.inference.uncertainty.Collector.add`.
         share: (r, k) if k ranks (of the default process group) call this together and the batches of rank r are numbers
             r, r + k, ... of all; every rank returns the evaluation of all.
     """
@@ -144,7 +147,11 @@ def evaluate(
     found: list[_Batch] = []
     done = 0
     for number, (x, y) in enumerate(batches):
-        found.append(_one_batch(model, x, y, samples, first=(rank + number * ranks) * samples))
+        expected = predict(model, x, samples=0)
+        sampled = predict(model, x, samples, first=(rank + number * ranks) * samples, keep=False) if samples else None
+        found.append(_summary_of_batch(y, expected, sampled))
+        if on_predictions:
+            on_predictions(y, expected, sampled)
         done += len(y)
         if on_batch:
             on_batch(done)
@@ -169,14 +176,13 @@ class _Batch(NamedTuple):
     wrong: Tensor | None  # wrong decisions of each sample [samples]
 
 
-def _one_batch(model: nn.Module, x: Tensor, y: Tensor, samples: int, first: int) -> _Batch:
-    expected = predict(model, x, samples=0).probabilities.cpu()
-    if not samples:
-        return _Batch(y.cpu(), expected, None, None, None)
-    result = predict(model, x, samples, first=first, keep=False)
+def _summary_of_batch(y: Tensor, expected: Prediction, result: Prediction | None) -> _Batch:
+    once = expected.probabilities.cpu()
+    if result is None:
+        return _Batch(y.cpu(), once, None, None, None)
     spread = result.standard_error.gather(1, result.classes[:, None]).squeeze(1).cpu()
     wrong = (result.sample_classes != y.to(result.sample_classes.device)).sum(dim=1).cpu()
-    return _Batch(y.cpu(), expected, result.probabilities.cpu(), spread, wrong)
+    return _Batch(y.cpu(), once, result.probabilities.cpu(), spread, wrong)
 
 
 def _interleaved(every: list[list[_Batch]]) -> list[_Batch]:

@@ -1,6 +1,6 @@
 """Standard errors of any statistic over images, by drawing images again with replacement (Efron 1979)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from residrop.common.checks import check_whole
 from residrop.schedule.sampler import derive_key
 
-__all__ = ["bootstrap", "standard_error"]
+__all__ = ["bootstrap", "resamples", "standard_error"]
 
 _PURPOSE = 21  # first word of the seeds: another purpose has other draws
 
@@ -33,11 +33,16 @@ def bootstrap(
     Raises:
         ConfigError: fewer images or repetitions.
     """
+    return torch.tensor([statistic(one) for one in resamples(images, repetitions, seed)], dtype=torch.float64)
+
+
+def resamples(images: int, repetitions: int, seed: int) -> Iterator[Tensor]:
+    """Numbers of images drawn with replacement, int64 Tensor[images], so many times; see `bootstrap`."""
     check_whole("images", images, least=1)
     check_whole("repetitions", repetitions, least=2)
     generator = torch.Generator().manual_seed(derive_key(_PURPOSE, seed) >> 1)
-    sets = (torch.randint(images, (images,), generator=generator) for _ in range(repetitions))
-    return torch.tensor([statistic(one) for one in sets], dtype=torch.float64)
+    for _ in range(repetitions):
+        yield torch.randint(images, (images,), generator=generator)
 
 
 def standard_error(
