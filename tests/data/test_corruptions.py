@@ -51,7 +51,7 @@ def test_noise_has_its_deviation():
 
 def test_a_square_is_cut_out_inside():
     black = torch.zeros(30, 1, 10, 10, dtype=torch.uint8)
-    made = corrupt(black, "cutout", 4) > 0
+    made = corrupt(black, "cutout", 3) > 0
     assert made.sum((1, 2, 3)).tolist() == [25] * 30
     assert made.any(3).sum(2).flatten().tolist() == [5] * 30
 

@@ -25,7 +25,7 @@ _SIGMA = (0.04, 0.08, 0.12, 0.18, 0.26)  # of noise, in the pixel range [0, 1]
 _RADIUS = (0.6, 0.9, 1.2, 1.6, 2.2)  # standard deviation of the blur in pixels of a side of 32
 _CONTRAST = (0.75, 0.5, 0.4, 0.3, 0.15)  # of what it was
 _DEGREES = (10.0, 20.0, 30.0, 45.0, 60.0)
-_SIDE = (0.2, 0.3, 0.4, 0.5, 0.6)  # of the square that is cut out, as a share of the side
+_SIDE = (0.25, 0.375, 0.5, 0.625, 0.75)  # of the square that is cut out, as a share of the side
 
 
 def corrupt(pixels: Tensor, kind: Corruption, strength: int, *, seed: int = 0, first: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ n = 100 gives 0.84 to 0.95 in nine of ten cases.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from residrop.common.errors import ConfigError
 from residrop.inference.uncertainty.inputs import check_labelled, check_probabilities
 from residrop.schedule.sampler import derive_key
 
-__all__ = ["Conformal", "Method", "fit_conformal", "nonconformity"]
+__all__ = ["METHODS", "Conformal", "Method", "fit_conformal", "nonconformity"]
 
 Method = Literal["thr", "aps", "raps"]
+METHODS: tuple[Method, ...] = get_args(Method)
 _FITTED, _LATER = 31, 32  # first words of the seeds: images to fit on and later ones have unrelated random numbers
 
 
