@@ -42,7 +42,7 @@ def _reliability(path: Path, found: Study, title: str) -> None:
             )
             one.plot(mass.confidence, mass.accuracy, "C1.-", linewidth=1.2, label="equally many images")
             one.set(title=str(kind), xlabel="mean confidence", ylabel="share of right decisions")
-            one.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            one.set(xlim=(-0.02, 1.05), ylim=(-0.02, 1.05))
 
 
 def _risk_coverage(path: Path, found: Study, title: str) -> None:

@@ -38,7 +38,8 @@ __all__ = ["COVERAGES", "SHOWN", "Study", "study"]
 
 COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # that conformal sets are fitted for
 SHOWN = 0.9  # the one in tables
-_FEW = 50  # sets drawn for the standard errors of each of 50 corrupted test sets
+DRAWS = 200  # sets of images drawn for standard errors
+FEW_DRAWS = 50  # the same for detection, and for each of 25 corrupted test sets
 
 Meters = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 Scored = tuple[int, ScoreName]  # sampled passes (0: one pass), score
@@ -156,7 +157,7 @@ def study(
         outside = predicted(one.loader, one.name, one.change).scores
         again = sum(name.startswith(one.name) for name in result.detection)
         result.detection[f"{one.name} ({again + 1})" if again else one.name] = {
-            (kind, score): measure_detection(values, outside[kind][score])
+            (kind, score): measure_detection(values, outside[kind][score], repetitions=FEW_DRAWS)
             for kind, scores in found.scores.items()
             for score, values in scores.items()
         }
@@ -168,7 +169,7 @@ def study(
 
             worse = predicted(test, f"{kind} {strength} of {len(STRENGTHS)}", change)
             result.corrupted[kind, strength] = {
-                number: measure(p, worse.labels, repetitions=_FEW) for number, p in worse.probabilities.items()
+                number: measure(p, worse.labels, repetitions=FEW_DRAWS) for number, p in worse.probabilities.items()
             }
     return result
 
@@ -196,7 +197,7 @@ def _measured(result: Study, found: Predictions) -> Iterator[int]:
         for temperature in dict.fromkeys((1.0, fitted.temperature or 1.0)):
             kind, p = Kind(samples, temperature), with_temperature(plain, temperature)
             right = p.argmax(1) == labels
-            result.measured[kind] = measure(p, labels)
+            result.measured[kind] = measure(p, labels, repetitions=DRAWS)
             result.diagrams[kind] = (
                 reliability(p.amax(1), right),
                 reliability(p.amax(1), right, binning="mass"),
@@ -207,6 +208,6 @@ def _measured(result: Study, found: Predictions) -> Iterator[int]:
         yield (done := done + 1)
         wrong = (plain.argmax(1) != labels).double()
         for score, values in found.scores[samples].items():
-            result.selective[samples, score] = measure(plain, labels, values)
+            result.selective[samples, score] = measure(plain, labels, values, repetitions=DRAWS)
             result.curves[samples, score] = risk_coverage(values, wrong)
             yield (done := done + 1)

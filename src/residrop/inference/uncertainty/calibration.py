@@ -23,6 +23,7 @@ __all__ = [
     "Reliability",
     "brier",
     "calibration_error",
+    "check_temperature",
     "fit_temperature",
     "negative_log_likelihood",
     "reliability",
@@ -100,16 +101,9 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = 15, binning: Binn
     Raises:
         ConfigError: wrong shapes, no images, confidences outside [0, 1] or NaN, fewer than one bin.
     """
-    check_values("confidence", confidence)
-    check_whole("bins", bins, least=1)
     check_choice("binning", binning, Binning)
-    if right.dtype != torch.bool or right.shape != confidence.shape:
-        raise ConfigError(
-            f"right is {right.dtype} of shape {tuple(right.shape)}; give a bool Tensor[{len(confidence)}]"
-        )
+    _check_bins(confidence, right, bins)
     values = confidence.double().cpu()
-    if float(values.min()) < 0 or float(values.max()) > 1 + 1e-3:
-        raise ConfigError(f"confidence lies in {values.min():g}..{values.max():g}; give the largest probabilities")
     if binning == "width":
         inner = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
         place = torch.bucketize(values, inner, right=True)
@@ -123,6 +117,18 @@ def reliability(confidence: Tensor, right: Tensor, bins: int = 15, binning: Binn
     return Reliability(confidences[there] / images[there], hits[there] / images[there], images[there])
 
 
+def _check_bins(confidence: Tensor, right: Tensor, bins: int) -> None:
+    check_values("confidence", confidence)
+    check_whole("bins", bins, least=1)
+    if right.dtype != torch.bool or right.shape != confidence.shape:
+        raise ConfigError(
+            f"right is {right.dtype} of shape {tuple(right.shape)}; give a bool Tensor[{len(confidence)}]"
+        )
+    low, high = float(confidence.min()), float(confidence.max())
+    if low < 0 or high > 1 + 1e-3:  # as `check_probabilities` allows
+        raise ConfigError(f"confidence lies in {low:g}..{high:g}; give the largest probabilities")
+
+
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15, binning: Binning = "width") -> float:
     """Expected calibration error in [0, 1]: |accuracy - confidence| of a bin, averaged over the images.
 
@@ -132,14 +138,20 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15, binning
 
     Args and errors are those of `reliability`.
     """
-    bars = reliability(confidence, right, bins, binning)
-    if binning == "mass":
-        return bars.error
+    if binning != "width":
+        return reliability(confidence, right, bins, binning).error
+    _check_bins(confidence, right, bins)
     with extra("train"):
         from torchmetrics.functional.classification import binary_calibration_error
 
     confidence = confidence.clamp(0, 1)  # a mean of rounded probabilities may be above; then 1 / (1 + exp(-x)) is taken
     return float(binary_calibration_error(confidence, right.long(), n_bins=bins, validate_args=False))
+
+
+def check_temperature(temperature: float) -> None:
+    """ConfigError unless this is a finite number above 0."""
+    if not is_number(temperature) or not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature!r}; give a finite number above 0 (1 changes nothing)")
 
 
 def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
@@ -159,8 +171,7 @@ def with_temperature(probabilities: Tensor, temperature: float) -> Tensor:
         ConfigError: bad probabilities, or a temperature that is not above 0 or not finite.
     """
     check_probabilities(probabilities)
-    if not is_number(temperature) or not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature is {temperature!r}; give a finite number above 0 (1 changes nothing)")
+    check_temperature(temperature)
     if temperature == 1:
         return probabilities
     return torch.softmax(_log(probabilities) / temperature, dim=1).to(probabilities.dtype)
