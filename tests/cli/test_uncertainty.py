@@ -108,6 +108,7 @@ def test_tables_and_the_recommendation_are_printed(cli, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     code, out, err = cli("evaluate", run, "--uncertainty", "--samples", "0")
     assert code == 0, err
+    assert "60 images are too few to promise a coverage of 0.99" in out
     for words in ("Brier score", "AURC", "coverage at 5% risk", "THR", "RAPS", "fitted on 60 validation images"):
         assert words in out
     assert "sampled passes" not in out

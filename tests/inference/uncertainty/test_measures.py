@@ -110,7 +110,7 @@ def test_a_temperature_that_repairs_the_mean_is_recommended():
     assert said.startswith("30 sampled passes instead of one: error better by 2.00 ± 0.1")
     assert "ECE worse by 6.00 ± 0.1" in said
     assert "temperature 0.70 of their mean: ECE better by 7.00 ± 0.1" in said
-    assert said.endswith("use 30 sampled passes, temperature 0.70: it has the lowest NLL.")
+    assert "; use 30 sampled passes, temperature 0.70: its NLL is 1.000 ± 0.1" in said
     assert said.count(". ") == 0
     assert "\n" not in said
 
@@ -120,13 +120,13 @@ def test_differences_within_two_standard_errors_are_not_called_better():
     assert "better" not in said
     assert "worse" not in said
     assert "error not to be told apart (-0.20 ± 0.1" in said
-    assert said.endswith("use one pass: no other has a lower NLL.")
+    assert said.endswith("use one pass: no other has a lower NLL by more than 2 standard errors.")
 
 
 def test_one_pass_with_a_temperature():
     said = recommend({Kind(0): made(5.0, 2.0, 3.0), Kind(0, 1.5): made(5.0, 1.0, 1.0)})
     assert said.startswith("temperature 1.50 of one pass: ECE better by 2.00")
-    assert said.endswith("use one pass, temperature 1.50: it has the lowest NLL.")
+    assert "; use one pass, temperature 1.50: its NLL is 1.000 ± 0.1" in said
     assert recommend({Kind(0): made(5.0, 2.0, 3.0)}) == "One pass is all that was measured."
 
 

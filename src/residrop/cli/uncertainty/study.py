@@ -29,6 +29,7 @@ from residrop.inference.uncertainty import (
     risk_coverage,
     with_temperature,
 )
+from residrop.inference.uncertainty.calibration import TEMPERATURES
 from residrop.inference.uncertainty.conformal import METHODS, Method
 from residrop.inference.uncertainty.measures import MEASURES
 from residrop.inference.uncertainty.scores import ScoreName
@@ -182,10 +183,18 @@ def _fit(found: Predictions, source: str, notes: list[str]) -> dict[int, Fitted]
             temperature = fit_temperature(p, found.labels)
         except ConfigError as error:
             notes.append(f"no temperature for {Kind(samples)}: {error}")
+        else:
+            if not 1.01 * TEMPERATURES[0] < temperature < 0.99 * TEMPERATURES[1]:
+                notes.append(f"temperature {temperature:.2f} of {Kind(samples)} is the limit of what is tried")
         conformal = tuple(
             fit_conformal(p, found.labels, coverage, method) for method in METHODS for coverage in COVERAGES
         )
         result[samples] = Fitted(temperature, conformal, len(found.labels), source)
+    if lacking := [f"{one:g}" for one in COVERAGES if one > len(found.labels) / (len(found.labels) + 1)]:
+        notes.append(
+            f"{len(found.labels)} images are too few to promise a coverage of {', '.join(lacking)}: such sets hold all "
+            "classes"
+        )
     return result
 
 

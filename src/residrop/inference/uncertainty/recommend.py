@@ -37,8 +37,8 @@ def recommend(found: Mapping[Kind, Measured]) -> str:
     """Say what sampling and temperatures change, with standard errors, and which kind of inference to use.
 
     Better and worse are differences of more than two standard errors, paired over the images. The kind to use is one
-    pass without a temperature unless another has a lower NLL; of several the one with the lowest, the simpler one where
-    they cannot be told apart.
+    pass without a temperature unless another has a lower NLL; of several the one with the lowest, and where they cannot
+    be told apart the one with fewer passes, and that without a temperature.
 
     Args:
         found: measures of the same images under the same draws; one pass without a temperature must be among them.
@@ -60,8 +60,12 @@ def recommend(found: Mapping[Kind, Measured]) -> str:
             best = kind
     if not parts:
         return "One pass is all that was measured."
-    why = "no other has a lower NLL" if best == one else "it has the lowest NLL"
-    return f"{'; '.join(parts)}; use {best}: {why}."
+    parts.append(f"use {best}")
+    if best == one:
+        return f"{'; '.join(parts)}: no other has a lower NLL by more than {_ERRORS} standard errors."
+    gain = found[one].less(found[best], "nll")
+    size = f"{gain.value:.3f} ± {gain.standard_error:.3f}"
+    return f"{'; '.join(parts)}: its NLL is {size} lower than that of one pass at temperature 1."
 
 
 def _change(found: Mapping[Kind, Measured], kind: Kind, other: Kind, name: Literal["error", "ece"]) -> str:
