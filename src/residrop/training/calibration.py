@@ -10,6 +10,7 @@ from typing import Any
 
 from residrop.common.errors import RunError
 from residrop.inference.uncertainty import Conformal
+from residrop.inference.uncertainty.calibration import check_temperature
 from residrop.training.checked import read_record, write_record
 from residrop.training.checkpoint import Run
 
@@ -74,6 +75,8 @@ def load_fitted(run: Run, weights: str, samples: int) -> tuple[Fitted | None, st
                 None,
                 f"{FILE} was fitted for {passes} sampled passes, not for {samples}; {again} --samples {samples}",
             )
+        if values["temperature"] is not None:
+            check_temperature(values["temperature"])
         conformal = tuple(map(Conformal.from_dict, values["conformal"]))
         return Fitted(values["temperature"], conformal, values["images"], values["source"]), ""
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -142,8 +142,8 @@ class _Divided(nn.Module):
         super().__init__()
         self.model, self.temperature = model, temperature
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(*inputs) / self.temperature
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images) / self.temperature
 
 
 def _divided(module: nn.Module, temperature: float, kind: Format) -> nn.Module:
