@@ -324,7 +324,7 @@ def test_a_model_without_a_graph_has_its_temperature_in_graphs_alone(tmp_path):
     residrop.export(model, tmp_path / "a.pt2", x, temperature=2.0)
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(tmp_path / "a.pt2").module()(x), model(x) / 2)
-    with pytest.raises(ConfigError, match="no graph in which .safetensors could hold a temperature"):
+    with pytest.raises(ConfigError, match=r"no graph in which \.safetensors could hold a temperature"):
         residrop.export(model, tmp_path / "a.safetensors", x, temperature=2.0)
     with pytest.raises(ConfigError, match="temperature is 0; give a finite number"):
         residrop.export(model, tmp_path / "b.pt2", x, temperature=0)

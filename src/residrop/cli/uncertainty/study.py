@@ -156,8 +156,8 @@ def study(
             tell(done)
     for one in foreign:
         outside = predicted(one.loader, one.name, one.change).scores
-        again = sum(name.startswith(one.name) for name in result.detection)
-        result.detection[f"{one.name} ({again + 1})" if again else one.name] = {
+        again = sum(name.partition(" #")[0] == one.name for name in result.detection)  # folders of one name
+        result.detection[f"{one.name} #{again + 1}" if again else one.name] = {
             (kind, score): measure_detection(values, outside[kind][score], repetitions=FEW_DRAWS)
             for kind, scores in found.scores.items()
             for score, values in scores.items()
