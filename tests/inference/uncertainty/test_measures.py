@@ -49,7 +49,7 @@ def test_other_scores_change_what_is_withheld_alone(predictions):
 
 def test_standard_errors_are_those_of_means_and_of_paired_differences(predictions):
     p, y = predictions(1000)
-    found, tempered = (measure(one, y, repetitions=500) for one in (p, with_temperature(p, 2.0)))
+    found, tempered = (measure(one, y, repetitions=200) for one in (p, with_temperature(p, 2.0)))
     error, spread = found.estimate("error")
     known = 100 * (error / 100 * (1 - error / 100) / 1000) ** 0.5
     assert spread == pytest.approx(known, rel=0.15)
