@@ -16,7 +16,7 @@ def test_predict_gives_class_probability_and_uncertainty(cli, run, digits):
     rows = strictly(out)
     assert code == 0
     assert [row["file"] for row in rows] == [str(path) for path in paths]
-    keys = {"file", "class", "probability", "standard_error", "entropy", "mutual_information", "samples"}
+    keys = {"file", "class", "probability", "standard_error", "entropy", "mutual_information", "temperature", "samples"}
     assert all(row.keys() == keys for row in rows)
     opened, model = load_run(run)
     pixels = load("digits").test.pixels[:12]

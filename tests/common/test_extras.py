@@ -11,7 +11,7 @@ import torch
 from residrop import theory
 from residrop.common.errors import MissingExtraError, UsageError
 from residrop.common.extras import extra
-from residrop.inference import score
+from residrop.inference.uncertainty import calibration_error
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 SOURCE = Path(__file__).parents[2] / "src"
@@ -35,7 +35,7 @@ def test_a_fault_of_our_own_is_no_missing_package():
     [
         ("scipy.optimize", lambda: theory.depth_bound([0.5, 0.5], 0.1), "theory"),
         ("scipy", lambda: theory.shapiro(torch.randn(2, 5)), "theory"),
-        ("torchmetrics", lambda: score(torch.rand(4, 2), torch.tensor([0, 1, 0, 1])), "train"),
+        ("torchmetrics", lambda: calibration_error(torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])), "train"),
     ],
 )
 def test_functions_name_their_extra(monkeypatch, package, call, name):

@@ -4,11 +4,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from residrop.blocks.attach import sampler_of
+from residrop.blocks.attach import attach, sampler_of
+from residrop.blocks.residual import Residual
 from residrop.common.errors import UsageError
 from residrop.inference import ClassScores, Evaluation, Scores, evaluate, predict, score
 from residrop.models import create
+from residrop.rules.catalogue import make_rule
 
 
 @pytest.fixture
@@ -173,3 +177,123 @@ def test_batches_may_be_a_generator_and_the_result_is_json(model, batches):
     again = json.loads(json.dumps(found.to_dict()))
     assert again["deterministic"]["error"] == found.deterministic.error
     assert again["images"] == 47
+
+
+# Other outputs than logits [n, classes]
+
+
+def per_place(form):
+    """Tensor[n, 3, 4, 5] to logits [n, 4, 4, 5], [n, 20, 4], [n, 4, 5] or numbers; attached."""
+    blocks = [Residual(nn.Conv2d(8, 8, 3, padding=1), rule=make_rule("swapout", 0.6)) for _ in range(2)]
+    body = nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.Conv2d(8, 4, 1))
+    ends = {"tokens": (nn.Flatten(2), Moved()), "binary": (First(),)}
+    model = nn.Sequential(body, *ends.get(form, ()))
+    attach(model, seed=0)
+    return model
+
+
+class Moved(nn.Module):
+    def forward(self, y):
+        return y.transpose(1, 2)
+
+
+class First(nn.Module):
+    def forward(self, y):
+        return y[:, 0]
+
+
+@pytest.mark.parametrize("form", ["classes", "tokens", "binary"])
+def test_decisions_at_many_places_are_scored_together(form):
+    model, count = per_place(form), 2 if form == "binary" else 4
+    places = (20,) if form == "tokens" else (4, 5)
+    batches = [(torch.randn(n, 3, 4, 5), torch.randint(0, count, (n, *places))) for n in (6, 3)]
+    batches[0][1][2].view(-1)[3:] = -100  # an image that is labelled in part
+    found = evaluate(model, batches, 5, kind=form)
+    once = [predict(model, x, 0, kind=form) for x, _ in batches]
+    sampled = [predict(model, x, 5, first=5 * number, kind=form, keep=True) for number, (x, _) in enumerate(batches)]
+    labels = torch.cat([y.flatten() for _, y in batches])
+    used = labels != -100
+    dim = once[0].class_dim
+
+    def flat(parts, dim=dim):
+        return torch.cat([part.movedim(dim, -1).flatten(0, -2) for part in parts])
+
+    for scores, several in ((found.deterministic, once), (found.sampled, sampled)):
+        p = flat([one.probabilities for one in several])[used]
+        wanted = scores_by_hand(p, labels[used])
+        del wanted["error_se"]
+        assert {name: getattr(scores, name) for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+        wrong = torch.zeros(len(labels))
+        wrong[used] = (p.argmax(1) != labels[used]).float()
+        image, counts = wrong.view(9, -1).sum(1).double(), used.view(9, -1).sum(1)
+        spread = (image - image.sum() / counts.sum() * counts).square().sum().sqrt() / counts.sum()
+        assert scores.error_se == pytest.approx(100 * spread.item())
+    passes = torch.stack([flat([one.sample_probabilities[k] for one in sampled])[used].argmax(1) for k in range(5)])
+    errors = 100.0 * (passes != labels[used]).double().mean(1)
+    assert found.single_pass_error == pytest.approx(errors.mean().item())
+    assert found.single_pass_error_se == pytest.approx(errors.std().item() / math.sqrt(5))
+    spread = flat([one.standard_error for one in sampled])[used]
+    best = flat([one.probabilities for one in sampled])[used].argmax(1, keepdim=True)
+    assert found.probability_se == pytest.approx(spread.gather(1, best).mean().item(), rel=1e-5)
+    assert found.images == 9
+    assert found.confusion.sum() == used.sum()
+
+
+def test_calibration_errors_are_those_of_torchmetrics():
+    p = (4 * torch.randn(3000, 6)).softmax(1)
+    p[:5] = torch.eye(6)[:5]  # certain
+    labels = torch.multinomial(p.sqrt(), 1).squeeze(1)
+    wanted = multiclass_calibration_error(p, labels, num_classes=6, n_bins=15)
+    assert score(p, labels).ece == pytest.approx(100 * wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [None, lambda y: (y[:, :2], y[:, 2:].exp())], ids=["mean", "mean and variance"])
+def test_numbers_are_scored_as_by_hand(outputs):
+    model = per_place("numbers")
+    shape = (4, 4, 5) if outputs is None else (2, 4, 5)
+    batches = [(torch.randn(n, 3, 4, 5), torch.randn(n, *shape)) for n in (6, 3)]
+    found = evaluate(model, batches, 5, kind="numbers", outputs=outputs)
+    y = torch.cat([y for _, y in batches]).double()
+    sampled = [predict(model, x, 5, first=5 * k, kind="numbers", outputs=outputs) for k, (x, _) in enumerate(batches)]
+    mean = torch.cat([one.mean for one in sampled]).double()
+    variance = torch.cat([one.total_variance for one in sampled]).double()
+    scores = found.sampled
+    square = (mean - y).square().flatten(1).mean(1)
+    assert scores.rmse == pytest.approx(square.mean().sqrt().item(), rel=1e-5)
+    assert scores.rmse_se == pytest.approx(square.std(correction=0).item() / 3 / 2 / scores.rmse, rel=1e-5)
+    assert scores.mae == pytest.approx((mean - y).abs().mean().item(), rel=1e-5)
+    law = torch.distributions.Normal(mean, variance.sqrt())
+    assert scores.nll == pytest.approx(-law.log_prob(y).mean().item(), rel=1e-4)
+    inside = ((y - mean).abs() <= 1.6448536 * variance.sqrt()).double()
+    assert scores.coverage == pytest.approx(100 * inside.mean().item())
+    assert scores.coverage_se == pytest.approx(100 * inside.flatten(1).mean(1).std(correction=0).item() / 3)
+    assert scores.width == pytest.approx(2 * 1.6448536 * variance.sqrt().mean().item(), rel=1e-5)
+    assert (found.deterministic.coverage is None) == (outputs is None)
+    assert json.loads(json.dumps(found.to_dict()))["inputs"] == 9
+
+
+def test_several_heads_have_an_evaluation_each():
+    model, x = per_place("classes"), torch.randn(6, 3, 4, 5)
+    y = {"what": torch.randint(0, 4, (6, 4, 5)), "how much": torch.randn(6, 4)}
+
+    def heads(out):
+        return {"what": out, "how much": out.mean((2, 3))}
+
+    kinds = {"what": "classes", "how much": "numbers"}
+    found = evaluate(model, [(x, y)], 3, outputs=heads, kind=kinds)
+    assert found["what"] == evaluate(model, [(x, y["what"])], 3)
+    alone = evaluate(model, [(x, y["how much"])], 3, outputs=lambda out: out.mean((2, 3)), kind="numbers")
+    assert found["how much"] == alone
+    with pytest.raises(UsageError, match="labels have nothing for output 'how much'"):
+        evaluate(model, [(x, {"what": y["what"]})], 3, outputs=heads, kind=kinds)
+
+
+def test_labels_of_another_shape_and_detections_are_refused():
+    model, x = per_place("classes"), torch.randn(6, 3, 4, 5)
+    with pytest.raises(UsageError, match=r"labels have shape \[6\], the predictions \[6, 4, 5\]; they must agree"):
+        evaluate(model, [(x, torch.zeros(6, dtype=torch.long))], 0)
+    with pytest.raises(UsageError, match="no images to evaluate"):
+        evaluate(model, [], 0)
+    nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
+    with pytest.raises(UsageError, match=r"detections are scored by torchmetrics"):
+        evaluate(model, [(x, x)], 0, outputs=lambda out: [nothing] * len(out))

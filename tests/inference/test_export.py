@@ -304,3 +304,27 @@ def test_safetensors_header_is_plain(tmp_path):
         layers = json.loads(facts["modules"])
         assert all(hasattr(nn, layer.partition("(")[0]) for layer in layers.values())
         assert "residrop" not in facts["code"]
+
+
+def test_a_temperature_divides_logits_in_every_format(tmp_path):
+    model = residrop.create("resnet-8", rule="swapout", seed=0).eval()
+    x = torch.randn(2, 3, 32, 32)
+    residrop.export(model, tmp_path / "a.pt2", x, temperature=1.6)
+    with torch.no_grad():
+        found = torch.export.load(tmp_path / "a.pt2").module()(x)
+        torch.testing.assert_close(found, model(x) / 1.6, rtol=1e-4, atol=1e-5)
+    residrop.export(model, tmp_path / "a.safetensors", x, temperature=1.6)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert "/ 1.6" in file.metadata()["code"]
+
+
+def test_a_model_without_a_graph_has_its_temperature_in_graphs_alone(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    x = torch.randn(2, 3, 2, 2)
+    residrop.export(model, tmp_path / "a.pt2", x, temperature=2.0)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "a.pt2").module()(x), model(x) / 2)
+    with pytest.raises(ConfigError, match=r"no graph in which \.safetensors could hold a temperature"):
+        residrop.export(model, tmp_path / "a.safetensors", x, temperature=2.0)
+    with pytest.raises(ConfigError, match="temperature is 0; give a finite number"):
+        residrop.export(model, tmp_path / "b.pt2", x, temperature=0)

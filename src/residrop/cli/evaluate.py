@@ -49,6 +49,18 @@ class Evaluate:
     """With --curve: sets of --samples passes, for standard errors."""
     classes: bool = False
     """Also print a table of the classes and draw the confusion matrix into the run directory (confusion.png)."""
+    uncertainty: bool = False
+    """Also measure how far the uncertainty can be relied on: calibration with and without a temperature, predictions
+    withheld, conformal sets. Writes tables and pictures into the run directory (uncertainty.html) and what was fitted
+    on the validation images (calibration.json), which residrop predict and export apply."""
+    calibration: str | None = None
+    """With --uncertainty: a source of labelled images to fit on, in place of the run's validation images: its test
+    part, which must be neither trained nor tested on."""
+    ood: tuple[str, ...] = ()
+    """With --uncertainty: sources of foreign images, which should be told apart; "rotated" is the test images turned
+    by 90 degrees."""
+    corruptions: bool = False
+    """With --uncertainty: also error and calibration under five corruptions at five strengths: 25 more evaluations."""
     weights: Weights = "model"
     data: str | None = None
     """Another source of test images with the same classes."""
@@ -65,6 +77,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if args.samples == 0 and (args.adaptive or args.curve):
         what = "--adaptive" if args.adaptive else "--curve"
         raise ConfigError(f"samples is 0, but {what} needs sampled passes; give at least 1")
+    if not args.uncertainty and (given := [one for one in ("ood", "corruptions", "calibration") if getattr(args, one)]):
+        raise ConfigError(f"--{given[0]} is part of --uncertainty; add it, or leave --{given[0]} out")
     check_target(args.json)
     run, model = open_run(args.run, args.weights)
     if args.curve:
@@ -74,11 +88,18 @@ def run(arguments: Sequence[str], prog: str) -> int:
     recipe, device = run.recipe(), choose_device(args.device)
     model.to(device)
     loader = loader_of_run(run, args.data, device)
+    work = None
+    if args.uncertainty:
+        from residrop.cli.uncertainty.work import Work
+
+        work = Work(run, args.weights, loader, args.calibration, args.ood, args.corruptions, device)
     values: dict[str, Any] = {}
-    adaptive = curve = None
+    adaptive = curve = study = None
     with precision_context(recipe, device)():
         with _meter(loader.num_images, "evaluating") as tell:
-            found = evaluate(model, loader.eval_batches(), args.samples, on_batch=tell)
+            found = evaluate(
+                model, loader.eval_batches(), args.samples, on_batch=tell, on_predictions=work and work.collector.add
+            )
         if args.adaptive:
             with _meter(loader.num_images, "adaptive sampling") as tell:
                 adaptive = evaluate_adaptive(
@@ -93,6 +114,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
             with _meter(loader.num_images, "error against samples") as tell:
                 curve = error_curve(model, loader.eval_batches(), args.samples, args.repetitions, on_batch=tell)
             values["curve"] = curve.to_dict()
+        if work is not None:
+            study = work.carry_out(model, args.samples, _meter)
+            values["uncertainty"] = study.to_dict()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     outcome = Outcome(run, found, parameters, run.train_seconds(), expected_depth_of(model), [])
     facts = {"parameters": f"{parameters:,}", "expected depth": f"{outcome.expected_depth:.2f} blocks"}
@@ -110,6 +134,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
         console.print(f"confusion matrix: {args.run / 'confusion.png'}")
         listed = [{"class": name, **asdict(row)} for name, row in zip(names, rows, strict=True)]
         values |= {"classes": listed, "confusion": found.confusion.tolist()}
+    if work is not None and study is not None:
+        work.leave(study, console)
     write(args.json, outcome.to_dict() | values)
     if args.classes:
         _draw_confusion(args.run / "confusion.png", found, run.dataset()["classes"])

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from residrop.cli.shared import Json, RunPath, Weights, open_run, parse
-from residrop.common.errors import RunError
+from residrop.cli.shared import Json, RunPath, Temperature, Weights, open_run, parse, temperature_of
+from residrop.common.errors import ConfigError, RunError
 from residrop.common.output import check_target, console_for, write
 from residrop.inference.deploy.export import export
 from residrop.models import reads_flat_rows
@@ -30,8 +30,10 @@ class Export:
     to: Path
     """File to write: .onnx (needs the extra residrop[export]), .pt2 (torch.export) or .safetensors (folded weights)."""
     weights: Weights = "model"
+    temperature: Temperature = None
     sampled: bool = False
-    """One sampled pass whose coins are inputs of the graph, in place of the expectation (.onnx and .pt2)."""
+    """One sampled pass whose coins are inputs of the graph, in place of the expectation (.onnx and .pt2), without a
+    temperature."""
     json: Json = None
 
 
@@ -41,11 +43,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
     check_target(args.json)
     check_target(args.to, "--to")
     run, model = open_run(args.run, args.weights)
+    if args.sampled and args.temperature not in (None, 1):
+        raise ConfigError(
+            "--temperature belongs to one pass in expectation, --sampled writes another; leave one of the two out"
+        )
+    temperature, said = (1.0, "") if args.sampled else temperature_of(run, args.weights, 0, args.temperature)
     dataset = run.dataset()
     size = (2, dataset["channels"], dataset["size"], dataset["size"])
     example = torch.randn(size, generator=torch.Generator().manual_seed(0))
     try:
-        done = export(model, args.to, example, metadata=_facts(run, args.weights), sampled=args.sampled)
+        facts = _facts(run, args.weights) | {"temperature": temperature}
+        done = export(model, args.to, example, metadata=facts, sampled=args.sampled, temperature=temperature)
     except OSError as error:
         raise RunError(f"{args.to} cannot be written ({error.strerror}); choose another --to") from None
     out = console_for(args.json)
@@ -53,7 +61,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     out.print(
         f"checked with {done.checked_by} at two batch sizes: outputs agree to {done.difference:.1e} of the largest"
     )
-    write(args.json, done.to_dict())
+    if said:
+        out.print(said)
+    write(args.json, done.to_dict() | {"temperature": temperature})
     return 0
 
 

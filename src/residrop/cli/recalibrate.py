@@ -8,12 +8,11 @@ from rich.console import Console
 
 from residrop.cli.shared import RECALIBRATED, Device, Json, RunPath, parse
 from residrop.common.output import check_target, console_for, write
-from residrop.data import Loader, in_colour, load, sized
+from residrop.data import Loader
 from residrop.inference.deploy.recalibrate import Mode, recalibrate
 from residrop.training import Run, load_run
-from residrop.training.listing import data_of
 from residrop.training.logbook import Meter
-from residrop.training.setup import check_form, choose_device, precision_context
+from residrop.training.setup import choose_device, precision_context, splits_of_run
 
 __all__ = ["run"]
 
@@ -67,23 +66,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 def _training_images(run: Run, data: str | None, device: torch.device) -> Loader:
     """The images a run was trained on, shuffled, as they come at prediction: normalised, not augmented."""
-    recipe, dataset = run.recipe(), run.dataset()
-    source = data or recipe.data
-    splits = load(
-        sized(source, dataset["size"], recipe.split),
-        validation=recipe.validation,
-        seed=recipe.seed + 1,
-        limit=recipe.limit,
-        split=recipe.split,
-        on_error=recipe.on_error,
-        classes=dataset["classes"],
-        listed=data_of(run)["listed"] if data is None else None,
-    )
-    if dataset["channels"] == 3:
-        splits = in_colour(splits)
-    check_form(run, source, splits.channels, splits.size)
+    recipe = run.recipe()
     return Loader(
-        splits.train,
+        splits_of_run(run, data).train,
         batch_size=recipe.batch_size,
         normalization=run.normalization(),
         seed=recipe.seed,

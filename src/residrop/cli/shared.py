@@ -17,7 +17,9 @@ from torch import nn
 from residrop.common.errors import ConfigError, RunError
 from residrop.common.torchrun import rank
 from residrop.inference import Evaluation
+from residrop.inference.uncertainty.calibration import check_temperature
 from residrop.training import Recipe, Run, load_run
+from residrop.training.calibration import FILE, load_fitted
 from residrop.training.loggers import LoggerName
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Quiet",
     "RecipeName",
     "RunPath",
+    "Temperature",
     "Weights",
     "free_directory",
     "open_run",
@@ -37,6 +40,7 @@ __all__ = [
     "resumed",
     "show",
     "table_of",
+    "temperature_of",
 ]
 
 RECALIBRATED = "recalibrated"  # the weights file that `residrop recalibrate` writes, beside model.safetensors
@@ -46,6 +50,13 @@ Weights = Annotated[
     Literal["model", "best", "recalibrated"],
     tyro.conf.arg(
         help="Which weights of the run: model, best (of the validation) or recalibrated (by residrop recalibrate)."
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    tyro.conf.arg(
+        help="Divide logits by this number (of samples: the log of their mean probabilities); 1 changes nothing. "
+        "Default: what residrop evaluate --uncertainty fitted for these weights, if anything."
     ),
 ]
 Device = Annotated[str, tyro.conf.arg(help="cpu, cuda, ...; auto takes a GPU where there is one.")]
@@ -190,6 +201,27 @@ def open_run(path: Path, weights: str = "model") -> tuple[Run, nn.Module]:
     if weights == RECALIBRATED and path.is_dir() and not (path / f"{weights}.safetensors").exists():
         raise RunError(f"{path} has no recalibrated weights; make them with residrop recalibrate {path}")
     return load_run(path, weights)
+
+
+def temperature_of(run: Run, weights: str, samples: int, given: float | None) -> tuple[float, str]:
+    """The temperature for a number of sampled passes, and what to say of it (nothing where nobody asked for one).
+
+    Raises:
+        ConfigError: one that was given is not above 0 or not finite.
+        RunError: what was fitted is damaged.
+    """
+    if given is not None:
+        check_temperature(given)
+        return given, "" if given == 1 else f"temperature {given:g} of the probabilities, as given"
+    if not (run.path / FILE).exists():
+        return 1.0, ""
+    fitted, why = load_fitted(run, weights, samples)
+    if fitted is None:
+        return 1.0, f"without a temperature: {why}"
+    if fitted.temperature is None:
+        return 1.0, f"without a temperature: all {fitted.images} {fitted.source} are decided rightly"
+    text = f"temperature {fitted.temperature:.2f} of the probabilities, fitted on {fitted.images} {fitted.source}"
+    return fitted.temperature, f"{text} (--temperature 1 leaves it out)"
 
 
 # Results

@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, epoch, batch number), so that a resumed run sees what it would have seen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,7 @@ __all__ = ["Loader"]
 
 # first words of the seeds: one purpose never repeats another's draw
 _ORDER, _AUGMENT, _STREAM, _FIXED, _SIDE, _CHANGE, _ERASE, _MIX = range(1, 9)
+Change = Callable[[Tensor, int], Tensor]
 _AHEAD = 64  # batches whose draws go to the device together
 
 
@@ -141,16 +142,17 @@ class Loader:
             return (self._later(x, y, part, epoch, number) for number, part, (x, y) in made)
         return self._resident(self._images, order, numbers, epoch)
 
-    def eval_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(self, change: Change | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Give all images once, in their own order, without augmentation; batches as of `train_batches`.
 
-        On several ranks, rank r of k gives batches r, r + k, ... of them.
+        On several ranks, rank r of k gives batches r, r + k, ... of them. `change(pixels, first)` gets uint8 pixels
+        Tensor[n, C, H, W] before normalisation and the number of the first of them, and gives others of that shape.
         """
         numbers = range(self._rank, -(-self.num_images // self._batch_size), self._ranks)
         if isinstance(self._images, Files):
             parts = [list(range(self.num_images)[self._slice(number)]) for number in numbers]
-            return self._streamed(self._images, parts, None, 0)
-        return self._in_order(self._images, numbers)
+            return self._streamed(self._images, parts, None, 0, change)
+        return self._in_order(self._images, numbers, change)
 
     def fixed_batches(self, batches: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Give a random part of the images without augmentation, the same at every call and on every rank.
@@ -245,13 +247,19 @@ class Loader:
             draws = [made.draw(self.images_in(number), seed) for number, seed in zip(part, seeds, strict=True)]
             yield from zip(part, Draw.moved(draws, self._device), strict=True)
 
-    def _in_order(self, images: Images, numbers: range) -> Iterator[tuple[Tensor, Tensor]]:
+    def _in_order(self, images: Images, numbers: range, change: Change | None) -> Iterator[tuple[Tensor, Tensor]]:
         for number in numbers:
             part = self._slice(number)
-            yield self._finish(images.pixels[part]), images.labels[part]
+            pixels = images.pixels[part]
+            yield self._finish(change(pixels, part.start) if change else pixels), images.labels[part]
 
     def _streamed(
-        self, files: Files, parts: list[list[int]], augmentation: Augmentation | None, epoch: int
+        self,
+        files: Files,
+        parts: list[list[int]],
+        augmentation: Augmentation | None,
+        epoch: int,
+        change: Change | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         batches = stream(
             files,
@@ -266,6 +274,8 @@ class Loader:
         for part in parts:
             pixels, labels = next(batches) if part else nothing
             pixels = pixels.to(self._device, non_blocking=True)
+            if change and part:
+                pixels = change(pixels, part[0])
             yield self._finish(pixels), labels.to(self._device, non_blocking=True)
 
 

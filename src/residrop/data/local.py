@@ -95,7 +95,7 @@ def load_tree(request: Request, size: int, shorter: int = 0, test_names: Sequenc
     parts = list_folder(folder, test_names, ("train",) if divided else request.wanted)
     if divided:
         parts = _divide(next(iter(parts.values())), request)
-    classes = request.classes or parts["train"].names
+    classes = request.classes or (parts.get("train") or parts["test"]).names
     labels = {name: renumber(part.labels, part.names, classes, str(part.folder)) for name, part in parts.items()}
     images = sum(len(part.paths) for part in parts.values())
     if shorter or request.listed is not None or images * 3 * size * size >= _IN_MEMORY_BYTES:

@@ -128,7 +128,7 @@ def load(
 
 def load_test(
     source: str,
-    classes: Sequence[str],
+    classes: Sequence[str] | None,
     *,
     size: int | None = None,
     split: float | None = None,
@@ -140,7 +140,8 @@ def load_test(
 
     Args:
         source: as of `load`.
-        classes: what the network's outputs mean; labels are matched by name, and the source may lack some.
+        classes: what the network's outputs mean; labels are matched by name, and the source may lack some. None for
+            images of other kinds, whose labels do not matter.
         size: of the images it was trained on, in pixels: of a "folder" the default, as nothing else would do.
         split: as of `load`, where the source has no test part.
         on_error: as of `load`.
@@ -156,7 +157,8 @@ def load_test(
     if request.size is None and request.kind == "folder":
         request = replace(request, size=size)
     trained = None if listed is None else tuple(listed)
-    request = replace(request, wanted=("test",), classes=tuple(classes), skip=on_error == "skip", listed=trained)
+    names = None if classes is None else tuple(classes)
+    request = replace(request, wanted=("test",), classes=names, skip=on_error == "skip", listed=trained)
     return _found(source, request).parts["test"]
 
 

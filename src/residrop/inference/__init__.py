@@ -7,9 +7,8 @@ from residrop.inference.deploy.recalibrate import Recalibration as Recalibration
 from residrop.inference.deploy.recalibrate import recalibrate as recalibrate
 from residrop.inference.evaluate import ClassScores as ClassScores
 from residrop.inference.evaluate import Evaluation as Evaluation
-from residrop.inference.evaluate import Scores as Scores
+from residrop.inference.evaluate import NumberEvaluation as NumberEvaluation
 from residrop.inference.evaluate import evaluate as evaluate
-from residrop.inference.evaluate import score as score
 from residrop.inference.sampled.adaptive import AdaptivePrediction as AdaptivePrediction
 from residrop.inference.sampled.adaptive import predict_adaptive as predict_adaptive
 from residrop.inference.sampled.curve import AdaptiveEvaluation as AdaptiveEvaluation
@@ -24,3 +23,6 @@ from residrop.inference.sampled.predictions import DetectionPrediction as Detect
 from residrop.inference.sampled.predictions import Detections as Detections
 from residrop.inference.sampled.predictions import NumberPrediction as NumberPrediction
 from residrop.inference.sampled.predictions import Prediction as Prediction
+from residrop.inference.scores import NumberScores as NumberScores
+from residrop.inference.scores import Scores as Scores
+from residrop.inference.scores import score as score

@@ -16,6 +16,7 @@ last.pt                    everything needed to resume
 best.safetensors           weights of the epoch with the lowest validation error
 model.safetensors          weights to report on
 evaluation.json            final evaluation, both ways
+calibration.json           temperatures and conformal sets, if fitted by residrop evaluate --uncertainty
 run.lock                   held, and there, while a process writes: who it is
 """
 

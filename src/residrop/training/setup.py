@@ -47,6 +47,8 @@ __all__ = [
     "precision_context",
     "prepare",
     "resolve",
+    "splits_of_run",
+    "validation_of_run",
 ]
 
 
@@ -162,6 +164,48 @@ def loader_of_run(run: Run, data: str | None = None, device: torch.device | None
         images = Images(images.pixels.expand(-1, dataset["channels"], -1, -1), images.labels)
     check_form(run, source, *form_of(images))
     return loader_for(recipe, images, "test", run.normalization(), device or choose_device(recipe.device))
+
+
+def splits_of_run(run: Run, data: str | None = None) -> Splits:
+    """The images of a run as its training had them (or of another `data` source), its list of files included."""
+    recipe, dataset = run.recipe(), run.dataset()
+    source = data or recipe.data
+    splits = load(
+        sized(source, dataset["size"], recipe.split),
+        validation=recipe.validation,
+        seed=recipe.seed + 1,
+        limit=recipe.limit,
+        split=recipe.split,
+        on_error=recipe.on_error,
+        classes=dataset["classes"],
+        listed=data_of(run)["listed"] if data is None else None,
+    )
+    if dataset["channels"] == 3:
+        splits = in_colour(splits)
+    check_form(run, source, splits.channels, splits.size)
+    return splits
+
+
+def validation_of_run(run: Run, device: torch.device) -> Loader:
+    """The images that a run held out of its training, in order and not augmented.
+
+    Raises:
+        RunError: it held out none, or its source has other images now, of which some may have been trained on.
+    """
+    recipe = run.recipe()
+    if not recipe.validation:
+        raise RunError(
+            f"{run.path} held out no validation images; give others with labels by --calibration DATA, which must be "
+            "neither training nor test images, or train with --validation N"
+        )
+    splits = splits_of_run(run)
+    if splits.listed is None and data_digest(splits) != run.dataset()["digest"]:
+        raise RunError(
+            f"{run.path} was trained on other images than {recipe.data} has now, so its validation images are unknown; "
+            "give others by --calibration DATA"
+        )
+    assert splits.validation is not None
+    return loader_for(recipe, splits.validation, "validation", run.normalization(), device)
 
 
 def form_of(images: Images | Files) -> tuple[int, int]:

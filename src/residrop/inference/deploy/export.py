@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import logging
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from residrop.common.errors import ConfigError
 from residrop.common.files import replacing
 from residrop.inference.deploy.fold import fold
+from residrop.inference.uncertainty.calibration import check_temperature
 
 __all__ = ["Exported", "export"]
 
@@ -61,6 +63,7 @@ def export(
     *,
     metadata: Mapping[str, Any] | None = None,
     sampled: bool = False,
+    temperature: float = 1.0,
 ) -> Exported:
     """Write a model's prediction in expectation to a file that needs no residrop, and check the file.
 
@@ -81,6 +84,8 @@ def export(
         example: an input Tensor[n, ...]; only n may differ later.
         metadata: facts to keep with the weights, such as class names; values that JSON knows.
         sampled: write a sampled pass in place of the expectation (onnx and pt2).
+        temperature: divide the logits by it, see `residrop.inference.uncertainty.fit_temperature`. A model that cannot
+            be folded, only be freed of its rules, has no graph to hold this in a `.safetensors` file.
 
     Raises:
         ConfigError: another ending, a missing library, a model that cannot be traced or has draws that no graph can
@@ -89,6 +94,7 @@ def export(
     """
     path = Path(path)
     kind = _checked(path, example, sampled)
+    check_temperature(temperature)
     if sampled:
         from residrop.inference.deploy.sampled_graph import SampledGraph
 
@@ -100,6 +106,8 @@ def export(
     else:
         module = fold(model, example)
         inputs, facts = {"images": _two_rows(example)}, dict(metadata or {})
+    if temperature != 1:
+        module = _divided(module, temperature, kind)
     words = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
     with replacing(path) as file, _quiet(), torch.no_grad():
         difference = {"onnx": _onnx, "pt2": _pt2, "safetensors": _safetensors}[kind](module, file, inputs, words)
@@ -125,6 +133,34 @@ def _checked(path: Path, example: Tensor, sampled: bool) -> Format:
         raise ConfigError(f"example has shape {tuple(example.shape)}; give a batch Tensor[n, ...] of at least one row")
     _check_libraries(kind)
     return kind
+
+
+class _Divided(nn.Module):
+    """A model whose logits are divided by a temperature."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images) / self.temperature
+
+
+def _divided(module: nn.Module, temperature: float, kind: Format) -> nn.Module:
+    """The module with its output divided; in its graph where it has one, as `.safetensors` keeps that."""
+    if not isinstance(module, fx.GraphModule):
+        if kind == "safetensors":
+            raise ConfigError(
+                f"{type(module).__name__} has no graph in which .safetensors could hold a temperature; write .onnx or "
+                ".pt2, or take temperature 1"
+            )
+        return _Divided(module, temperature)
+    graph = module.graph
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(operator.truediv, (output.args[0], temperature)),)
+    module.recompile()
+    return module
 
 
 def _check_libraries(kind: Format) -> None:

@@ -1,5 +1,6 @@
 """Predictions of a randomly present network: in expectation (one pass), or averaged over sampled passes."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from residrop.inference.sampled.predictions import NumberPrediction, Prediction
 from residrop.inference.sampled.shared import passes
 from residrop.inference.sampled.sums import sums_of
 
-__all__ = ["Sampled", "default_samples", "predict"]
+__all__ = ["Sampled", "default_samples", "predict", "predicted"]
 
 _SAMPLES = 30  # as in the Swapout paper
 
@@ -28,7 +29,6 @@ def default_samples(model: nn.Module, dropout: bool = False) -> int:
     return _SAMPLES if dropout or any(rule.granularity == "unit" for rule in rules_of(model)) else 0
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module,
     x: Any,
@@ -96,7 +96,37 @@ def predict(
     Raises:
         ConfigError: a bad number, a model that is not attached, or an output whose meaning cannot be told.
     """
-    samples = default_samples(model, dropout) if samples is None else check_whole("samples", samples, least=0)
+    return predicted(
+        model,
+        x,
+        default_samples(model, dropout) if samples is None else samples,
+        first=first,
+        keep=keep,
+        stack=stack,
+        outputs=outputs,
+        kind=kind,
+        dropout=dropout,
+        flips=flips,
+    )
+
+
+@torch.no_grad()
+def predicted(
+    model: nn.Module,
+    x: Any,
+    samples: int,
+    *,
+    first: int = 0,
+    keep: bool = False,
+    stack: int | None = None,
+    outputs: Outputs = None,
+    kind: Kinds = None,
+    dropout: bool = False,
+    flips: bool = False,
+    on_pass: Callable[[tuple[Any, ...]], None] | None = None,
+) -> Any:
+    """As `predict`; `on_pass` is told what a `Reader` gives of every pass, in their order."""
+    check_whole("samples", samples, least=0)
     stack = None if stack is None else check_whole("stack", stack, least=1)
     batch = Batch(x)
     read = Reader(outputs, kind, None if batch.tensor is None else batch.tensor.shape)
@@ -106,19 +136,27 @@ def predict(
             if flips:
                 values = tuple(value[None] for value in read(batch.mirrored().called(model)))
                 found.append(tuple(value[0] for value in read.mirrored_back(values)))
-        return _gathered(read, found, 0, keep)
+        return _gathered(read, found, 0, keep, on_pass)
     sampler_of(model)
     with passes(model, batch, read, first=first, stack=stack, dropout=dropout, flips=flips) as sampled:
-        return _gathered(read, sampled.stream(first, samples), samples, keep)
+        return _gathered(read, sampled.stream(first, samples), samples, keep, on_pass)
 
 
-def _gathered(read: Reader, found: Any, samples: int, keep: bool) -> Any:
+def _gathered(
+    read: Reader,
+    found: Iterable[tuple[Any, ...]],
+    samples: int,
+    keep: bool,
+    on_pass: Callable[[tuple[Any, ...]], None] | None,
+) -> Any:
     """The prediction of passes in their order, a tuple of heads each."""
     sums = None
     for values in found:
         if sums is None:
             assert read.heads is not None
             sums = [sums_of(head, keep) for head in read.heads.values()]
+        if on_pass is not None:
+            on_pass(values)
         for total, value in zip(sums, values, strict=True):
             total.add(value)
     assert sums is not None

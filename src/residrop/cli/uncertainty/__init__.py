@@ -1,0 +1,1 @@
+"""`residrop evaluate --uncertainty`: what is measured, its tables, pictures and page."""
