@@ -69,7 +69,7 @@ def measured(path: Path) -> list[dict[str, Any]]:
     batches = torch.cat([x for some in pieces for x in some])[: arguments.limit].split(arguments.batch_size)
     images = sum(len(x) for x in batches)
     used = {confidence: [] for confidence in arguments.confidence}
-    alike = {confidence: 0 for confidence in arguments.confidence}
+    alike = dict.fromkeys(arguments.confidence, 0)
     seconds: dict[Any, list[float]] = {name: [] for name in (*arguments.confidence, "all", "loop")}
     with precision_context(recipe, DEVICE)():
         residrop.predict(model, batches[0], 2)  # warms up

@@ -35,7 +35,7 @@ def test_a_fault_of_our_own_is_no_missing_package():
     [
         ("scipy.optimize", lambda: theory.depth_bound([0.5, 0.5], 0.1), "theory"),
         ("scipy", lambda: theory.shapiro(torch.randn(2, 5)), "theory"),
-        ("torchmetrics", lambda: calibration_error(torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])), "train"),
+        ("torchmetrics", lambda: calibration_error(torch.full((4,), 0.5), torch.ones(4, dtype=torch.bool)), "train"),
     ],
 )
 def test_functions_name_their_extra(monkeypatch, package, call, name):

@@ -110,7 +110,7 @@ def test_constant_depth_samples_agree_exactly_with_the_expectation(x):
     once, sampled = predict(model, x, samples=0), predict(model, x, samples=5)
     assert torch.equal(once.probabilities, sampled.probabilities)
     assert not sampled.standard_error.any()
-    assert (sampled.mutual_information <= 1e-6).all()
+    assert not sampled.mutual_information.any()  # not even rounding, which would rank the inputs
 
 
 @pytest.mark.parametrize("rule", ["stochastic-depth", "row", "swapout"])

@@ -69,7 +69,8 @@ class _ClassSums:
         if self.moments.count == 0:
             self.votes = torch.zeros_like(value, dtype=torch.int32)
         self.moments.add(value)
-        self.entropy = self.entropy + entropy_of(value, self.dim)
+        # as the mean is made: where all passes agree, its entropy and theirs are then equal to the last bit
+        self.entropy = self.entropy + (entropy_of(value, self.dim) - self.entropy) / self.moments.count
         decided = value.argmax(dim=self.dim, keepdim=True)
         self.votes.scatter_add_(self.dim, decided, torch.ones_like(decided, dtype=torch.int32))
 
@@ -77,7 +78,7 @@ class _ClassSums:
         return Prediction(
             probabilities=self.moments.mean,
             standard_error=(self.moments.variance(samples) / max(1, samples)).sqrt(),
-            sample_entropy=self.entropy / self.moments.count,
+            sample_entropy=self.entropy,
             samples=samples,
             votes=self.votes if samples else torch.zeros_like(self.votes),
             sample_probabilities=self.moments.kept(samples),
