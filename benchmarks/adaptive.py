@@ -129,7 +129,7 @@ def main() -> None:
     if arguments.json:
         what = "Adaptive sampling of trained networks: passes, agreement and time beside all passes"
         command = "python benchmarks/adaptive.py " + " ".join(["RUN"] * len(arguments.runs))
-        ledger.save(arguments.json, what, command, rows, device=DEVICE.type)
+        ledger.save(arguments.json, what, command, rows, device=ledger.describe_device(DEVICE.type))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def evaluated(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             options += [f"--{name}", value]
     if arguments.ood:
         options += ["--ood", *arguments.ood]
+    print(f"\n{path}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         if code := residrop(["evaluate", str(path), "--uncertainty", *options, "--json", str(file)]):
@@ -59,7 +60,7 @@ def pooled(values: Sequence[dict[str, float]]) -> tuple[float, float]:
 def rows_of(found: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of runs that differ in the seed alone: of every inference, and of every score of uncertainty."""
     run = {name: value for name, value in found[0]["run"].items() if name not in UNLIKE}
-    base = {"run": run, "seeds": len(found), "images": found[0]["uncertainty"]["images"]}
+    base = {"rule": found[0]["rule"], "run": run, "seeds": len(found), "images": found[0]["uncertainty"]["images"]}
     rows: list[dict[str, Any]] = []
     for samples in sorted({one["samples"] for one in found[0]["uncertainty"]["measures"]}):
         for tempered in (False, True):
@@ -99,11 +100,9 @@ def main() -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for path in arguments.runs:
         one = evaluated(path, arguments)
-        alike = {name: value for name, value in one["run"].items() if name not in UNLIKE}
+        alike = {"rule": one["rule"]} | {name: value for name, value in one["run"].items() if name not in UNLIKE}
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(one)
     rows = [row for found in groups.values() for row in rows_of(found, arguments.name)]
-    for row in rows:
-        row["rule"] = row["run"].pop("rule", None) or "?"
     table = Table("rule", "inference", *MEASURES[:6])
     for row in rows:
         if "nll" in row:

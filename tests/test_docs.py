@@ -268,7 +268,7 @@ QUOTED = [  # page, its words, file in results/, what tells each row, the value'
             [{"model": model, "drop_path": rate}],
             "difference",
         )
-        for name, model, rate in (*((*VIT, rate) for rate in (0.0, 0.2)), (*RESNET, 0.0))
+        for name, model, rate in ((*one, rate) for one in (VIT, RESNET) for rate in (0.0, 0.2))
     ),
     *(
         (
@@ -297,6 +297,38 @@ def test_quoted_numbers_are_those_measured(page, words, file, rows, name):
         values.append(found[name] / (2**20 if name == "bytes" else 1))
     text = " ".join((DOCS / f"{page}.md").read_text().split())
     assert words.format(*values) in text
+
+
+def _cells(row, *names, digits=2):
+    return " | ".join(f"{row[name]:.{digits}f} ± {row[f'{name}_se']:.{digits}f}" for name in names)
+
+
+def test_measured_uncertainty_is_quoted_as_it_is():
+    page = (DOCS / "uncertainty.md").read_text()
+    rows = [
+        row
+        for file in ("uncertainty_digits", "outputs")
+        for row in json.loads((ROOT / "results" / f"{file}_cpu_202611.json").read_text())["entries"]
+    ]
+    quoted = 0
+    for row in rows:
+        if "tempered" in row and not (row["rule"] == "constant" and row["samples"]):
+            way = f"{row['samples']} passes" if row["samples"] else "one pass"
+            way += f", temperature {row['temperature']:.2f}" if row["tempered"] else ""
+            cells = f"{_cells(row, 'error')} | {_cells(row, 'nll', digits=3)} | {_cells(row, 'ece')}"
+        elif "foreign" in row and not (row["rule"] == "constant" and row["samples"]):
+            way, cells = "", _cells(row, "auroc", digits=1)
+        elif row.get("task") == "segmentation":
+            way = "one pass" if row["way"] == "expectation" else "30 passes"
+            cells = f"{_cells(row, 'error')} | {row['nll']:.3f} | {_cells(row, 'ece')} | {row['auroc_entropy']:.3f}"
+        elif row.get("task") == "regression":
+            way = row["way"]
+            cells = f"{_cells(row, 'coverage', digits=1)} | {row['width']:.2f} | {row['nll']:.2f}"
+        else:
+            continue
+        assert f"{way} | {cells} |" in page if way else cells in page, row
+        quoted += 1
+    assert quoted > 30
 
 
 def test_gpu_numbers_are_those_measured():

@@ -10,7 +10,16 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from residrop.blocks.attach import attach, sampler_of
 from residrop.blocks.residual import Residual
 from residrop.common.errors import UsageError
-from residrop.inference import ClassScores, Evaluation, Scores, evaluate, predict, score
+from residrop.inference import (
+    ClassScores,
+    Evaluation,
+    Scores,
+    error_curve,
+    evaluate,
+    evaluate_adaptive,
+    predict,
+    score,
+)
 from residrop.models import create
 from residrop.rules.catalogue import make_rule
 
@@ -292,6 +301,15 @@ def test_labels_of_another_shape_and_detections_are_refused():
     model, x = per_place("classes"), torch.randn(6, 3, 4, 5)
     with pytest.raises(UsageError, match=r"labels have shape \[6\], the predictions \[6, 4, 5\]; they must agree"):
         evaluate(model, [(x, torch.zeros(6, dtype=torch.long))], 0)
+    with pytest.raises(UsageError, match=r"labels are torch\.float32; give .* as torch\.int64"):
+        evaluate(model, [(x, torch.zeros(6, 4, 5))], 0)
+    with pytest.raises(UsageError, match=r"a label 255, and the predictions have 4 classes; .* ignore="):
+        evaluate(model, [(x, torch.full((6, 4, 5), 255))], 0)
+    flat = nn.Sequential(model, nn.Flatten())
+    attach(flat, seed=0)
+    for measured in (evaluate_adaptive, error_curve):
+        with pytest.raises(UsageError, match=r"labels have shape \[6, 1\], the predictions \[6\]"):
+            measured(flat, [(x, torch.zeros(6, 1, dtype=torch.long))])
     with pytest.raises(UsageError, match="no images to evaluate"):
         evaluate(model, [], 0)
     nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}

@@ -151,9 +151,10 @@ def test_numbers_have_mean_and_variance(form, double):
 
 def test_numbers_of_one_pass_have_no_interval_without_a_predicted_variance():
     model, x = flat("swapout", 2), torch.randn(5, 6)
-    for samples in (0, 1):
+    pair = {"outputs": lambda y: (y[:, 0], y[:, 1] ** 2)}
+    for samples, options in ((0, {}), (1, {}), (1, pair)):
         with pytest.raises(ConfigError, match="one pass without a predicted variance tells no interval"):
-            predict(model, x, samples, kind="numbers").interval()
+            predict(model, x, samples, kind="numbers", **options).interval()
     with pytest.raises(ConfigError, match="coverage is 1"):
         predict(model, x, 2, kind="numbers").interval(1.0)
     low, high = predict(model, x, 0, kind="numbers", outputs=lambda y: (y[:, 0], y[:, 1] ** 2)).interval()
@@ -259,6 +260,145 @@ def test_a_tuple_is_the_arguments_of_the_model():
     assert_classes(found, loop(model, x, lambda y: y.softmax(1)))
     with pytest.raises(ConfigError, match="the inputs have 4 and 5 rows; give every tensor with the batch first"):
         predict_adaptive(model, (x[0], x[1][:4]))
+
+
+# Models that a loop runs as they are
+
+
+def by_hand(model, x, **options):
+    """Whether all passes are those of the loop, to 1e-6."""
+    found = predict(model, x, SAMPLES, first=FIRST, keep=True, **options).sample_probabilities
+    torch.testing.assert_close(found, loop(model, x, lambda y: y.softmax(1)), rtol=0, atol=1e-6)
+
+
+class Windows(nn.Module):
+    """Rows of 4 to single rows, and back."""
+
+    def __init__(self, back):
+        super().__init__()
+        self.back = back
+
+    def forward(self, x):
+        return x.view(-1, 4 * x.shape[1]) if self.back else x.reshape(-1, x.shape[1] // 4)
+
+
+@pytest.mark.parametrize("rule", ["stochastic-depth", "swapout"])
+def test_sequences_whose_number_of_rows_changes(rule):
+    def layer():
+        return nn.Linear(8, 8)
+
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 8), *blocks(layer, rule, 2), nn.Linear(8, 3))
+    attach(model, seed=0)
+    by_hand(model, torch.randn(6, 4, 5))
+    parts = [nn.Linear(32, 32), *blocks(lambda: nn.Linear(32, 32), rule, 1), Windows(False), *blocks(layer, rule, 2)]
+    model = nn.Sequential(*parts, Windows(True), nn.Linear(32, 3))
+    attach(model, seed=0)
+    by_hand(model, torch.randn(6, 32))
+
+
+@pytest.mark.parametrize("rule", ["stochastic-depth", "swapout"])
+def test_sequences_whose_rows_depend_on_one_another(rule):
+    norm = nn.BatchNorm1d(8, track_running_stats=False)
+    model = nn.Sequential(nn.Linear(6, 8), *blocks(lambda: nn.Linear(8, 8), rule), norm, nn.Linear(8, 3))
+    attach(model, seed=0)
+    by_hand(model, torch.randn(6, 6))
+
+
+def test_models_that_write_into_their_input_or_reuse_their_output():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = flat("swapout")
+            self.register_buffer("kept", torch.zeros(6, 4))
+
+        def forward(self, x):
+            x -= 1.0
+            return self.kept.copy_(self.body(x))
+
+    model, x = Writes(), torch.randn(6, 6)
+    attach(model, seed=0)
+    before = x.clone()
+    found = predict(model, x, SAMPLES, first=FIRST, keep=True, kind="numbers").sample_values
+    assert torch.equal(x, before)
+    wanted = loop(model, x, lambda y: y.clone(), 1)  # the loop moves x
+    assert torch.equal(found[0], wanted[0])
+    assert len(found.unique(dim=0)) == SAMPLES
+
+
+def test_a_block_inside_another_that_is_also_called_by_itself():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            (self.inner,) = blocks(lambda: nn.Linear(6, 6), "stochastic-depth", 1)
+            branch = nn.Sequential(self.inner, nn.Linear(6, 6))
+            self.outer = Residual(branch, rule=make_rule("stochastic-depth", 0.7))
+            (self.last,) = blocks(lambda: nn.Linear(6, 6), "stochastic-depth", 1)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.last(self.inner(self.outer(x))))
+
+    model, x = Nested(), torch.randn(5, 6)
+    attach(model, seed=0)
+    found = predict(model, x, 30, first=FIRST, keep=True).sample_probabilities
+    assert torch.equal(found, loop(model, x, lambda y: y.softmax(1), 30))
+
+
+def test_inputs_made_in_inference_mode():
+    model = flat(change=lambda y: y)
+    with torch.inference_mode():
+        x = torch.randn(5, 6)
+    by_hand(model, x)
+
+
+def test_the_expectation_is_that_inside_of_sampling_too():
+    model, x = flat("swapout"), torch.randn(5, 6)
+    wanted = predict(model, x, 0).probabilities
+    with sampling(model):
+        assert torch.equal(predict(model, x, 0).probabilities, wanted)
+
+
+# What is recognised
+
+
+@pytest.mark.parametrize(("name", "shape"), [("CausalLMOutput", (5, 3, 4)), ("SegmentationOutput", (5, 3, 4))])
+def test_three_dimensional_logits_are_tokens_where_their_class_says_so(name, shape):
+    maker = type(name, (dict,), {})
+    model, x = flat("swapout", 12, change=lambda y: maker(logits=y.view(shape))), torch.randn(5, 6)
+    if name.startswith("Causal"):
+        assert predict(model, x, 2).class_dim == 2
+    else:
+        with pytest.raises(ConfigError, match="does not tell what it means"):
+            predict(model, x, 2)
+
+
+def test_the_only_tensor_of_a_mapping_is_not_taken_for_logits():
+    model, x = flat("swapout", 4, change=lambda y: {"pooler_output": y}), torch.randn(5, 6)
+    with pytest.raises(ConfigError, match=r"returns 'pooler_output' \[5, 4\]; say which"):
+        predict(model, x, 2)
+    assert predict(model, x, 2, outputs="pooler_output").probabilities.shape == (5, 4)
+
+
+@pytest.mark.parametrize(("problem", "kind"), [("regression", "numbers"), ("multi_label_classification", "binary")])
+def test_the_configuration_of_a_model_says_what_its_logits_are(problem, kind):
+    model, x = flat("swapout", 4, change=lambda y: {"logits": y}), torch.randn(5, 6)
+    model.config = SimpleNamespace(problem_type=problem)
+    found, wanted = predict(model, x, 3), predict(model, x, 3, kind=kind)
+    assert type(found) is type(wanted)
+    assert torch.equal(found[0], wanted[0])
+
+
+def test_outputs_of_the_shape_of_any_input_are_not_recognised():
+    model = dense(classes=3)
+    with pytest.raises(ConfigError, match="does not tell what it means"):
+        predict(model, {"input": torch.randn(2, 3, 5, 6)}, 2)
+
+
+def test_one_number_for_all_inputs_and_no_outputs_are_refused():
+    with pytest.raises(ConfigError, match="is one number for all inputs"):
+        predict(flat(change=lambda y: y.sum()), torch.randn(5, 6), 2, kind="binary")
+    with pytest.raises(ConfigError, match=r"outputs is \[\]; name at least one"):
+        predict(flat(change=lambda y: {"a": y}), torch.randn(5, 6), 2, outputs=[])
 
 
 # Adaptive sampling

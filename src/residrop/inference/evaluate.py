@@ -20,6 +20,7 @@ from residrop.inference.scores import (
     NumberCounts,
     NumberScores,
     Scores,
+    check_labels,
     counted,
     counted_numbers,
     number_scores_of,
@@ -159,13 +160,14 @@ def evaluate(
     done = 0
     for number, (x, y) in enumerate(batches):
         expected, sampled = predicted(model, x, 0, **options), None
+        heads = _heads(expected, y, ignore)  # labels that do not fit are refused before passes are made
         passes: list[tuple[Any, ...]] = []
         if samples:
             first = (rank + number * ranks) * samples
             sampled = predicted(
                 model, x, samples, first=first, on_pass=_wrong_of(expected, y, ignore, passes), **options
             )
-        found.append(_Batch(_heads(expected, y, ignore), _heads(sampled, y, ignore), passes))
+        found.append(_Batch(heads, _heads(sampled, y, ignore), passes))
         if on_predictions:
             on_predictions(y, expected, sampled)
         done += len(next(iter(y.values())) if isinstance(y, Mapping) else y)
@@ -221,20 +223,15 @@ def _spread(found: Any, labels: Tensor, ignore: int) -> _Spread:
             "[one._asdict() for one in residrop.predict(...).images]"
         )
     if isinstance(found, NumberPrediction):
-        _check_labels(labels, found.mean.shape)
+        if not isinstance(labels, Tensor) or labels.shape != found.mean.shape:
+            given = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ConfigError(f"the targets have shape {given}, the predictions {list(found.mean.shape)}")
         return _Spread(counted_numbers(found, labels), torch.zeros(()))
-    places = found.classes.shape
-    _check_labels(labels, places)
+    check_labels(labels, found.classes.shape, found.probabilities.shape[found.class_dim], ignore)
     counts = counted(found.probabilities.movedim(found.class_dim, -1), labels, ignore)
     errors = found.standard_error.gather(found.class_dim, found.classes.unsqueeze(found.class_dim))
     used = (labels != ignore).to(errors.device)
     return _Spread(counts, errors.squeeze(found.class_dim)[used].double().sum().cpu())
-
-
-def _check_labels(labels: Any, wanted: torch.Size) -> None:
-    if not isinstance(labels, Tensor) or labels.shape != wanted:
-        given = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ConfigError(f"the labels have shape {given}, the predictions {list(wanted)}; they must agree")
 
 
 def _wrong_of(expected: Any, y: Any, ignore: int, passes: list[tuple[Any, ...]]) -> Callable[[tuple[Any, ...]], None]:

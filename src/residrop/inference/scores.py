@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from residrop.common.errors import ConfigError
 from residrop.inference.sampled.predictions import NumberPrediction
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NumberCounts",
     "NumberScores",
     "Scores",
+    "check_labels",
     "counted",
     "counted_numbers",
     "number_scores_of",
@@ -101,6 +103,21 @@ def counted(probabilities: Tensor, labels: Tensor, ignore: int = -100) -> Counts
     )
 
 
+def check_labels(labels: object, places: torch.Size, classes: int, ignore: int = -100) -> None:
+    """ConfigError unless these are classes, one for each decision."""
+    if not isinstance(labels, Tensor) or labels.shape != places:
+        given = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ConfigError(f"the labels have shape {given}, the predictions {list(places)}; they must agree")
+    if labels.dtype != torch.int64:
+        raise ConfigError(f"the labels are {labels.dtype}; give the numbers of classes as torch.int64 (labels.long())")
+    wrong = (labels != ignore) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        raise ConfigError(
+            f"there is a label {int(labels[wrong][0])}, and the predictions have {classes} classes; give 0 to "
+            f"{classes - 1}, or say with ignore= which label does not count"
+        )
+
+
 def scores_of(batches: Sequence[Counts]) -> Scores:
     """Of all batches together; at least one decision."""
     wrong, decisions = torch.cat([one.wrong for one in batches]), torch.cat([one.decisions for one in batches])
@@ -170,7 +187,7 @@ def counted_numbers(found: NumberPrediction, targets: Tensor) -> NumberCounts:
         return values.double().flatten(1).mean(dim=1).cpu() if values.ndim > 1 else values.double().cpu()
 
     error = found.mean - targets
-    if found.noise is None and found.samples < 2:
+    if found.samples == 1 or (found.noise is None and found.samples < 2):
         return NumberCounts(means(error.square()), means(error.abs()), None, None, None)
     variance = found.total_variance.clamp_min(1e-12)
     low, high = found.interval(_LEVEL)

@@ -14,7 +14,7 @@ from residrop.inference.uncertainty.calibration import check_temperature
 from residrop.training.checked import read_record, write_record
 from residrop.training.checkpoint import Run
 
-__all__ = ["FILE", "Fitted", "load_fitted", "save_fitted"]
+__all__ = ["FILE", "Fitted", "check_fitted", "load_fitted", "save_fitted"]
 
 FILE = "calibration.json"
 
@@ -54,6 +54,11 @@ def save_fitted(run: Run, weights: str, found: Mapping[int, Fitted]) -> None:
     passes = mine.get("passes", {}) if mine.get("digest") == digest else {}
     passes |= {str(samples): one.to_dict() for samples, one in found.items()}
     write_record(run.path / FILE, {**before, weights: {"digest": digest, "passes": passes}})
+
+
+def check_fitted(run: Run) -> None:
+    """RunError if `save_fitted` would find a damaged file."""
+    _read(run)
 
 
 def load_fitted(run: Run, weights: str, samples: int) -> tuple[Fitted | None, str]:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch_uncertainty.metrics.classification import MutualInformation
 
+from residrop.blocks.attach import attach
 from residrop.common.errors import ConfigError
 from residrop.inference import predict
-from residrop.inference.uncertainty import bootstrap, standard_error, uncertainty_scores
+from residrop.inference.uncertainty import Collector, bootstrap, standard_error, uncertainty_scores
 from residrop.models import create
 
 
@@ -62,3 +63,24 @@ def test_bootstrap_is_the_same_under_one_seed_and_pairs():
 def test_bad_numbers_are_refused(images, repetitions):
     with pytest.raises(ConfigError, match="give a whole number of at least"):
         bootstrap(lambda index: 0.0, images, repetitions=repetitions)
+
+
+def test_scores_of_tokens_go_over_classes_and_a_collector_takes_one_decision_an_image():
+    class Turned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = create("resnet-8", rule="swapout", seed=0, classes=12, channels=1)
+
+        def forward(self, x):
+            return self.body(x).view(-1, 3, 4)
+
+    model, x = Turned(), torch.randn(5, 1, 8, 8)
+    attach(model, seed=0)
+    found = predict(model, x, 4, kind="tokens")
+    for score in uncertainty_scores(found).values():
+        assert score.shape == (5, 3)
+    torch.testing.assert_close(uncertainty_scores(found)["max_probability"], 1 - found.probabilities.amax(2))
+    with pytest.raises(ConfigError, match="one decision between classes for each image"):
+        Collector().add(torch.zeros(5, 3, dtype=torch.long), found, None)
+    with pytest.raises(ConfigError, match="one decision between classes for each image"):
+        Collector().add(torch.zeros(5), predict(model, x, 0, kind="numbers"), None)

@@ -73,7 +73,7 @@ def test_a_row_that_lacks_a_part_of_the_title_is_shown_all_the_same():
         ("throughput", "loop, rule, precision", "relative_to_plain"),
         ("wirings", "network, wiring", "relative_to_none"),
         ("draw", "granularity, timing", "microseconds"),
-        ("adaptive_swapout_digits", "rule, survival rates", "adaptive.mean_samples"),
+        ("adaptive_digits", "confidence", "agreement"),
     ],
 )
 def test_known_shapes_show_their_ratios(name, heading, value):

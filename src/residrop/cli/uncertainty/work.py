@@ -17,7 +17,7 @@ from residrop.common.output import check_target, writing
 from residrop.data import Loader
 from residrop.inference.uncertainty import Collector
 from residrop.training import Run
-from residrop.training.calibration import FILE, save_fitted
+from residrop.training.calibration import FILE, check_fitted, save_fitted
 
 __all__ = ["Work"]
 
@@ -52,6 +52,7 @@ class Work:
     ) -> None:
         for name in (FILE, _PAGE, *(f"{picture}.png" for picture in PICTURES)):
             check_target(run.path / name, _OPTION)
+        check_fitted(run)
         self.run, self.weights, self._test, self._corruptions = run, weights, test, corruptions
         self._held = held_out_images(run, calibration, test, device)
         self._foreign = [foreign_images(run, source, test, device) for source in ood]

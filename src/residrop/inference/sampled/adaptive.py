@@ -189,7 +189,7 @@ def predict_adaptive(
     stack = None if stack is None else check_whole("stack", stack, least=1)
     batch = Batch(x)
     n = len(batch)
-    read = Reader(outputs, kind, None if batch.tensor is None else batch.tensor.shape)
+    read = Reader(outputs, kind, batch.shapes, model)
     with passes(model, batch, read, first=first, stack=stack, dropout=dropout, flips=flips) as sampled:
         own = _orders(sampler_of(model).seed, first, n, max_samples) if sampled.is_tree else None
 

@@ -58,6 +58,18 @@ class Batch:
         return Batch(self.tensor.flip(-1).contiguous(memory_format=torch.preserve_format))
 
     @property
+    def shapes(self) -> list[torch.Size]:
+        """Of all its tensors."""
+        return [leaf.shape for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def copied(self) -> "Batch":
+        """With tensors of its own, for a model that may write into them."""
+        args, kwargs = tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
+        return Batch.of_call(args, kwargs)
+
+    @property
     def device(self) -> torch.device:
         """Where its first tensor lies."""
         tensors = (leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor))

@@ -15,6 +15,7 @@ from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.outputs import Reader
 from residrop.inference.sampled.predict import predict
 from residrop.inference.sampled.shared import passes
+from residrop.inference.scores import check_labels
 
 __all__ = ["AdaptiveEvaluation", "ErrorCurve", "error_curve", "evaluate_adaptive"]
 
@@ -71,7 +72,9 @@ def error_curve(
     wrong = torch.zeros(repetitions, samples, dtype=torch.int64)
     missed, done = 0, 0
     for number, (x, y) in enumerate(batches):
-        missed += int((predict(model, x, 0).classes != y).sum())
+        once = predict(model, x, 0, kind="classes")
+        check_labels(y, once.classes.shape, once.probabilities.shape[1])
+        missed += int((once.classes != y).sum())
         for repetition in range(repetitions):
             first = (number * repetitions + repetition) * samples
             with passes(model, Batch(x), Reader(kind="classes"), first=first) as sampled:
@@ -137,8 +140,9 @@ def evaluate_adaptive(
     settled = right = full = alike = done = 0
     for number, (x, y) in enumerate(batches):
         first = number * check_whole("max_samples", max_samples, least=1)
-        found = predict_adaptive(model, x, confidence=confidence, max_samples=max_samples, first=first)
-        every = predict(model, x, max_samples, first=first, keep=False).classes
+        found = predict_adaptive(model, x, confidence=confidence, max_samples=max_samples, first=first, kind="classes")
+        check_labels(y, found.used.shape, found.probabilities.shape[1])
+        every = predict(model, x, max_samples, first=first, kind="classes").classes
         used.append(found.used.double().cpu())
         settled += int(found.settled.sum())
         right += int((found.classes == y).sum())

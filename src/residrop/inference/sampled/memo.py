@@ -26,15 +26,21 @@ _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 def _versions(value: Any) -> list[int]:
     """How often every tensor in a value has been written."""
-    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+
+
+def _is_inference(leaf: Any) -> bool:
+    """Whether it does not tell who writes into it."""
+    return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
 class _Output:
     """What a block gave."""
 
-    def __init__(self, forward: Any, args: Any, kwargs: Any) -> None:
-        before = _versions((args, kwargs))
+    def __init__(self, forward: Any, args: Any, kwargs: Any, calls: Counter[nn.Module]) -> None:
+        before, called = _versions((args, kwargs)), calls.copy()
         self.value = forward(*args, **kwargs)
+        self.inner = calls - called  # blocks that it has called
         self._overwrites = _versions((args, kwargs)) != before
         self._versions = _versions(self.value)
 
@@ -79,11 +85,14 @@ class Memo:
             self._same = all(old[rule] == new[rule] or is_certain(new[rule]) for rule in rules)
             self._same = self._same and self._restless.isdisjoint(block.modules())
         # a block that is given a cache, say, does more than to give an output
-        if not all(isinstance(leaf, _PLAIN) for leaf in tree_leaves((args, kwargs))):
+        leaves = tree_leaves((args, kwargs))
+        if not all(isinstance(leaf, _PLAIN) and not _is_inference(leaf) for leaf in leaves):
             return forward(*args, **kwargs)
         kept = self._outputs.get(place) if self._same else None
         if kept is None or not kept.fresh():
-            kept = self._outputs[place] = _Output(forward, args, kwargs)
+            kept = self._outputs[place] = _Output(forward, args, kwargs, self._calls)
+        else:
+            self._calls += kept.inner
         return kept.value
 
 

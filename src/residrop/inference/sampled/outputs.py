@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from residrop.common.checks import check_choice
 from residrop.common.errors import ConfigError
@@ -23,7 +23,8 @@ _MEANINGS = {
     "detections": "a list of boxes, scores and labels",
 }
 _MAIN = ("logits", "out")  # of transformers' models for a task, of torchvision's segmentation models
-_SUM_OF_PROBABILITIES = 1e-3  # how far from 1 the sum of probabilities in half precision may lie
+_PROBLEMS: dict[str | None, Any] = {"regression": "numbers", "multi_label_classification": "binary"}
+_SUM_OF_PROBABILITIES = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # how far from 1 it may lie; else 1e-3
 
 
 class Head(NamedTuple):
@@ -49,24 +50,37 @@ class Reader:
     Args:
         outputs: which part of the output is meant: the name of a field, the index in a tuple, names of several fields,
             or a function from the output to a tensor, to a pair (mean, variance) of tensors, or to a dict of these.
-            None takes a tensor, the field `logits` or `out`, or the only tensor there is.
+            None takes a tensor, or the field `logits` or `out`.
         kind: what it is, one for all heads or one a head; None tells it from the output.
-        shape: of the input, if it is a tensor.
+        shapes: of the inputs.
+        model: whose output it is, for its `config.problem_type`.
 
     Raises:
         ConfigError: an unknown kind. When it is called: no such output, what it means cannot be told, or it is not
             what `kind` says. The message lists the choices.
     """
 
-    def __init__(self, outputs: Outputs = None, kind: Kinds = None, shape: torch.Size | None = None) -> None:
+    def __init__(
+        self,
+        outputs: Outputs = None,
+        kind: Kinds = None,
+        shapes: Sequence[torch.Size] = (),
+        model: nn.Module | None = None,
+    ) -> None:
         for given in kind.values() if isinstance(kind, Mapping) else [kind] * (kind is not None):
             check_choice("kind", given, Kind)
         self._outputs, self._kind = outputs, kind
-        self._inner = None if shape is None else shape[1:]
+        self._inner = [shape[1:] for shape in shapes]
+        self._problem = getattr(getattr(model, "config", None), "problem_type", None)
         self.heads: dict[str | None, Head] | None = None  # None until something was read
 
     def __call__(self, output: Any) -> tuple[Any, ...]:
         found = self._picked(output)
+        if not found:
+            raise ConfigError(f"outputs is {self._outputs!r}; name at least one")
+        for name, value in found.items():
+            if isinstance(value, Tensor) and not value.ndim:
+                raise ConfigError(f"output {name!r} is one number for all inputs; give a tensor with the batch first")
         if self.heads is None:
             self.heads = {name: self._head(name, value, output) for name, value in found.items()}
         return tuple(_READ[head.kind](found[name]) for name, head in self.heads.items())
@@ -99,19 +113,21 @@ class Reader:
             return {None: output}
         parts = _parts(output)
         tensors = [name for name, value in parts.items() if isinstance(value, Tensor)]
-        main = [name for name in _MAIN if name in tensors]
+        main: list[Any] = [name for name in _MAIN if name in tensors]
+        if not isinstance(output, Mapping) and len(tensors) == 1:
+            main = tensors
         if "pred_boxes" in tensors:
             raise ConfigError(
                 f"the model returns {_listed(parts)}, boxes that are not yet detections; give a function that makes a "
                 "list of dicts with boxes, scores and labels of it (transformers: "
                 "outputs=lambda o: processor.post_process_object_detection(o))"
             )
-        if len(main) != 1 and len(tensors) != 1:
+        if len(main) != 1:
             raise ConfigError(
                 f"the model returns {_listed(parts) or type(output).__name__}; say which of it is meant: outputs= a "
                 "name or index, a list of names (several heads), or a function from the output to a tensor"
             )
-        return {None: parts[(main or tensors)[0]]}
+        return {None: parts[main[0]]}
 
     def _head(self, name: str | None, value: Any, output: Any) -> Head:
         kind: Any = self._kind
@@ -131,10 +147,13 @@ class Reader:
         if _is_detections(value):
             return "detections"
         if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] >= 2:
-            if value.ndim == 2 or (value.ndim >= 4 and value.shape[1:] != self._inner):
+            if value.ndim == 2:
+                return _PROBLEMS.get(self._problem, "classes")
+            if value.ndim >= 4 and value.shape[1:] not in self._inner:
                 return "classes"
-            if isinstance(output, Mapping) and value.ndim == 3 and value is output.get("logits"):
-                return "tokens"  # as all models of transformers have them
+            maker = type(output).__name__
+            if value.ndim == 3 and ("LMOutput" in maker or maker.startswith("TokenClassifier")):
+                return "tokens"
         what = "the output" if name is None else f"output {name!r}"
         said = f"has shape {list(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
         choices = ", ".join(f"{kind!r} ({meaning})" for kind, meaning in _MEANINGS.items())
@@ -183,7 +202,7 @@ def _check_logits(value: Any, kind: str) -> None:
         return
     values = value.detach().float()
     sums = values.sum(dim=dim) - 1.0
-    if bool((values.amin() >= 0.0) & (sums.abs().amax() < _SUM_OF_PROBABILITIES)):
+    if bool((values.amin() >= 0.0) & (sums.abs().amax() < _SUM_OF_PROBABILITIES.get(value.dtype, 1e-3))):
         raise ConfigError(
             "the output is not negative and sums to 1 over the classes: probabilities, not logits; give their "
             "logarithm (outputs=torch.log), whose softmax they are"
@@ -221,7 +240,7 @@ def _numbers(value: Any) -> Tensor:
     parts = value if isinstance(value, tuple) else (value,)
     parts = [part if _is_floating(part) and part.dtype == torch.float64 else _floats(part, "numbers") for part in parts]
     if len(parts) == 1:
-        return parts[0]
+        return parts[0].clone()  # a model may give the same memory in every pass
     if len(parts) != 2 or parts[0].shape != parts[1].shape:
         shapes = " and ".join(str(list(part.shape)) for part in parts)
         raise ConfigError(f"numbers are a tensor or a pair (mean, variance) of one shape; outputs gives {shapes}")

@@ -34,13 +34,13 @@ def pieces_of(model: nn.Module, x: Tensor) -> list[nn.Module] | None:
     """Modules whose composition is the model, for an input x that it takes; None if it is not known to be a sequence.
 
     Whoever looks at the model as a whole (hooks, compilers) makes it none, as do modules that work in place: they
-    would overwrite what several samples share.
+    would overwrite what several samples share, and those whose rows depend on one another.
     """
     if before_root(model) is None or len(model._forward_pre_hooks) > 1 or len(model._forward_hooks) > 1:
         return None
     if model._compiled_call_impl is not None or "forward" in model.__dict__:
         return None
-    if any(getattr(module, "inplace", False) for module in model.modules()):
+    if any(getattr(module, "inplace", False) or _mixes_rows(module) for module in model.modules()):
         return None
     parts: Sequence[nn.Module]
     if type(model) is CifarResNet or type(model) is ImageNetResNet:
@@ -56,6 +56,13 @@ def pieces_of(model: nn.Module, x: Tensor) -> list[nn.Module] | None:
     else:
         return None
     return [piece for part in parts for piece in _opened(part)]
+
+
+def _mixes_rows(module: nn.Module) -> bool:
+    """Whether what a module of torch gives for a row depends on other rows: batch statistics, a batch not first."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.running_mean is None
+    return getattr(module, "batch_first", True) is False
 
 
 def _opened(module: nn.Module) -> list[nn.Module]:

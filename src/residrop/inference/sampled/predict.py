@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from residrop.blocks.attach import rules_of, sampler_of
-from residrop.blocks.modes import evaluating
+from residrop.blocks.attach import in_expectation, rules_of, sampler_of
 from residrop.common.checks import check_whole
 from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.outputs import Kinds, Outputs, Reader
@@ -50,8 +49,8 @@ def predict(
 
     Samples share what is certain (`residrop.inference.sampled.shared`): in networks of `residrop.create`, and in an
     `nn.Sequential`, what comes before the first random block is computed once, and under block- and row-level rules
-    also what comes before samples part; modules without rules must be functions of their input there, as they are in
-    eval mode. Other models are called once a sample, their blocks as far as a sample differs from one before. The
+    also what comes before samples part; modules without rules must treat every row by itself there, as usual modules
+    do in eval mode. Other models are called once a sample, their blocks as far as a sample differs from one before. The
     samples are those of single passes in `residrop.sampling`: equal draws; equal numbers up to rounding, which depends
     on how many rows go through the network at once. With `stack=1` no two samples do; under block- and unit-level
     rules they are then equal bit for bit.
@@ -66,10 +65,11 @@ def predict(
     - "detections": a list of one dict an image with boxes, scores and labels, as torchvision's detectors return it
       (masks and key points are left out); see `residrop.inference.merge_detections`.
 
-    None tells it from the output: logits [n, C], C >= 2, are classes; so are tensors of four or more dimensions, unless
-    their shape is that of the input; three-dimensional `logits` of transformers are tokens; lists of dicts are
-    detections. Everything else is refused: one output might be a logit or a number. (A regression with several outputs
-    [n, C] looks like logits: say kind="numbers".)
+    With kind=None it is recognised: logits [n, C], C >= 2, are classes (unless the model's `config.problem_type` says
+    otherwise); so are tensors of four or more dimensions, unless their shape is that of an input; three-dimensional
+    `logits` of transformers' token classifiers and language models are tokens; lists of dicts are detections.
+    Everything else is refused: one output might be a logit or a number. (A regression with several outputs [n, C] looks
+    like logits: say kind="numbers".)
 
     Args:
         model: an attached network.
@@ -81,8 +81,8 @@ def predict(
         keep: keep what the single passes give, of which quantiles are made; else memory does not grow with `samples`.
         stack: rows (inputs times samples) that go through the network together; None chooses for the device.
         outputs: which part of what the model returns is meant: a name, an index, a list of names (several heads), or a
-            function from it to a tensor, a pair (mean, variance), or a dict of these. None takes a tensor, the field
-            `logits` (transformers) or `out` (torchvision's segmentation), or the only tensor there is.
+            function from it to a tensor, a pair (mean, variance), or a dict of these, which is called with some rows
+            at a time. None takes a tensor, or the field `logits` (transformers) or `out` (torchvision's segmentation).
         kind: see above; one for all heads, or one a head as a dict.
         dropout: in sampled passes, sample the model's own nn.Dropout (1d to 3d, too) as well. Masks are functions of
             the seed, the number of the pass and the row's place in the batch. Dropout inside attention kernels, which
@@ -129,9 +129,9 @@ def predicted(
     check_whole("samples", samples, least=0)
     stack = None if stack is None else check_whole("stack", stack, least=1)
     batch = Batch(x)
-    read = Reader(outputs, kind, None if batch.tensor is None else batch.tensor.shape)
+    read = Reader(outputs, kind, batch.shapes, model)
     if samples == 0:
-        with evaluating(model):
+        with in_expectation(model):
             found = [read(batch.called(model))]
             if flips:
                 values = tuple(value[None] for value in read(batch.mirrored().called(model)))

@@ -147,12 +147,14 @@ class NumberPrediction(NamedTuple):
             coverage: in (0, 1).
 
         Raises:
-            ConfigError: a coverage outside (0, 1), or one pass, without a predicted variance, which tells no variance.
+            ConfigError: a coverage outside (0, 1), one sampled pass, or one in expectation that predicts no variance.
         """
         if not is_number(coverage) or not 0.0 < coverage < 1.0:
             raise ConfigError(f"coverage is {coverage!r}; give a number between 0 and 1")
-        if self.noise is None and self.samples < 2:
-            raise ConfigError("one pass without a predicted variance tells no interval; predict with samples >= 2")
+        if self.samples == 1 or (self.noise is None and self.samples < 2):
+            raise ConfigError(
+                "one pass without a predicted variance tells no interval, nor does one sample; use samples >= 2"
+            )
         half = NormalDist().inv_cdf(0.5 + coverage / 2) * self.total_variance.sqrt()
         return self.mean - half, self.mean + half
 

@@ -29,7 +29,7 @@ from residrop.inference.sampled.dropout import Dropouts, dropping
 from residrop.inference.sampled.memo import remembering
 from residrop.inference.sampled.outputs import Reader
 from residrop.inference.sampled.pieces import TREE, UNITS, branch_of, is_plain, is_random, pieces_of
-from residrop.inference.sampled.tree import Tree
+from residrop.inference.sampled.tree import RowsChanged, Tree, same_rows
 from residrop.schedule.sampler import DepthSampler, Plan
 
 __all__ = ["Passes", "passes"]
@@ -125,7 +125,8 @@ def passes(
         else:
             assert x is not None
             with sampler.giving(sampler.plan(first, stream="sample")):  # what is certain is so under any plan
-                yield _Sequence(pieces, x, sampler, _filling(x) if stack is None else stack, read)
+                whole = _Whole(model, batch, sampler, read, None)
+                yield _Sequence(pieces, x, sampler, _filling(x) if stack is None else stack, read, whole)
 
 
 def _filling(x: Tensor) -> int:
@@ -183,7 +184,7 @@ class _Whole(Passes):
         for number in numbers:
             if self.dropouts is not None:
                 self.dropouts.begin(number, rows)
-            found.append(self.read(self.batch.called(self.model, rows)))
+            found.append(self.read(self.batch.copied().called(self.model, rows)))
         return found
 
     def _made(self, numbers: Sequence[int], rows: Tensor | None) -> list[tuple[Any, ...]]:
@@ -206,7 +207,7 @@ class _Whole(Passes):
                 if dropouts is not None:
                     dropouts.begin(number, rows)
                 with self.sampler.sampling(number):
-                    made[name[number]] = self.read(self.batch.called(self.model, rows))
+                    made[name[number]] = self.read(self.batch.copied().called(self.model, rows))
         self._last = rows, made
         return [made[name[number]] for number in numbers]
 
@@ -220,25 +221,38 @@ class _Sequence(Passes):
         sampler: of the network.
         stack: rows that go through a piece together, at most (but all of x may).
         read: what is wanted of its output.
+        whole: the same network called as a whole, for pieces that change the number of rows.
     """
 
-    def __init__(self, pieces: list[nn.Module], x: Tensor, sampler: DepthSampler, stack: int, read: Reader) -> None:
+    def __init__(
+        self, pieces: list[nn.Module], x: Tensor, sampler: DepthSampler, stack: int, read: Reader, whole: Passes
+    ) -> None:
         super().__init__(x)
-        self.read = read
+        self.read, self.whole = read, whole
         self.sampler, self.stack, self.total = sampler, max(stack, len(x)), len(x)
         plan = sampler.plan(0, stream="sample")
         self.random = [is_random(piece, plan) for piece in pieces]
         start = self.random.index(True) if any(self.random) else len(pieces)
         self.h = x
+        self.keeps_rows = True
         for piece in pieces[:start]:
             self.h = piece(self.h)
+            self.keeps_rows = self.keeps_rows and len(self.h) == len(x)
         self.pieces, self.random = pieces[start:], self.random[start:]
         random = [piece for piece, is_random in zip(self.pieces, self.random, strict=True) if is_random]
-        self.is_tree = bool(random) and all(is_plain(piece, TREE) for piece in random)
+        self.is_tree = self.keeps_rows and bool(random) and all(is_plain(piece, TREE) for piece in random)
         self.is_units = all(is_plain(piece, UNITS) for piece in random)
         self._first: tuple[Tensor, Tensor] | None = None  # shortcut and branch of the first random block
 
     def draw(self, numbers: Sequence[int], rows: Tensor | None = None) -> tuple[Any, ...]:
+        if self.keeps_rows:
+            try:
+                return self._shared(numbers, rows)
+            except RowsChanged:
+                self.keeps_rows = self.is_tree = False
+        return self.whole.draw(numbers, rows)
+
+    def _shared(self, numbers: Sequence[int], rows: Tensor | None) -> tuple[Any, ...]:
         plans = [self.sampler.plan(number, stream="sample") for number in numbers]
         h = self.h if rows is None else self.h[rows]
         if not self.pieces:
@@ -253,11 +267,20 @@ class _Sequence(Passes):
             y = h
             with self.sampler.giving(plan):
                 for piece in self.pieces:
-                    y = piece(y)
+                    y = same_rows(piece(y), y)
             found.append(self.read(y))
         return tuple(torch.stack(head) for head in zip(*found, strict=True))
 
     def draw_own(self, numbers: Tensor, rows: Tensor) -> tuple[Any, ...]:
+        try:
+            return self._each_its_own(numbers, rows)
+        except RowsChanged:
+            raise ConfigError(
+                "the network has modules that change the number of rows, which adaptive sampling of a sequence cannot "
+                "follow; wrap it in a module of its own and attach that"
+            ) from None
+
+    def _each_its_own(self, numbers: Tensor, rows: Tensor) -> tuple[Any, ...]:
         different, which = numbers.unique(return_inverse=True)
         plans = [self.sampler.plan(number, stream="sample") for number in different.tolist()]
         return self._walk(self.h[rows], plans, which, rows.cpu())
@@ -285,7 +308,7 @@ class _Sequence(Passes):
                 parts = (piece.shortcut(y).chunk(len(plans)), branch_of(piece, y).chunk(len(plans)))
                 y = self._mixed(piece, plans, *parts, rows)
             else:
-                y = piece(y)
+                y = same_rows(piece(y), y)
         return tuple(value.unflatten(0, (len(plans), -1)) for value in self.read(y))
 
     def _mixed(

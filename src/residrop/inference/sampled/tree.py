@@ -13,7 +13,18 @@ from residrop.inference.sampled.pieces import with_branch, without_branch
 from residrop.rules.depth import StochasticDepth
 from residrop.schedule.sampler import Draw, Plan
 
-__all__ = ["Tree"]
+__all__ = ["RowsChanged", "Tree", "same_rows"]
+
+
+class RowsChanged(Exception):
+    """A module has given another number of rows than it was given."""
+
+
+def same_rows(y: Tensor, h: Tensor) -> Tensor:
+    """y, if it has as many rows as h; RowsChanged otherwise."""
+    if len(y) != len(h):
+        raise RowsChanged
+    return y
 
 
 class Tree:
@@ -74,7 +85,7 @@ class Tree:
             coins, scale = self.coins[number], self.scales[number]
             number += 1
             if coins is None:
-                h = piece(h)
+                h = same_rows(piece(h), h)
                 continue
             told = coins[rows]
             present, absent = members & told, members & ~told

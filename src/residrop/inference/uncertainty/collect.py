@@ -10,6 +10,7 @@ from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
 from residrop.inference.sampled.predict import predict
 from residrop.inference.sampled.predictions import Prediction
+from residrop.inference.scores import check_labels
 from residrop.inference.uncertainty.scores import ScoreName, uncertainty_scores
 
 __all__ = ["Collector", "Predictions", "collect"]
@@ -38,7 +39,14 @@ class Collector:
         self._batches: list[dict[int, tuple[Tensor, dict[ScoreName, Tensor]]]] = []
 
     def add(self, labels: Tensor, expected: Prediction, sampled: Prediction | None) -> None:
-        """Keep what is needed of a batch."""
+        """Keep what is needed of a batch.
+
+        Raises:
+            ConfigError: it is not one decision between classes for each image.
+        """
+        if not isinstance(expected, Prediction) or expected.probabilities.ndim != 2:
+            raise ConfigError("uncertainty is measured of one decision between classes for each image, logits [n, C]")
+        check_labels(labels, expected.classes.shape, expected.probabilities.shape[1])
         self._labels.append(labels.cpu())
         both = (expected,) if sampled is None else (expected, sampled)
         self._batches.append(

@@ -18,7 +18,9 @@ SCORES: dict[ScoreName, str] = {
 
 
 def uncertainty_scores(found: Prediction) -> dict[ScoreName, Tensor]:
-    """All scores of a prediction, each Tensor[n]; deterministic inference has the first two alone.
+    """All scores of a prediction, each Tensor[n] (with the places of dense outputs behind).
+
+    Deterministic inference has the first two alone.
 
     - max_probability: 1 - largest probability, in [0, 1 - 1/classes] (Hendrycks and Gimpel 2017).
     - entropy: of the (mean) probabilities in nats, in [0, log(classes)].
@@ -27,7 +29,7 @@ def uncertainty_scores(found: Prediction) -> dict[ScoreName, Tensor]:
       [0, 1) (the variation ratio of Gal 2016, section 3.3.1).
     """
     scores: dict[ScoreName, Tensor] = {
-        "max_probability": 1 - found.probabilities.amax(1),
+        "max_probability": 1 - found.probabilities.amax(found.class_dim),
         "entropy": found.entropy.clamp_min(0),
     }
     if found.samples:
