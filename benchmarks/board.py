@@ -165,10 +165,12 @@ def main() -> None:
     _print(rows)
     if arguments.json:
         limit = f"--epochs {arguments.epochs}" if arguments.epochs else f"--minutes {arguments.minutes:g}"
-        command = f"python benchmarks/board.py --data parquet:PATH {limit} --seeds {arguments.seeds}"
+        depths = " ".join(map(str, arguments.depths))
+        command = f"python benchmarks/board.py --data parquet:PATH --depths {depths} {limit} --seeds {arguments.seeds}"
         command += " --compile" if arguments.compile else ""
         kept_rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
-        ledger.save(arguments.json, "Record board on CIFAR-10 at equal training time", command, kept_rows)
+        what = f"Record board on CIFAR-10 after equal {'epochs' if arguments.epochs else 'training time'}"
+        ledger.save(arguments.json, what, command, kept_rows)
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -299,6 +299,14 @@ def test_quoted_numbers_are_those_measured(page, words, file, rows, name):
     assert words.format(*values) in text
 
 
+def test_the_record_board_is_quoted_as_it_is():
+    page = (DOCS / "train.md").read_text()
+    rows = json.loads((ROOT / "results" / "board_cpu_202611.json").read_text())["entries"]
+    for paper, today in zip(rows[::2], rows[1::2], strict=True):
+        assert paper["rule"] == today["rule"]
+        assert " | ".join(f"{row['error']:.2f} ± {row['error_sd']:.2f}" for row in (paper, today)) in page
+
+
 def _cells(row, *names, digits=2):
     return " | ".join(f"{row[name]:.{digits}f} ± {row[f'{name}_se']:.{digits}f}" for name in names)
 

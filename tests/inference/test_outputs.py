@@ -265,8 +265,8 @@ def test_a_tuple_is_the_arguments_of_the_model():
 # Models that a loop runs as they are
 
 
-def by_hand(model, x, **options):
-    """Whether all passes are those of the loop, to 1e-6."""
+def assert_by_hand(model, x, **options):
+    """All passes are those of the loop, to 1e-6."""
     found = predict(model, x, SAMPLES, first=FIRST, keep=True, **options).sample_probabilities
     torch.testing.assert_close(found, loop(model, x, lambda y: y.softmax(1)), rtol=0, atol=1e-6)
 
@@ -289,11 +289,11 @@ def test_sequences_whose_number_of_rows_changes(rule):
 
     model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 8), *blocks(layer, rule, 2), nn.Linear(8, 3))
     attach(model, seed=0)
-    by_hand(model, torch.randn(6, 4, 5))
+    assert_by_hand(model, torch.randn(6, 4, 5))
     parts = [nn.Linear(32, 32), *blocks(lambda: nn.Linear(32, 32), rule, 1), Windows(False), *blocks(layer, rule, 2)]
     model = nn.Sequential(*parts, Windows(True), nn.Linear(32, 3))
     attach(model, seed=0)
-    by_hand(model, torch.randn(6, 32))
+    assert_by_hand(model, torch.randn(6, 32))
 
 
 @pytest.mark.parametrize("rule", ["stochastic-depth", "swapout"])
@@ -301,7 +301,7 @@ def test_sequences_whose_rows_depend_on_one_another(rule):
     norm = nn.BatchNorm1d(8, track_running_stats=False)
     model = nn.Sequential(nn.Linear(6, 8), *blocks(lambda: nn.Linear(8, 8), rule), norm, nn.Linear(8, 3))
     attach(model, seed=0)
-    by_hand(model, torch.randn(6, 6))
+    assert_by_hand(model, torch.randn(6, 6))
 
 
 def test_models_that_write_into_their_input_or_reuse_their_output():
@@ -348,7 +348,7 @@ def test_inputs_made_in_inference_mode():
     model = flat(change=lambda y: y)
     with torch.inference_mode():
         x = torch.randn(5, 6)
-    by_hand(model, x)
+    assert_by_hand(model, x)
 
 
 def test_the_expectation_is_that_inside_of_sampling_too():
@@ -361,15 +361,18 @@ def test_the_expectation_is_that_inside_of_sampling_too():
 # What is recognised
 
 
-@pytest.mark.parametrize(("name", "shape"), [("CausalLMOutput", (5, 3, 4)), ("SegmentationOutput", (5, 3, 4))])
-def test_three_dimensional_logits_are_tokens_where_their_class_says_so(name, shape):
+def three_dimensional(name):
+    """A model that gives logits [n, 3, 4] as an instance of a class of this name."""
     maker = type(name, (dict,), {})
-    model, x = flat("swapout", 12, change=lambda y: maker(logits=y.view(shape))), torch.randn(5, 6)
-    if name.startswith("Causal"):
-        assert predict(model, x, 2).class_dim == 2
-    else:
-        with pytest.raises(ConfigError, match="does not tell what it means"):
-            predict(model, x, 2)
+    return flat("swapout", 12, change=lambda y: maker(logits=y.view(-1, 3, 4)))
+
+
+def test_three_dimensional_logits_are_tokens_where_their_class_says_so():
+    x = torch.randn(5, 6)
+    for name in ("CausalLMOutput", "MaskedLMOutput", "Seq2SeqLMOutput", "TokenClassifierOutput"):
+        assert predict(three_dimensional(name), x, 2).class_dim == 2
+    with pytest.raises(ConfigError, match="does not tell what it means"):
+        predict(three_dimensional("CLIPSegImageSegmentationOutput"), x, 2)
 
 
 def test_the_only_tensor_of_a_mapping_is_not_taken_for_logits():
