@@ -1,4 +1,4 @@
-"""A head with one output: its softmax is 1 whatever it says, so what averages softmax refuses it."""
+"""A head with one output: its softmax is 1 whatever it says, so it is refused unless its kind is told."""
 
 import pytest
 import torch
@@ -24,11 +24,17 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_one_output_is_refused(name, rule):
     model = residrop.create("resnet-8", rule=rule, classes=1, seed=0).eval()
-    with pytest.raises(ConfigError, match=r"shape \[\d+, 1\], and the softmax .* one output for each"):
+    with pytest.raises(ConfigError, match=r"\[\d+, 1\], .*kind=.*'binary'"):
         CALLS[name](model)
 
 
 def test_what_the_message_advises_works():
+    model = residrop.create("resnet-8", rule="swapout", classes=1, seed=0).eval()
+    found = residrop.predict(model, X, 0, kind="binary").probabilities
+    torch.testing.assert_close(found[:, 1:], torch.sigmoid(model(X)).detach())
+
+
+def test_a_second_output_of_zero_works_too():
     class Both(torch.nn.Module):
         def __init__(self):
             super().__init__()

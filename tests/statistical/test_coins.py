@@ -162,10 +162,10 @@ RAW = 0xABCDEF << 40  # keys are public: a user may count them up by hand
 
 @pytest.fixture(scope="module", params=["derived", "raw"])
 def unit_coins(request):
-    """bool arrays [keys, units] of two coins over consecutive keys: 2^16 as the sampler makes them, 2^13 numbers."""
+    """bool arrays [keys, units] of two coins over consecutive keys: 2^15 as the sampler makes them, 2^13 numbers."""
     derived = request.param == "derived"
     ones = torch.ones(2, 8)
-    codes = np.empty((MANY if derived else MANY // 8, 16), np.int8)
+    codes = np.empty((MANY // 2 if derived else MANY // 8, 16), np.int8)
     for i in range(len(codes)):
         key = derive_key(SEED, i) if derived else RAW + i
         codes[i] = mix((ones, 2 * ones), (T1, T2), key).flatten().numpy()

@@ -1,12 +1,14 @@
 """Predictions of a randomly present network: in expectation (one pass), or averaged over sampled passes."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from residrop.blocks.attach import in_expectation, rules_of, sampler_of
+from residrop.blocks.modes import evaluating
 from residrop.common.checks import check_whole
 from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.outputs import Kinds, Outputs, Reader
@@ -131,7 +133,7 @@ def predicted(
     batch = Batch(x)
     read = Reader(outputs, kind, batch.shapes, model)
     if samples == 0:
-        with in_expectation(model):
+        with _expectation(model):
             found = [read(batch.called(model))]
             if flips:
                 values = tuple(value[None] for value in read(batch.mirrored().called(model)))
@@ -140,6 +142,12 @@ def predicted(
     sampler_of(model)
     with passes(model, batch, read, first=first, stack=stack, dropout=dropout, flips=flips) as sampled:
         return _gathered(read, sampled.stream(first, samples), samples, keep, on_pass)
+
+
+def _expectation(model: nn.Module) -> AbstractContextManager[None]:
+    """Eval mode without draws, also inside of `sampling`; a plan that was given by hand (`using`) is obeyed."""
+    given = any(rule.sampler is not None and rule.sampler.in_force.given for rule in rules_of(model))
+    return evaluating(model) if given else in_expectation(model)
 
 
 def _gathered(
