@@ -178,6 +178,8 @@ def test_several_heads_are_predicted_together():
     assert Sampled(model, 3, outputs=list(kinds), kind=kinds)(x)["age"].shape == (5, 1)
     with pytest.raises(ConfigError, match=r"'age' \[5, 1\], 'sex' \[5, 2\], 'smokes' \[5\]; say which"):
         predict(model, x, 2)
+    with pytest.raises(ConfigError, match=r"kind has \['smoke'\], which outputs= does not; it has 'age', 'sex'"):
+        predict(model, x, 2, outputs=list(kinds), kind={**kinds, "smoke": "binary"})
     with pytest.raises(ConfigError, match="kind has no entry for output 'smokes'"):
         predict(model, x, 2, outputs=list(kinds), kind={"age": "numbers", "sex": "classes"})
     with pytest.raises(ConfigError, match="has no 'agee'; it is 'age'"):
@@ -290,6 +292,8 @@ def test_sequences_whose_number_of_rows_changes(rule):
     model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 8), *blocks(layer, rule, 2), nn.Linear(8, 3))
     attach(model, seed=0)
     assert_by_hand(model, torch.randn(6, 4, 5))
+    with pytest.raises(ConfigError, match="the output has 24 rows for 6 inputs"):
+        predict_adaptive(model, torch.randn(6, 4, 5))
     parts = [nn.Linear(32, 32), *blocks(lambda: nn.Linear(32, 32), rule, 1), Windows(False), *blocks(layer, rule, 2)]
     model = nn.Sequential(*parts, Windows(True), nn.Linear(32, 3))
     attach(model, seed=0)

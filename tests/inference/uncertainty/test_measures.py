@@ -162,5 +162,5 @@ def test_collected_predictions_are_those_of_evaluate():
 def test_without_samples_there_is_one_kind_and_without_images_none():
     model = create("resnet-8", rule="swapout", seed=0, classes=4, channels=1)
     assert list(collect(model, [(torch.randn(2, 1, 8, 8), torch.tensor([0, 1]))], 0).probabilities) == [0]
-    with pytest.raises(ConfigError, match="no images to predict"):
+    with pytest.raises(ConfigError, match="no images to evaluate; give at least one batch"):
         collect(model, [], 0)

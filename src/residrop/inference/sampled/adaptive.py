@@ -204,6 +204,10 @@ def predict_adaptive(
         dim = _class_dim(read)
         (found,) = heads
         shape = found[0].movedim(dim, -1).shape  # n, places, classes
+        if shape[0] != n:
+            raise ConfigError(
+                f"the output has {shape[0]} rows for {n} inputs, so no input could leave; use residrop.predict"
+            )
 
         def flat(p: Tensor) -> Tensor:
             return p.movedim(dim, -1).flatten(0, -2)

@@ -82,6 +82,10 @@ class Reader:
             if isinstance(value, Tensor) and not value.ndim:
                 raise ConfigError(f"output {name!r} is one number for all inputs; give a tensor with the batch first")
         if self.heads is None:
+            unknown = set(self._kind) - set(found) if isinstance(self._kind, Mapping) else set()
+            if unknown:
+                names = ", ".join(map(repr, found))
+                raise ConfigError(f"kind has {sorted(unknown)}, which outputs= does not; it has {names}")
             self.heads = {name: self._head(name, value, output) for name, value in found.items()}
         return tuple(_READ[head.kind](found[name]) for name, head in self.heads.items())
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
-from residrop.inference.sampled.predict import predict
+from residrop.inference.evaluate import evaluate
 from residrop.inference.sampled.predictions import Prediction
 from residrop.inference.scores import check_labels
 from residrop.inference.uncertainty.scores import ScoreName, uncertainty_scores
@@ -94,12 +93,6 @@ def collect(
     Raises:
         ConfigError: no images, or a bad number.
     """
-    check_whole("samples", samples, least=0)
-    collector, done = Collector(), 0
-    for number, (x, y) in enumerate(batches):
-        sampled = predict(model, x, samples, first=number * samples, kind="classes") if samples else None
-        collector.add(y, predict(model, x, 0, kind="classes"), sampled)
-        done += len(y)
-        if on_batch:
-            on_batch(done)
+    collector = Collector()
+    evaluate(model, batches, samples, kind="classes", on_batch=on_batch, on_predictions=collector.add)
     return collector.predictions()
