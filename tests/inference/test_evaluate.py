@@ -256,6 +256,14 @@ def test_calibration_errors_are_those_of_torchmetrics():
     assert score(p, labels).ece == pytest.approx(100 * wanted.item(), rel=1e-5)
 
 
+def test_certain_decisions_have_a_bin_of_their_own():
+    # wrong with certainty beside right with 0.95: their gaps would cancel in one bin
+    p = torch.tensor([[1.0, 0.0]] * 10 + [[0.95, 0.05]] * 10)
+    labels = torch.tensor([1] * 10 + [0] * 10)
+    wanted = multiclass_calibration_error(p, labels, num_classes=2, n_bins=15)
+    assert score(p, labels).ece == pytest.approx(100 * wanted.item(), rel=1e-5) == pytest.approx(52.5)
+
+
 @pytest.mark.parametrize("outputs", [None, lambda y: (y[:, :2], y[:, 2:].exp())], ids=["mean", "mean and variance"])
 def test_numbers_are_scored_as_by_hand(outputs):
     model = per_place("numbers")
