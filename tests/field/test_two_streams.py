@@ -120,6 +120,51 @@ def test_one_stream_trains(level):
     assert residrop.sampler_of(model).step == 6
 
 
+class Routed(nn.Module):
+    """As a layer of Zaya: its router adds to what the router before gave, and the first one starts that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(D))
+        self.down, self.expert = nn.Linear(D, 3), nn.Linear(3, D)
+
+    def forward(self, hidden_states: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        states = self.down(hidden_states) + (0 if states is None else states)
+        return hidden_states * self.scale + self.expert(states.softmax(-1)), states
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Routed() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = None
+        for layer in self.layers:
+            x, states = layer(x, states)
+        return x
+
+
+@pytest.mark.parametrize("level", ["block", "row"])
+def test_what_layers_hand_to_the_next_one_skips_with_them(level):
+    """An example shows it; the layer that starts it cannot be absent."""
+    torch.manual_seed(0)
+    model = Router().double()
+    plain, x = copy.deepcopy(model), torch.randn(4, 5, D, dtype=torch.float64)
+    report = residrop.apply(
+        model, survival=0.5, blocks="layers.*", granularity=level, rescale="none", example=x, seed=1
+    )
+    assert [entry.name for entry in report.blocks] == ["layers.1", "layers.2", "layers.3"]
+    assert [name for name, _ in report.left_alone] == ["layers.0"]
+    assert torch.equal(model.eval()(x), plain(x))
+    for step in range(6):
+        y, states = plain.layers[0](x)
+        for layer, draw in zip(plain.layers[1:], residrop.sampler_of(model).plan(step).draws, strict=True):
+            new, new_states = layer(y, states)
+            y, states = (one + live(draw, 4) * (other - one) for one, other in ((y, new), (states, new_states)))
+        torch.testing.assert_close(model.train()(x), y)
+
+
 def test_layer_that_makes_a_bias_for_the_others_is_refused():
     pytest.importorskip("transformers")
     sys.path.insert(0, str(Path(__file__).parents[1] / "surgery"))

@@ -326,9 +326,15 @@ class Reference:
             leaves, spec = tree_flatten(out)
             place = next(i for i, leaf in enumerate(leaves) if leaf is y)
             leaves[place] = x + (y - x) * _shaped(mask, y, len(x))
-            others_out = [one for number, one in enumerate(leaves) if number != place and isinstance(one, Tensor)]
-            if any(one.shape == other.shape and one is not other for one in others_out for other in (x, *rest)):
-                raise NoReferenceError("a block of several streams, for which there is test_streams.py")
+            for number, one in enumerate(leaves):
+                if number == place or not isinstance(one, Tensor):
+                    continue
+                streams = [other for other in (x, *rest) if other.shape == one.shape]
+                if any(one is other for other in streams) or not streams:
+                    continue  # handed on, or nothing that goes through the blocks
+                if len(streams) > 1 or streams[0] is x:
+                    raise NoReferenceError("a block of several streams, for which there is test_streams.py")
+                leaves[number] = streams[0] + (one - streams[0]) * _shaped(mask, one, len(one))
             return tree_unflatten(leaves, spec)
 
         stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -25,7 +25,7 @@ from residrop.surgery.report import Entry, Report
 from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
-from residrop.surgery.streams import StreamBlock
+from residrop.surgery.streams import StreamBlock, stream_mixin
 from residrop.surgery.trying import Tried, tried
 
 __all__ = ["apply", "remove"]
@@ -183,10 +183,16 @@ def _tried(
     if isinstance(rule, str):
         again(rows, True, "at block level, not at row level: ")
     entire = [replace(one, mixin=as_whole(one.mixin)) for one in found if issubclass(one.mixin, ReadBlock)]
+    streams = result.streams
+    entire += [replace(one, mixin=stream_mixin(streams[one.block])) for one in found if one.block in streams]
     rows = again(entire, False, "as a whole, not branch by branch: ")
     if isinstance(rule, str):
         again(rows, True, "as a whole and at block level, not branch by branch: ")
-    notes = [(one.name, how.get(one.block, "") + result.wrong[one.block]) for one in found if one.block in result.wrong]
+    notes = [
+        (one.name, how.get(one.block, "") + result.wrong[one.block])
+        for one in found
+        if one.block in result.wrong and not (one.block in streams and one.block in taken)
+    ]
     if not taken:
         raise ConfigError(f"no block of {type(model).__name__} fits: {notes[0][0]}: {notes[0][1]}")
     return [taken[one.block] for one in found if one.block in taken], result, coarse, notes

@@ -1,4 +1,5 @@
-"""Whole blocks that update several streams at once, as the double-stream blocks of diffusion transformers do.
+"""Whole blocks that update several streams at once, as the double-stream blocks of diffusion transformers do,
+or layers that hand more than the hidden state to the next one.
 
 Both streams skip the block together: side by side in one tensor they are x, of which the block gives x + F(x), and that
 is how its rule sees it.

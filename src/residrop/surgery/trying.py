@@ -25,6 +25,8 @@ class Tried:
     Attributes:
         wrong: why a block cannot be taken, by block.
         needed: those of them that return what an absent block cannot, and the model needs it.
+        streams: of those the arguments (see `StreamBlock.residrop_streams`), where all that a block returns is handed
+            to the next block of its class.
         learnt: what was learnt of the others, by block.
         flops: operations of their branches.
         total: operations of the whole model.
@@ -32,6 +34,7 @@ class Tried:
 
     wrong: dict[nn.Module, str] = field(default_factory=dict)
     needed: set[nn.Module] = field(default_factory=set)
+    streams: dict[nn.Module, tuple[str | None, ...]] = field(default_factory=dict)
     learnt: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)
     flops: float = 0.0
     total: float = 0.0
@@ -85,6 +88,7 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
     # of blocks that return what an absent one cannot: why, and at which leaves of their output it is
     unknown: dict[nn.Module, PlanError] = {}
     places: dict[nn.Module, list[bool]] = {}
+    handed = _HandedOn()
 
     def look(block: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal extra
@@ -94,6 +98,7 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
         versions = [leaf._version for leaf in inputs]
         with Operations() as own:
             out = forward(*args, **kwargs)
+        handed.see(block, args, kwargs, out)
         if versions != [leaf._version for leaf in inputs]:
             result.wrong[block] = "it overwrites what it is given"
             return out
@@ -126,12 +131,42 @@ def _tried(model: nn.Module, blocks: Sequence[Any], example: Any) -> Tried:
         out = _run(model, blocks, look, example)
     if unknown and not _same(out, lambda: _run(model, list(unknown), without, example)):
         result.needed = set(unknown)
+        result.streams = {block: streams for block in unknown if (streams := handed.streams(block)) is not None}
         for block, error in unknown.items():
             what = str(error).partition(":")[0].removesuffix(" that is none of its arguments")
             result.wrong[block] = f"{what}, which the model needs and an absent block cannot give"
             del result.learnt[block], flops[block]
     result.flops, result.total = sum(flops.values()), counter.total - extra
     return result
+
+
+class _HandedOn:
+    """Which outputs of blocks are arguments of the next block of their class."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, tuple[type, int, Tensor]] = {}  # by id; kept so that no id comes twice
+        self.names: dict[type, dict[int, str]] = {}  # by class and place among the outputs
+        self.number: dict[type, int] = {}  # of outputs
+
+    def see(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        kind = type(block)
+        given = block.residrop_signature.own.bind_partial(*args, **kwargs).arguments
+        for name, value in given.items():
+            kept = self.outputs.get(id(value))
+            if kept is not None and kept[0] is kind:
+                self.names.setdefault(kind, {})[kept[1]] = name
+        if isinstance(out, tuple):
+            known = {id(value) for value in given.values()}
+            new = [(place, one) for place, one in enumerate(out) if isinstance(one, Tensor) and id(one) not in known]
+            self.outputs.update({id(one): (kind, place, one) for place, one in new})
+            self.number[kind] = len(out)
+
+    def streams(self, block: Any) -> tuple[str | None, ...] | None:
+        """For every output of a block the argument that it becomes; None unless the first argument and others are."""
+        names = self.names.get(type(block), {})
+        if len(names) < 2 or block.residrop_signature.names[0] not in names.values():
+            return None
+        return tuple(names.get(place) for place in range(self.number[type(block)]))
 
 
 def _run(model: nn.Module, blocks: Sequence[Any], through: Callable[..., Any], example: Any) -> Any:
