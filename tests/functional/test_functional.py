@@ -12,6 +12,7 @@ from residrop.common.errors import ConfigError
 from residrop.functional import mix, row_mask, skip_forward, swapout, unit_dropout, unit_mask
 from residrop.functional.call import BranchCall
 from residrop.functional.rows import keep_rows
+from residrop.functional.units import placed
 from residrop.schedule.sampler import Rows, derive_key
 
 KEY = 0x0123456789ABCDEF
@@ -312,6 +313,42 @@ def test_mask_of_rows_is_prefix_of_larger_batch():
     """Units are numbered in row-major order, so more rows do not change the earlier ones."""
     assert_same(unit_mask(torch.empty(9, 2, 3), 0.5, KEY)[:4], unit_mask(torch.empty(4, 2, 3), 0.5, KEY))
     assert_same(unit_mask(torch.empty(4, 6), 0.5, KEY).view(4, 2, 3), unit_mask(torch.empty(4, 2, 3), 0.5, KEY))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 2, 3, 4), (6, 0)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rows", [[3], [5, 0, 0], [], [1, 2, 3, 4, 5, 0]])
+def test_placed_rows_have_the_coins_of_their_places(shape, layout, rows):
+    x, f = (t.contiguous(memory_format=layout if len(shape) == 4 else torch.contiguous_format) for t in pair(shape))
+    chosen = torch.tensor(rows, dtype=torch.int64)
+    for whole, part in (
+        (swapout(x, f, 0.7, 0.4, KEY), lambda: swapout(x[chosen], f[chosen], 0.7, 0.4, KEY)),
+        (skip_forward(x, f, 0.6, KEY), lambda: skip_forward(x[chosen], f[chosen], 0.6, KEY)),
+        (unit_dropout(x, 0.3, KEY), lambda: unit_dropout(x[chosen], 0.3, KEY)),
+        (unit_mask(x, 0.3, KEY, 2), lambda: unit_mask(x[chosen], 0.3, KEY, 2)),
+    ):
+        with placed(chosen, 6):
+            assert_same(part(), whole[chosen])
+
+
+def test_placed_rows_of_a_large_tensor_equal_reference():
+    """Several pieces (`units._PIECE`) of a tensor of which not all rows are there."""
+    rows = torch.arange(0, 1 << 11, 3)
+    mask = unit_mask(torch.empty(1 << 11, 1 << 10), 0.3, KEY)[rows]
+    with placed(rows, 1 << 11):
+        assert_same(unit_mask(torch.empty(len(rows), 1 << 10), 0.3, KEY), mask)
+
+
+def test_placed_rows_refused():
+    x = torch.ones(3, 4, requires_grad=True)
+    with placed(torch.arange(3), 1 << 29):
+        with pytest.raises(ConfigError, match="does not have the 3 rows"):
+            unit_dropout(x[:2], 0.5, KEY)
+        with pytest.raises(ConfigError, match="2147483648 elements"):
+            unit_dropout(x, 0.5, KEY)
+    with placed(torch.arange(3), 3):
+        assert not unit_dropout(x, 0.5, KEY).requires_grad
+    assert unit_dropout(x, 0.5, KEY).requires_grad
 
 
 def test_permuting_rows_with_their_masks_permutes_results():

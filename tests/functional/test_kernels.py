@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from residrop.common.errors import ConfigError
 from residrop.functional import kernels, mix, skip_forward, swapout, unit_dropout, use_compiler
+from residrop.functional.units import placed
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 SHAPES = [(20000,), (64, 300), (8, 16, 16, 16), (4, 8, 16, 5, 9)]
@@ -115,6 +116,24 @@ def test_one_graph_for_all_keys_thetas_and_sizes():
     step(5, 0, 0.0)
     step(5, 1, 1.0)
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("channels_last", [pytest.param(False, marks=SLOW), True])
+def test_placed_rows_compile_once(channels_last):
+    """Any rows of a tensor have the coins that they have there, from one graph for all numbers of rows."""
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    a, b = (torch.randn(64, 16, 8, 8, generator=generator).contiguous(memory_format=layout) for _ in "ab")
+    use_compiler(False)
+    whole = swapout(a, b, 0.7, 0.3, 99)
+    use_compiler(True)
+    graphs = []
+    for count in (32, 64, 17, 40):
+        rows = torch.randperm(64, generator=generator)[:count]
+        with placed(rows, 64):
+            assert torch.equal(swapout(a[rows], b[rows], 0.7, 0.3, 99), whole[rows])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1]
 
 
 def test_auto_compiles_after_much_work(monkeypatch):

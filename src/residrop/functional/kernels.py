@@ -119,29 +119,35 @@ def _compiled(kind: Kind, layout: str, coins: int, wanted: tuple[bool, ...], dty
 
 
 def _as(x: Tensor, layout: str) -> Tensor:
-    """x as the compiled loops take it: flat, or pixels x channels; a view."""
-    return x.detach().view(-1) if layout == "flat" else x.detach().permute(0, 2, 3, 1).flatten(0, 2)
+    """x as the compiled loops take it: flat, rows x units or pixels x channels; a view."""
+    if layout == "channels_last":
+        return x.detach().permute(0, 2, 3, 1).flatten(0, 2)
+    return x.detach().view(-1) if layout == "flat" else x.detach().view(len(x), -1)
 
 
 def _back(y: Tensor, like: Tensor, layout: str) -> Tensor:
-    if layout == "flat":
+    if layout != "channels_last":
         return y.view(like.shape)
     rows, _, height, width = like.shape
     return y.unflatten(0, (rows, height, width)).permute(0, 3, 1, 2)
 
 
-def _counters(like: Tensor, layout: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The index of unit (pixel, channel) is the sum of these two."""
+def _counters(like: Tensor, layout: str, places: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The index of unit (row, number in it) or (pixel, channel) is the sum of these two."""
     if layout == "flat":
         return None, None
+    count = torch.arange(max(like.shape[0], like[0].numel()), dtype=torch.int32, device=like.device)
+    if layout == "rows":
+        assert places is not None
+        return places, count[: like[0].numel()]
     rows, channels, pixels = like.shape[0], like.shape[1], like[0, 0].numel()
-    count = torch.arange(max(rows, channels, pixels), dtype=torch.int32, device=like.device)
-    return (count[:rows, None] * (pixels * channels) + count[:pixels]).view(-1), count[:channels] * pixels
+    first = count[:rows] * (pixels * channels) if places is None else places
+    return (first[:, None] + count[:pixels]).view(-1), count[:channels] * pixels
 
 
-def _layout(tensors: Sequence[Tensor]) -> str | None:
+def _layout(tensors: Sequence[Tensor], places: Tensor | None) -> str | None:
     if all(x.is_contiguous() for x in tensors):
-        return "flat"
+        return "flat" if places is None else "rows"
     first = tensors[0]
     if first.ndim == 4 and min(first.shape) > 1 and all(_is_channels_last(x) for x in tensors):
         return "channels_last"
@@ -192,6 +198,7 @@ def run(
     keys: Sequence[int],
     thresholds: Sequence[int],
     wanted: tuple[bool, ...] = (),
+    places: Tensor | None = None,
 ) -> list[Tensor] | None:
     """Outputs of a compiled operation; None if it is to be done without a compiler.
 
@@ -202,18 +209,19 @@ def run(
         keys: a 64-bit key per pair of coins.
         thresholds: per coin how many of 2^16 hashes are present.
         wanted: for "unmix", which coins' outputs are needed.
+        places: int32 Tensor[rows], the index of the first unit of every row; None counts from 0.
     """
     first = tensors[0]
     if first.numel() >= 1 << 31 or not _wanted(first.numel()):
         return None
-    layout = _layout(tensors)
+    layout = _layout(tensors, places)
     if layout is None or not first.is_floating_point():
         return None
     data = data_of(keys, thresholds, first.device)
     kernel = _compiled(kind, layout, len(thresholds), wanted, first.dtype, first.device.type)
     try:
         with torch.autocast(first.device.type, enabled=False):
-            outputs = kernel(data, *_counters(first, layout), *[_as(x, layout) for x in tensors])
+            outputs = kernel(data, *_counters(first, layout, places), *[_as(x, layout) for x in tensors])
     except (RuntimeError, OSError, ImportError) as problem:
         _State.failed = True
         warnings.warn(

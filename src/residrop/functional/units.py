@@ -11,6 +11,8 @@ work is done by compiled loops, with the same results (`use_compiler`).
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from residrop.schedule.sampler import derive_key
 __all__ = [
     "coins_of",
     "mix",
+    "placed",
     "row_mask",
     "row_normal",
     "skip_forward",
@@ -36,18 +39,65 @@ __all__ = [
 ]
 
 
-def _words(like: Tensor, key: int, word: int, first: int = 0) -> Tensor:
+_PLACES: ContextVar[tuple[Tensor, int] | None] = ContextVar("residrop_places", default=None)
+
+
+@contextmanager
+def placed(rows: Tensor, total: int) -> Iterator[None]:
+    """Inside, tensors are these rows of tensors of `total` rows, and a unit has the coins that it has there.
+
+    For prediction: no gradients are recorded inside, as backward would not know the places.
+
+    Args:
+        rows: int64 Tensor[m], each in 0 ... total - 1.
+        total: rows of the whole.
+
+    Raises:
+        ConfigError: in the functions called inside, tensors have another number of rows, or the whole has 2^31
+            elements or more.
+    """
+    token = _PLACES.set((rows, total))
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _PLACES.reset(token)
+
+
+def _places(like: Tensor) -> Tensor | None:
+    """The index of the first unit of every row, int32 Tensor[m], inside `placed`; None elsewhere."""
+    found = _PLACES.get()
+    if found is None:
+        return None
+    rows, total = found
+    if like.ndim == 0 or len(like) != len(rows):
+        raise ConfigError(f"a tensor of shape {tuple(like.shape)} does not have the {len(rows)} rows that were placed")
+    inner = like[:1].numel() if len(like) else 1
+    _check_size(inner * total)
+    return (rows * inner).to(like.device, torch.int32)
+
+
+def _check_size(units: int) -> None:
+    if units >= 1 << 31:
+        raise ConfigError(f"a tensor of {units} elements is too large for unit masks; split it below 2^31")
+
+
+def _words(like: Tensor, key: int, word: int, first: int | Tensor = 0) -> Tensor:
     """int32 hash words, shape and memory format of `like`: word number `word` of every unit under the 64-bit `key`.
 
-    `first` is the index of the first unit, for a part of a larger tensor.
+    `first` is the index of the first unit, for a part of a larger tensor, or of the first unit of every row.
     """
     key = derive_key(key, word)  # also makes neighbouring keys given by hand unrelated
     h = torch.empty_like(like, dtype=torch.int32, requires_grad=False)
-    if like.ndim < 2 or like.numel() == 0:
-        h.copy_(torch.arange(first, first + like.numel(), dtype=torch.int32, device=like.device).view(like.shape))
+    if like.ndim == 0 or like.numel() == 0:
+        h.fill_(first if isinstance(first, int) else 0)
     else:  # index = offset of the row + offset within it, by broadcasting: one pass over memory in the format of `like`
         inner = like[0].numel()
-        rows = torch.arange(first, first + like.numel(), inner, dtype=torch.int32, device=like.device)
+        rows = (
+            first
+            if isinstance(first, Tensor)
+            else torch.arange(first, first + like.numel(), inner, dtype=torch.int32, device=like.device)
+        )
         within = torch.empty_like(like[:1], dtype=torch.int32, requires_grad=False)
         within.copy_(torch.arange(inner, dtype=torch.int32, device=like.device).view(1, *like.shape[1:]))
         torch.add(within, rows.view(-1, *[1] * (like.ndim - 1)), out=h)
@@ -86,7 +136,7 @@ def _bits(words: Tensor, half: int, theta: float, dtype: torch.dtype) -> Tensor:
     return drawn.to(_INTEGERS[dtype.itemsize])
 
 
-def _all_bits(like: Tensor, thetas: Sequence[float], key: int, first: int) -> Iterator[Tensor | None]:
+def _all_bits(like: Tensor, thetas: Sequence[float], key: int, first: int | Tensor) -> Iterator[Tensor | None]:
     """The bits of coins 0, 1, ...; None where theta is 1. Each hash word is computed once for its two coins."""
     words = None
     for coin, theta in enumerate(thetas):
@@ -111,20 +161,22 @@ def _at(x: Tensor, rows: slice) -> Tensor:
     return x[rows] if x.ndim else x
 
 
-def _in_pieces(like: Tensor, count: int, work: Callable[[slice, int], Sequence[Tensor]]) -> list[Tensor]:
-    """`count` tensors like `like`, filled a piece of rows at a time by `work(rows, index of the first unit)`.
+def _in_pieces(like: Tensor, count: int, work: Callable[[slice, int | Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """`count` tensors like `like`, filled a piece of rows at a time by `work(rows, index of the first unit)`, or of
+    every row inside `placed`.
 
     On the CPU a piece is small enough that the dozen integer operations of a mask stay in the cache.
     """
-    if like.numel() >= 1 << 31:
-        raise ConfigError(f"a tensor of {like.numel()} elements is too large for unit masks; split it below 2^31")
+    _check_size(like.numel())
+    places = _places(like)
     outputs = [torch.empty_like(like, requires_grad=False) for _ in range(count)]
     rows = like.shape[0] if like.ndim else 0
     inner = like.numel() // rows if rows else 0
     step = max(1, _PIECE // inner) if inner and like.device.type == "cpu" else max(rows, 1)
     for start in range(0, max(rows, 1), step):
         part = slice(start, start + step) if rows else slice(None)
-        for output, value in zip(outputs, work(part, start * inner), strict=True):
+        first = start * inner if places is None else places[part]
+        for output, value in zip(outputs, work(part, first), strict=True):
             _at(output, part).copy_(value)
     return outputs
 
@@ -142,7 +194,8 @@ def _compiled(
     if len(tensors) > 2 and tensors[0].dtype.itemsize < 4:
         return None  # compiled sums of half precision are rounded once, not term by term
     keys = [derive_key(key, word) for word in range((len(thetas) + 1) // 2)]
-    return kernels.run(kind, tensors, keys, [_threshold(theta) for theta in thetas], wanted)
+    thresholds = [_threshold(theta) for theta in thetas]
+    return kernels.run(kind, tensors, keys, thresholds, wanted, places=_places(tensors[0]))
 
 
 def unit_mask(like: Tensor, theta: float, key: int, coin: int = 0) -> Tensor:
@@ -157,7 +210,7 @@ def unit_mask(like: Tensor, theta: float, key: int, coin: int = 0) -> Tensor:
     check_rate("theta", theta)
     like = torch.empty_like(like, dtype=torch.float32)
 
-    def work(rows: slice, first: int) -> tuple[Tensor]:
+    def work(rows: slice, first: int | Tensor) -> tuple[Tensor]:
         words = _words(_at(like, rows), key, coin // 2, first)
         return (_bits(words, coin % 2, theta, torch.float32),)
 
@@ -173,7 +226,7 @@ class _Mix(torch.autograd.Function):
         if found := _compiled("mix", tensors, thetas, key):
             return found[0]
 
-        def work(rows: slice, first: int) -> tuple[Tensor]:
+        def work(rows: slice, first: int | Tensor) -> tuple[Tensor]:
             parts = [_at(x, rows) for x in tensors]
             present = zip(parts, _all_bits(parts[0], thetas, key, first), strict=True)
             return (functools.reduce(torch.add, (_present(x, bits) for x, bits in present)),)
@@ -199,7 +252,7 @@ class _Unmix(torch.autograd.Function):
             filled = iter(found)
             return tuple(next(filled) if need else None for need in needed)
 
-        def work(rows: slice, first: int) -> list[Tensor]:
+        def work(rows: slice, first: int | Tensor) -> list[Tensor]:
             part = _at(grad, rows)
             every = zip(_all_bits(part, thetas, key, first), needed, strict=True)
             return [_present(part, bits) for bits, need in every if need]
@@ -263,7 +316,7 @@ class _Select(torch.autograd.Function):
         if found := _compiled("select", [a, b], [theta], key):
             return found[0]
 
-        def work(rows: slice, first: int) -> tuple[Tensor]:
+        def work(rows: slice, first: int | Tensor) -> tuple[Tensor]:
             in_a, in_b = _at(a, rows), _at(b, rows)
             bits = _bits(_words(in_a, key, 0, first), 0, theta, a.dtype)
             # put together as bits: a sum would turn the -0.0 of a present unit into 0.0
@@ -285,7 +338,7 @@ class _Divide(torch.autograd.Function):
         if found := _compiled("divide", [grad], [theta], key):
             return found[0], found[1]
 
-        def work(rows: slice, first: int) -> tuple[Tensor, Tensor]:
+        def work(rows: slice, first: int | Tensor) -> tuple[Tensor, Tensor]:
             part = _at(grad, rows)
             bits = _bits(_words(part, key, 0, first), 0, theta, grad.dtype)
             return _present(part, bits), _present(part, bits.bitwise_not())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from residrop.common.errors import ConfigError
-from residrop.functional.units import unit_dropout, unit_mask
+from residrop.functional.units import placed, unit_dropout, unit_mask
 from residrop.schedule.sampler import derive_key
 
 __all__ = ["Dropouts", "dropping"]
@@ -78,8 +78,9 @@ class Dropouts:
         if rows is None or len(like) % len(rows):
             return unit_mask(like, present, key)
         each = len(like) // len(rows)  # windows of an image, say
-        whole = unit_mask(like.new_empty(self.total * each, *like.shape[1:]), present, key)
-        return whole.unflatten(0, (self.total, each))[rows.to(like.device)].flatten(0, 1)
+        places = (rows[:, None] * each + torch.arange(each, device=rows.device)).flatten()
+        with placed(places, self.total * each):
+            return unit_mask(like, present, key)
 
 
 _FORWARDS = {cls.forward for cls in _ELEMENTS + _CHANNELS}

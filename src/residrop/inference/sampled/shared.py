@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from residrop.blocks.attach import before_root, sampler_of, sampling
 from residrop.blocks.residual import Residual
 from residrop.common.errors import ConfigError
+from residrop.functional.units import placed
 from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.dropout import Dropouts, dropping
 from residrop.inference.sampled.memo import remembering
@@ -315,17 +316,8 @@ class _Sequence(Passes):
         self, block: Any, plans: Sequence[Plan], skips: Sequence[Tensor], fs: Sequence[Tensor], rows: Tensor | None
     ) -> Tensor:
         mixed: list[Tensor] = []
-        for plan, skip, f in zip(plans, skips, fs, strict=True):
-            if rows is not None:  # the mask of a row is that of its place in the whole batch
-                skip, f = _placed(skip, rows, self.total), _placed(f, rows, self.total)
-            y = block.rule.combine(plan.draws[block.rule.index], skip, f)
-            mixed.append(y if rows is None else y[rows])
+        # the mask of a row is that of its place in the whole batch
+        with nullcontext() if rows is None else placed(rows, self.total):
+            for plan, skip, f in zip(plans, skips, fs, strict=True):
+                mixed.append(block.rule.combine(plan.draws[block.rule.index], skip, f))
         return block.post(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
-
-
-def _placed(part: Tensor, rows: Tensor, total: int) -> Tensor:
-    """Tensor[total, ...] with `part` in these rows."""
-    last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    whole = torch.zeros(total, *part.shape[1:], dtype=part.dtype, device=part.device).contiguous(memory_format=layout)
-    return whole.index_copy_(0, rows, part)
