@@ -6,7 +6,7 @@ Six rules:
 2. Inside a package no modules import each other in a circle.
 3. Nothing imports from the root: `residrop/__init__.py` only lists names for users.
 4. `common`, `schedule` and the command line's entry need no torch.
-5. The packages up to `theory` import nothing at the top of a file but Python, torch, numpy and safetensors.
+5. The packages up to `subnetworks` import nothing at the top of a file but Python, torch, numpy and safetensors.
 6. Only `__main__` imports `cli`.
 """
 
@@ -28,10 +28,10 @@ TEST_FILES = sorted(TESTS.rglob("*.py"))
 
 PACKAGES = (
     *("common", "schedule", "functional", "rules", "blocks", "engines", "models", "surgery", "inference", "theory"),
-    *("data", "training", "research", "cli"),
+    *("subnetworks", "data", "training", "research", "cli"),
 )
 WITHOUT_TORCH = ("common", "schedule")
-LIGHT = PACKAGES[: PACKAGES.index("theory") + 1]
+LIGHT = PACKAGES[: PACKAGES.index("subnetworks") + 1]
 ALLOWED = {"torch", "numpy", "safetensors", "residrop", *sys.stdlib_module_names}
 # these modules are glue for another library, and are imported by whoever has it
 GLUE = {"engines.integrations.lightning", "engines.integrations.transformers"}

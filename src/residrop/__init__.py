@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from residrop.rules.units import UnitDropout as UnitDropout
     from residrop.schedule.sampler import DepthSampler as DepthSampler
     from residrop.schedule.sampler import Plan as Plan
+    from residrop.subnetworks.frontier import frontier as frontier
+    from residrop.subnetworks.shrink import shrink as shrink
     from residrop.surgery.apply import apply as apply
     from residrop.surgery.apply import remove as remove
     from residrop.theory.costs import survival_for as survival_for
@@ -62,7 +64,7 @@ _PACKAGES = (
     "rules",
     "schedule",
 )
-_PACKAGES += ("surgery", "theory", "training")
+_PACKAGES += ("subnetworks", "surgery", "theory", "training")
 _NAMES = {
     "residrop.blocks.attach": ("attach", "sampler_of", "sampling", "set_survival", "using"),
     "residrop.blocks.observe": ("branch_flops", "observe"),
@@ -83,6 +85,8 @@ _NAMES = {
     "residrop.rules.gaussian": ("GaussianDepth",),
     "residrop.rules.units": ("Mix", "SkipForward", "Swapout", "UnitDropout"),
     "residrop.schedule.sampler": ("DepthSampler", "Plan"),
+    "residrop.subnetworks.frontier": ("frontier",),
+    "residrop.subnetworks.shrink": ("shrink",),
     "residrop.surgery.apply": ("apply", "remove"),
     "residrop.theory.costs": ("survival_for",),
     "residrop.training.checkpoint": ("load_run",),

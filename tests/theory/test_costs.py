@@ -12,6 +12,7 @@ from residrop import sampler_of, survival_for
 from residrop.blocks.attach import rules_of
 from residrop.blocks.residual import Residual
 from residrop.common.errors import ConfigError, SpreadError, SpreadWarning
+from residrop.inference.sampled.batch import Batch
 from residrop.theory import costs_of, discrepancy, sensitivity
 from residrop.theory.costs import Costs
 from residrop.theory.costs import _groups as groups_of
@@ -106,15 +107,15 @@ def test_a_machine_too_busy_is_refused_or_flops_are_taken(model, tiny, monkeypat
 
 def test_blocks_of_one_structure_share_their_cost_whatever_library_they_are_of(batch):
     resnet = residrop.create("resnet-20", rule="stochastic-depth")
-    assert groups_of(resnet, batch[0]) == [[0, 1, 2], [3], [4, 5], [6], [7, 8]]
+    assert groups_of(resnet, Batch(batch[0])) == [[0, 1, 2], [3], [4, 5], [6], [7, 8]]
     next(resnet.blocks[1].branch.parameters()).requires_grad_(False)
-    assert groups_of(resnet, batch[0])[:2] == [[0, 2], [1]]  # one gradient less is computed
+    assert groups_of(resnet, Batch(batch[0]))[:2] == [[0, 2], [1]]  # one gradient less is computed
     vit = VisionTransformer(16, 8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32)
     residrop.apply(vit, survival=0.5)
-    assert groups_of(vit, batch[0]) == [[0, 2, 4], [1, 3, 5]]
+    assert groups_of(vit, Batch(batch[0])) == [[0, 2, 4], [1, 3, 5]]
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, drop_path_rate=0.2)
     residrop.apply(vit, survival="from_model")
-    assert groups_of(vit, torch.randn(2, 3, 32, 32)) == [[0, 2, 4], [1, 3, 5]]
+    assert groups_of(vit, Batch(torch.randn(2, 3, 32, 32))) == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_branches_that_hold_all_that_is_trained_can_be_timed(model, tiny, monkeypatch):

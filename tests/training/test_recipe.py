@@ -33,6 +33,7 @@ OTHER = {
     "network": "resnet-8",
     "weights": "pretrained",
     "freeze": ("conv1",),
+    "without": ("blocks.block2",),
     "width": 2,
     "block": "v2",
     "bn_gamma_init": "uniform",

@@ -14,7 +14,7 @@ from residrop.functional.rows import InPlaceChain
 from residrop.rules.base import Rule
 from residrop.rules.depth import ConstantDepth, StochasticDepth
 
-__all__ = ["Chain", "Residual"]
+__all__ = ["Chain", "Residual", "Shortcut"]
 
 
 class Residual(Skippable):
@@ -81,6 +81,24 @@ class Residual(Skippable):
         assert isinstance(self.rule, StochasticDepth)
         post = None if isinstance(self.post, nn.Identity) else self.post
         return self.rule.forward_in_chain(x, BranchCall(self.shortcut, self.branch, post), chain)
+
+
+class Shortcut(nn.Module):
+    """What is left of a residual block without its branch: y = post(shortcut(x))."""
+
+    def __init__(self, block: Residual) -> None:
+        super().__init__()
+        self.shortcut = block.shortcut
+        self.post = nn.Identity() if block.settled else block.post
+        self.train(block.training)
+        if isinstance(self.shortcut, nn.Identity):
+            for module in self.post.modules():  # what comes in is not ours to overwrite
+                if hasattr(module, "inplace"):
+                    module.inplace = False  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[N, ...] to Tensor[N, ...]."""
+        return self.post(self.shortcut(x))
 
 
 class Chain(nn.Sequential):

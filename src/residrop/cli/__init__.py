@@ -27,6 +27,7 @@ commands:
   evaluate     errors of a trained run, in expectation, sampled        residrop evaluate runs/digits-001
   predict      class, probability, uncertainty of image files          residrop predict runs/digits-001 photo.png
   recalibrate  fit batch norm to prediction in one pass                residrop recalibrate runs/digits-001
+  shrink       a smaller plain network of a run's blocks               residrop shrink runs/digits-001
   export       write a run as a file without residrop                  residrop export runs/digits-001 --to model.onnx
   analyze      what random presence does to a network                  residrop analyze survival runs/digits-001
   check        read every image of a data source once                  residrop check folder:PATH
@@ -40,7 +41,7 @@ scikit-learn and take about a minute or a few on two cores.
 """
 
 _RESEARCH = ("reproduce", "report", "bench")
-_ON_RUNS = ("train", "compare", "evaluate", "predict", "recalibrate", "export", "analyze")
+_ON_RUNS = ("train", "compare", "evaluate", "predict", "recalibrate", "shrink", "export", "analyze")
 _COMMANDS = (*_ON_RUNS, "check", "recipes", *_RESEARCH)
 
 

@@ -15,7 +15,7 @@ from residrop.models import reads_flat_rows
 from residrop.training import Run
 from residrop.training.foreign import is_foreign
 
-__all__ = ["run"]
+__all__ = ["facts_of", "run"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     size = (2, dataset["channels"], dataset["size"], dataset["size"])
     example = torch.randn(size, generator=torch.Generator().manual_seed(0))
     try:
-        facts = _facts(run, args.weights) | {"temperature": temperature}
+        facts = facts_of(run, args.weights) | {"temperature": temperature}
         done = export(model, args.to, example, metadata=facts, sampled=args.sampled, temperature=temperature)
     except OSError as error:
         raise RunError(f"{args.to} cannot be written ({error.strerror}); choose another --to") from None
@@ -67,7 +67,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _facts(run: Run, weights: str) -> dict[str, Any]:
+def facts_of(run: Run, weights: str) -> dict[str, Any]:
     """What a program that feeds images to the file has to know."""
     recipe, dataset, normalization = run.recipe(), run.dataset(), run.normalization()
     facts = {

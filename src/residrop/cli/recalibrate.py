@@ -14,7 +14,7 @@ from residrop.training import Run, load_run
 from residrop.training.logbook import Meter
 from residrop.training.setup import choose_device, precision_context, splits_of_run
 
-__all__ = ["run"]
+__all__ = ["run", "training_images"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     run, model = load_run(args.run)
     recipe, device = run.recipe(), choose_device(args.device)
     model = model.to(device)
-    loader = _training_images(run, args.data, device)
+    loader = training_images(run, args.data, device)
     console = Console(stderr=True, markup=False)
     with precision_context(recipe, device)(), Meter(1000, 0, "recalibrating", console=console) as meter:
         done = recalibrate(
@@ -64,12 +64,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _training_images(run: Run, data: str | None, device: torch.device) -> Loader:
+def training_images(run: Run, data: str | None, device: torch.device, batch_size: int | None = None) -> Loader:
     """The images a run was trained on, shuffled, as they come at prediction: normalised, not augmented."""
     recipe = run.recipe()
     return Loader(
         splits_of_run(run, data).train,
-        batch_size=recipe.batch_size,
+        batch_size=batch_size or recipe.batch_size,
         normalization=run.normalization(),
         seed=recipe.seed,
         device=device,

@@ -18,6 +18,7 @@ from residrop.blocks.attach import rules_of, sampler_of, using
 from residrop.blocks.observe import branch_flops
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError, SpreadError, SpreadWarning
+from residrop.inference.sampled.batch import Batch
 from residrop.rules.base import Rule
 from residrop.schedule import budgets
 from residrop.schedule.sampler import Plan
@@ -34,12 +35,13 @@ _MOST = 4  # times the rounds that were asked for, where these leave too much un
 
 
 class Costs(NamedTuple):
-    """What a training step costs.
+    """What a training step costs, or a prediction.
 
     Attributes:
         branches: what each branch adds, one number per rule.
         fixed: what is left without any branch.
-        unit: "blocks" (1 each), "flops" (of a forward) or "time" (seconds of forward and backward).
+        unit: "blocks" (1 each), "flops" (of a forward) or "time" (seconds of forward and backward, or of a forward in
+            eval mode).
         spread: for "time", the standard error of each number in `branches` (from resampled rounds); None if exact.
     """
 
@@ -57,21 +59,26 @@ class Costs(NamedTuple):
 def costs_of(
     model: nn.Module,
     unit: Unit,
-    x: Tensor | None = None,
+    x: Any = None,
     *,
+    training: bool = True,
     repeats: int = 10,
     on_progress: Callable[[float], None] | None = None,
 ) -> Costs:
     """The cost of each branch and of the rest, for a batch.
 
-    Time is measured: how much longer forward and backward take than without all the branches of one structure, which
-    share the difference. Steps with and without them take turns, and of either kind the lowest decile counts, so that
-    a machine that now and then does other things alters little. What is left of that is stated as `Costs.spread`.
+    Time is measured: how much longer forward and backward (or, without `training`, a forward) take than without all the
+    branches of one structure, which share the difference. Steps with and without them take turns, and of either kind
+    the lowest decile counts, so that a machine that now and then does other things alters little. What is left of that
+    is stated as `Costs.spread`.
 
     Args:
         model: a model with rules, not compiled.
         unit: see `Costs`.
-        x: the batch, on the device of the model; for "flops" and "time".
+        x: the batch, on the device of the model, for "flops" and "time": a tensor, a tuple of arguments, or a mapping
+            of arguments by name.
+        training: whether "time" is that of a training step (of the sum of the model's output, one tensor), or of a
+            prediction.
         repeats: for "time", how often each structure is left out, at least 2; up to four times as often where that
             leaves too much uncertain.
         on_progress: for "time", called with the share that is done, in (0, 1].
@@ -90,16 +97,17 @@ def costs_of(
     if x is None:
         raise ConfigError(f"costs in {unit} are those of a batch; give one as x")
     if unit == "flops":
-        branches = tuple(map(float, branch_flops(model, x)))
+        batch = Batch(x)
+        branches = tuple(map(float, branch_flops(model, *batch.args, **batch.kwargs)))
         counter = FlopCounterMode(display=False)
         with kept_as_is(model, training=False), torch.no_grad(), gated(model, torch.ones(count)), counter:
-            model(x)
+            batch.called(model)
         return Costs(branches, float(counter.get_total_flops()) - sum(branches), unit)
     check_whole("repeats", repeats, least=2)
-    return _timed(model, x, repeats, on_progress or (lambda share: None))
+    return _timed(model, Batch(x), training, repeats, on_progress or (lambda share: None))
 
 
-def _timed(model: nn.Module, x: Tensor, repeats: int, tell: Callable[[float], None]) -> Costs:
+def _timed(model: nn.Module, x: Batch, training: bool, repeats: int, tell: Callable[[float], None]) -> Costs:
     draws = sampler_of(model).expectation().draws
     if any(rule.site.granularity != "block" or not rule.rates for rule in rules_of(model)):
         raise ConfigError("time per block is measured by leaving blocks out; give every block a block-level rule")
@@ -111,15 +119,16 @@ def _timed(model: nn.Module, x: Tensor, repeats: int, tell: Callable[[float], No
         plan = Plan(tuple(d._replace(alive=number not in absent) for number, d in enumerate(draws)))
         started = perf_counter()
         with using(model, plan):
-            total = model(x).sum()
-        if total.requires_grad:  # not where all that is trained lies in branches that are absent
+            found = x.called(model)
+            total = found.sum() if training else None
+        if total is not None and total.requires_grad:  # not where all that is trained lies in absent branches
             total.backward()
         if x.device.type != "cpu":
             torch.accelerator.synchronize(x.device)
         return perf_counter() - started
 
     rounds: list[list[tuple[float, float]]] = []  # of each round and group: a step with all blocks, and without it
-    with kept_as_is(model, training=True), torch.enable_grad():
+    with kept_as_is(model, training=training), torch.set_grad_enabled(training):
         for absent in ((), *groups):  # whatever is made at a first call
             step(absent)
         while len(rounds) < _MOST * repeats:
@@ -139,11 +148,11 @@ def _timed(model: nn.Module, x: Tensor, repeats: int, tell: Callable[[float], No
     return Costs(tuple(branches), max(0.0, whole - sum(branches)), "time", tuple(errors))
 
 
-def _groups(model: nn.Module, x: Tensor) -> list[list[int]]:
+def _groups(model: nn.Module, x: Batch) -> list[list[int]]:
     """The numbers of the rules, those of one structure and as much work together, in the order of the first of each."""
     found: dict[Any, list[int]] = {}
     modules, rules = dict(model.named_modules()), [name for name, one in model.named_modules() if isinstance(one, Rule)]
-    for number, (name, flops) in enumerate(zip(rules, branch_flops(model, x), strict=True)):
+    for number, (name, flops) in enumerate(zip(rules, branch_flops(model, *x.args, **x.kwargs), strict=True)):
         block, _, branch = f".{name}".removesuffix(".rule").partition(".residrop_rules.")
         parts = [one for one in modules[block[1:]].modules() if not isinstance(one, (Rule, nn.Identity))]
         parts = [one for one in parts if type(one).__name__ not in ("DropPath", "StochasticDepth")]  # rules' work now

@@ -1,7 +1,7 @@
 """How much the loss needs each block: SenseMode's scores (Hayou & Ayed, Sec. 5)."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from residrop.blocks.attach import rules_of
 from residrop.common.errors import ConfigError
+from residrop.inference.sampled.batch import Batch
 from residrop.theory.gates import gated, kept_as_is
 
 __all__ = ["Sensitivity", "removal_losses", "sensitivity"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 
 
 class Sensitivity(NamedTuple):
@@ -31,7 +32,7 @@ class Sensitivity(NamedTuple):
 
 
 def sensitivity(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Loss = F.cross_entropy, *, training: bool = True
+    model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Loss = F.cross_entropy, *, training: bool = True
 ) -> Sensitivity:
     """S_l = dLoss / d delta_l at delta = 1, for all blocks in one backward pass a batch.
 
@@ -40,9 +41,9 @@ def sensitivity(
     or flag.
 
     Args:
-        model: a model with rules, Tensor[n, ...] to Tensor[n, ...].
-        batches: pairs of input and target.
-        loss: from output and target to Tensor[].
+        model: a model with rules.
+        batches: pairs of inputs (a tensor, a tuple of arguments, or a mapping of arguments by name) and target.
+        loss: from the model's output and the target to Tensor[].
         training: whether batch norm takes the statistics of the batch (before training its own mean nothing).
 
     Raises:
@@ -51,9 +52,9 @@ def sensitivity(
     found: list[Tensor] = []
     with kept_as_is(model, training=training):
         for x, y in batches:
-            gates = torch.ones(len(rules_of(model)), device=x.device, requires_grad=True)
+            gates = torch.ones(len(rules_of(model)), device=Batch(x).device, requires_grad=True)
             with torch.enable_grad(), gated(model, gates):
-                (grad,) = torch.autograd.grad(loss(model(x), y), gates)
+                (grad,) = torch.autograd.grad(loss(Batch(x).called(model), y), gates)
             found.append(grad.double())
     if not found:
         raise ConfigError("no batch was given; sensitivity needs at least one")
@@ -67,7 +68,7 @@ def sensitivity(
 
 @torch.no_grad()
 def removal_losses(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss: Loss = F.cross_entropy, *, training: bool = True
+    model: nn.Module, batches: Iterable[tuple[Any, Any]], loss: Loss = F.cross_entropy, *, training: bool = True
 ) -> Tensor:
     """Loss(1) - Loss(1_l) for every block l, exactly: L + 1 passes a batch. float64 Tensor[L], mean over batches."""
     found: list[Tensor] = []
@@ -76,11 +77,11 @@ def removal_losses(
             count = len(rules_of(model))
             losses: list[Tensor] = []
             for absent in range(-1, count):
-                gates = torch.ones(count, device=x.device)
+                gates = torch.ones(count, device=Batch(x).device)
                 if absent >= 0:
                     gates[absent] = 0.0
                 with gated(model, gates):
-                    losses.append(loss(model(x), y).double())
+                    losses.append(loss(Batch(x).called(model), y).double())
             found.append(losses[0] - torch.stack(losses[1:]))
     if not found:
         raise ConfigError("no batch was given; removal losses need at least one")

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residrop.blocks.attach import rules_of
+from residrop.blocks.attach import connect, rules_of
 from residrop.common.errors import ConfigError, UsageError
 from residrop.models import create, reads_flat_rows
 from residrop.rules.catalogue import entry_of
 from residrop.schedule.timing import parse as parse_timing
+from residrop.subnetworks.plain import cut
 from residrop.surgery.apply import apply
 from residrop.surgery.report import Report
 from residrop.training.foreign import is_foreign, plain
@@ -52,7 +53,11 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
         options["in_features"] = dataset["channels"] * dataset["size"] ** 2
     else:
         options["channels"] = dataset["channels"]
-    return create(recipe.network, rule=recipe.rule, classes=len(dataset["classes"]), **options)
+    model = create(recipe.network, rule=recipe.rule, classes=len(dataset["classes"]), **options)
+    if recipe.without:
+        cut(model, recipe.without)
+        connect(model, seed=recipe.seed, timing=options["timing"])
+    return model
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -94,6 +99,8 @@ def _changed(recipe: Recipe, dataset: dict[str, Any], options: dict[str, Any]) -
         if not isinstance(out, torch.Tensor) or out.shape != (4, len(dataset["classes"])):
             raise ConfigError(f"{recipe.network} is no classifier: it does not return a number per image and class")
         model.train()
+    if recipe.without:
+        cut(model, recipe.without)
     if options["survival"] is None:
         options["survival"] = entry_of(recipe.rule).survival
     if example.is_meta:  # no numbers to compare

@@ -22,7 +22,7 @@ from residrop.theory.costs import read_budget
 
 __all__ = ["Recipe"]
 
-_LATER = {"weights", "freeze", "optimizer", "warmup_form", "decay_vectors", "layer_decay", "clip_grad"}
+_LATER = {"weights", "freeze", "without", "optimizer", "warmup_form", "decay_vectors", "layer_decay", "clip_grad"}
 _LATER |= {"label_smoothing", "ema", "flips", "crop_area", "policy", "erasing", "mixup", "cutmix"}
 _MIXING = ("mixup", "cutmix")
 
@@ -43,6 +43,9 @@ class Recipe:
     folder)."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained: patterns of names of modules or parameters, such as conv1 layer1 "*.bn?"."""
+    without: tuple[str, ...] = ()
+    """Residual blocks that are left out for good, by name (blocks.block3), as `residrop shrink` chooses them. The
+    others keep the survival rates of their places (in other libraries' models: get those of as many blocks)."""
     width: int | None = None
     """Width multiple of the network (None: its own default)."""
     block: Literal["v1", "v2"] | None = None

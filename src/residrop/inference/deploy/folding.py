@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-__all__ = ["SCALE", "fold_graph", "without_hooks"]
+__all__ = ["SCALE", "fold_graph", "graph_module", "without_hooks"]
 
 SCALE = "residrop_scale"  # marks, in the meta of a node, a multiplication by a positive constant that is to be folded
 
@@ -53,15 +53,27 @@ def fold_graph(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     _not_in_place(module)
     _fold_norms(module)
     _Factors(module).fold()
+    return _cleaned(module, "Folded").eval()
+
+
+def graph_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph of a network as a module, which computes just what it says."""
+    module = fx.GraphModule(root, graph, class_name="Plain")
+    _not_in_place(module)
+    return _cleaned(module, "Plain")
+
+
+def _cleaned(module: fx.GraphModule, name: str) -> fx.GraphModule:
+    """Without dead code, and without a trace of the tracer."""
     graph = module.graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
         node.meta.clear()
         node.type = None  # annotations, whose names the code would need
     graph._tracer_cls = None  # else files would name ours
-    module = fx.GraphModule(module, graph, class_name="Folded")
+    module = fx.GraphModule(module, graph, class_name=name)
     module._tracer_cls = None
-    return module.eval()
+    return module
 
 
 def _not_in_place(module: fx.GraphModule) -> None:

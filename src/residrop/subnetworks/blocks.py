@@ -1,0 +1,220 @@
+"""The residual blocks of a model as what a sub-network may leave out."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from residrop.blocks.attach import connect, in_expectation, rules_of, using
+from residrop.blocks.modes import evaluating
+from residrop.blocks.residual import Residual
+from residrop.blocks.skippable import Skippable
+from residrop.common.errors import ConfigError
+from residrop.inference.deploy.folding import without_hooks
+from residrop.inference.sampled.batch import Batch
+from residrop.rules.depth import ConstantDepth, DepthDropout, StochasticDepth
+from residrop.schedule.sampler import Plan
+from residrop.subnetworks.shortcuts import shortcut_of
+from residrop.surgery.apply import apply, remove
+from residrop.surgery.blocks import AppliedBlock
+
+__all__ = ["Data", "Loss", "Unit", "Whole", "no_caches", "pairs_of", "put_rules"]
+
+Loss = Callable[[Any, Any], Tensor]
+Data = Sequence[tuple[Any, Any]]  # inputs as `Batch` takes them, and targets
+
+
+def pairs_of(batches: Iterable[Any], loss: Loss | None) -> tuple[Data, Loss]:
+    """Batches as pairs of inputs and target, and the loss of an output and a target.
+
+    Args:
+        batches: pairs, or mappings of arguments by name.
+        loss: None is cross entropy for pairs, and what the model itself gives as `loss` for mappings.
+
+    Raises:
+        ConfigError: no batch, or one that is neither.
+    """
+    found: list[tuple[Any, Any]] = []
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            found.append((batch, None))
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            found.append((batch[0], batch[1]))
+        else:
+            raise ConfigError(
+                f"a batch is a {type(batch).__name__}; give pairs of inputs and target, or dicts of arguments by name"
+            )
+    if not found:
+        raise ConfigError("no batch was given; a sub-network is chosen on at least one")
+    own = any(target is None for _, target in found)
+    return found, loss or (_own_loss if own else F.cross_entropy)
+
+
+def _own_loss(output: Any, _: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(
+            "the model gives no loss for these arguments; put `labels` among them, or give loss=, a function of the "
+            "model's output and the target"
+        )
+    return loss
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is kept or left out as one: a residual block with all its branches.
+
+    Attributes:
+        name: of the block in the model.
+        block: in the copy.
+        rules: numbers of its rules.
+    """
+
+    name: str
+    block: nn.Module
+    rules: tuple[int, ...]
+
+
+class Whole:
+    """A copy of a model in which any blocks can be absent.
+
+    Args:
+        model: with blocks of residrop, under `residrop.apply`, or plain; it stays as it is.
+        data: `pairs_of`, on the device of the model.
+        loss: of its output.
+        blocks: for a plain model, as in `apply`.
+
+    Raises:
+        ConfigError: no blocks are known, they have rules of units, or the model or the loss cannot take the batches.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, loss: Loss, blocks: Any = None) -> None:
+        with in_expectation(model):  # a copy knows the draws in force
+            self.model = copy.deepcopy(model).eval()
+        self.data, self.loss = data, loss
+        put_rules(self.model, blocks, data[0][0])
+        numbers = {rule: number for number, rule in enumerate(rules_of(self.model))}
+        self.units = [
+            Unit(name, block, tuple(numbers[rule] for rule, _ in block.residrop_branches()))
+            for name, block in self.model.named_modules()
+            if isinstance(block, Skippable)
+        ]
+        self.rules = len(numbers)
+        self.full = (True,) * len(self.units)
+        self.runs(self.full)
+
+    def runs(self, kept: Sequence[bool]) -> None:
+        """ConfigError if the model or the loss cannot take the first batch."""
+        try:
+            self.losses(kept, self.data[:1])
+        except ConfigError:
+            raise
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"{type(self.model).__name__} or its loss fails on the first batch ({first}); give pairs of inputs and "
+                "target that loss(model(inputs), target) takes, or dicts of arguments with labels"
+            ) from error
+
+    def plan(self, kept: Sequence[bool]) -> Plan:
+        """The draw with just these blocks."""
+        alive = [True] * self.rules
+        for unit, keep in zip(self.units, kept, strict=True):
+            for number in unit.rules:
+                alive[number] = keep
+        return Plan.of(alive)
+
+    def output(self, kept: Sequence[bool], inputs: Any) -> Any:
+        """What the model gives with just these blocks, in eval mode."""
+        with torch.no_grad(), evaluating(self.model), no_caches(self.model), using(self.model, self.plan(kept)):
+            return Batch(inputs).copied().called(self.model)
+
+    def losses(self, kept: Sequence[bool], data: Data | None = None) -> list[float]:
+        """The loss of every batch with just these blocks, in eval mode."""
+        return [float(self.loss(self.output(kept, x), y)) for x, y in (self.data if data is None else data)]
+
+    def loss_with(self, kept: Sequence[bool]) -> float:
+        """Their mean."""
+        found = self.losses(kept)
+        return sum(found) / len(found)
+
+
+def put_rules(model: nn.Module, blocks: Any, inputs: Any) -> None:
+    """Give every block a coin of its own, for hand-made draws.
+
+    With rescale="test" a present branch counts in full; an absent one is always left out of what is traced, too.
+    """
+    rules = rules_of(model)
+    other = next((rule for rule in rules if type(rule) not in (ConstantDepth, StochasticDepth, DepthDropout)), None)
+    if other is not None:
+        raise ConfigError(
+            f"{type(model).__name__} has blocks under {type(other).__name__}, of which none is absent as a whole; "
+            "sub-networks are of stochastic depth, layer dropout and constant depth (residrop.fold makes any network "
+            "plain)"
+        )
+    if rules and blocks is not None:
+        raise ConfigError("the model has rules already, so its blocks are known; leave out `blocks`")
+    applied = [name for name, module in model.named_modules() if isinstance(module, AppliedBlock)]
+    own = [module for module in model.modules() if isinstance(module, Residual)]
+    if applied:
+        remove(model)
+        blocks = [model.get_submodule(name) for name in applied]
+    without_hooks(model)
+    if own:
+        for block in own:
+            block.rule = StochasticDepth(0.5, granularity="block", rescale="test")
+        connect(model)
+        return
+    example = inputs if inputs is None or isinstance(inputs, (Mapping, Tensor)) else tuple(inputs)
+
+    options: dict[str, Any] = {"granularity": "block", "rescale": "test", "example": example}
+    apply(model, "stochastic-depth", 0.5, blocks=blocks, **options)
+    if layers := _around(model):
+        remove(model)
+        apply(model, "stochastic-depth", 0.5, blocks=layers, branches=False, **options)
+    elif any(not isinstance(shortcut_of(block), nn.Identity) for block in _listed(model)):
+        # layers are left out with all that they do: those with norms behind their sums would leave these
+        remove(model)
+        apply(model, "stochastic-depth", 0.5, blocks=blocks, branches=False, **options)
+
+
+def _around(model: nn.Module) -> list[nn.Module]:
+    """The layers whose parts are blocks, each of another kind, in a list (T5's attention and feed-forward layers)."""
+    lists = {id(module): module for module in model.modules() if type(module) is nn.ModuleList}
+    layers = [layer for one in lists.values() for layer in one]
+    return [
+        layer
+        for layer in layers
+        if any(
+            id(inner) in lists and len({type(block) for block in inner if isinstance(block, AppliedBlock)}) > 1
+            for inner in layer.children()
+        )
+    ]
+
+
+def _listed(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that stand in an `nn.ModuleList`."""
+    for module in list(model.modules()):
+        if type(module) is nn.ModuleList:
+            yield from (block for block in module if isinstance(block, AppliedBlock))
+
+
+@contextmanager
+def no_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, a model of transformers makes no cache of keys and values, which absent layers would not fill."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    before = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value

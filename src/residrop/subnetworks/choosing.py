@@ -1,0 +1,215 @@
+"""Which blocks to keep: costs, importance, and the budget."""
+
+import random
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from residrop.common.errors import ConfigError, SpreadError, SpreadWarning
+from residrop.subnetworks.blocks import Whole
+from residrop.theory.costs import Costs, Unit, costs_of
+from residrop.theory.sensitivity import sensitivity
+
+__all__ = ["BY", "Budget", "By", "Tell", "chosen", "forwards_of", "greedy", "importance_of", "predicted", "unit_costs"]
+
+By = Literal["sensitivity", "removal", "greedy", "every_other", "first", "random"]
+BY: tuple[str, ...] = get_args(By)
+_RANKS = ("every_other", "first", "random")  # which give an order, whatever blocks cost
+Tell = Callable[[str, float], None]  # what is done, and the share of it that is, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a sub-network may cost.
+
+    Attributes:
+        amount: a share of the whole network, a number of blocks or milliseconds.
+        unit: of it.
+        absolute: whether it is no share.
+        text: as it was given.
+    """
+
+    amount: float
+    unit: Unit
+    absolute: bool
+    text: str
+
+    @classmethod
+    def read(cls, given: str | float) -> "Budget":
+        """ "0.6 of time", "0.6 of flops", "0.6 of blocks", "12 of blocks", "8.5 ms", or a share of blocks.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        text = str(given).strip().lower()
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(?:(ms)|of\s+(blocks|flops|time))?", text)
+        if found is None:
+            raise ConfigError(
+                f"budget {given!r} is not understood; give a share such as '0.6 of time', '0.6 of flops' or '0.6 of "
+                "blocks', a number of blocks such as '12 of blocks', or milliseconds such as '8.5 ms'"
+            )
+        amount = float(found[1])
+        unit: Unit = "time" if found[2] else found[3] or "blocks"  # pyright: ignore[reportAssignmentType]
+        absolute = bool(found[2]) or (unit == "blocks" and amount > 1.0)
+        if not absolute and amount > 1.0:
+            raise ConfigError(f"the budget is {given}; give a share of the whole network, in [0, 1]")
+        if unit == "blocks" and absolute and amount != int(amount):
+            raise ConfigError(f"the budget is {given}; give a whole number of blocks, or a share in [0, 1]")
+        return cls(amount, unit, absolute, text)
+
+    def limit(self, costs: Costs) -> float:
+        """The same as a sum of costs, and what rounding of sums needs."""
+        amount = self.amount / 1000.0 if self.absolute and self.unit == "time" else self.amount
+        return (amount if self.absolute else amount * costs.total) * (1 + 1e-9)
+
+
+def unit_costs(whole: Whole, budget: Budget, tell: Tell) -> Costs:
+    """The cost of every block and of the rest, for the first batch, in the unit of a budget.
+
+    Warns:
+        SpreadWarning: times differ too much from call to call, and a share of time is taken as a share of FLOPs.
+
+    Raises:
+        ConfigError: the same, where milliseconds are asked for.
+    """
+    if budget.unit == "blocks":
+        return Costs((1.0,) * len(whole.units), 0.0, "blocks")
+    x = whole.data[0][0]
+    try:
+        costs = costs_of(
+            whole.model, budget.unit, x, training=False, on_progress=lambda share: tell("measuring times", share)
+        )
+    except SpreadError as error:
+        if budget.absolute:
+            raise
+        warnings.warn(f"{error}; the budget is {budget.amount:g} of flops now", SpreadWarning, stacklevel=3)
+        costs = costs_of(whole.model, "flops", x)
+    branches = tuple(sum(costs.branches[number] for number in unit.rules) for unit in whole.units)
+    return Costs(branches, costs.fixed, costs.unit)
+
+
+def forwards_of(whole: Whole, by: By, leave: int) -> int:
+    """How many forwards of a batch a way of choosing takes, if `leave` blocks stay."""
+    blocks, batches = len(whole.units), len(whole.data)
+    if by == "sensitivity":
+        return batches
+    if by == "removal":
+        return (blocks + 1) * batches
+    return sum(range(leave + 1, blocks + 1)) * batches if by == "greedy" else 0
+
+
+def importance_of(whole: Whole, by: By, seed: int, tell: Tell) -> list[float]:
+    """For every block how much is lost without it: what the loss rises by, or only a rank.
+
+    - sensitivity: -dLoss / d delta_l at delta = 1, by one backward pass a batch (Hayou & Ayed 2021, Sec. 5; with its
+      sign, so that blocks without which the loss falls go first).
+    - removal: Loss(without the block) - Loss.
+    - every_other: blocks at even distances go first (Fan et al. 2020, "every other").
+    - first: the first blocks stay.
+    - random: a random order.
+    """
+    count = len(whole.units)
+    if by == "sensitivity":
+        return _sensitivities(whole, tell)
+    if by == "removal":
+        full, found = whole.loss_with(whole.full), list[float]()
+        for number in range(count):
+            found.append(whole.loss_with(_without(whole.full, number)) - full)
+            tell("leaving out one block after the other", (number + 1) / count)
+        return found
+    if by == "random":
+        order = list(range(count))
+        random.Random(seed).shuffle(order)
+        return [float(one) for one in order]
+    if by == "first":
+        return [float(count - number) for number in range(count)]
+    return [float(-rank) for rank in _evenly(count)]
+
+
+def _evenly(count: int) -> list[int]:
+    """Ranks of places such that any number of the highest ones stand at even distances: bits of the place, reversed."""
+    bits = max(1, (count - 1).bit_length())
+    return [int(f"{place:0{bits}b}"[::-1], 2) for place in range(count)]
+
+
+def _without(kept: Sequence[bool], number: int) -> tuple[bool, ...]:
+    return (*kept[:number], False, *kept[number + 1 :])
+
+
+def _sensitivities(whole: Whole, tell: Tell) -> list[float]:
+    """As `theory.sensitivity`, with one number for all branches of a block and with the norms' own statistics."""
+    scores = sensitivity(whole.model, whole.data, whole.loss, training=False).scores.tolist()
+    tell("measuring sensitivities", 1.0)
+    return [-sum(scores[number] for number in unit.rules) for unit in whole.units]
+
+
+def chosen(costs: Costs, importance: Sequence[float], by: By, limit: float, text: str) -> tuple[bool, ...]:
+    """The blocks that stay: those go first that are worth least for what they cost, until the rest costs no more than
+    the limit; then come back, the most important first, those for which there is room. Of mere ranks the lowest go.
+
+    Raises:
+        ConfigError: even without any block the network costs more (the least is named).
+    """
+    _check_limit(costs, limit, text)
+    kept = [True] * len(costs.branches)
+    ranked = by in _RANKS
+    worth = [value if ranked else value / cost for value, cost in zip(importance, costs.branches, strict=True)]
+    for number in sorted(range(len(kept)), key=lambda one: worth[one]):
+        if _cost(costs, kept) <= limit:
+            break
+        kept[number] = False
+    for number in () if ranked else sorted(range(len(kept)), key=lambda one: -importance[one]):
+        if not kept[number] and _cost(costs, kept) + costs.branches[number] <= limit:
+            kept[number] = True
+    return tuple(kept)
+
+
+def greedy(
+    whole: Whole, costs: Costs, limit: float, text: str, tell: Tell, kept: Sequence[bool] | None = None
+) -> tuple[bool, ...]:
+    """One block after another goes: that without which the loss of the blocks that are left rises least for what it
+    costs, measured anew each time. `kept` are those that are left from the start (all)."""
+    _check_limit(costs, limit, text)
+    kept = whole.full if kept is None else tuple(kept)
+    loss = whole.loss_with(kept)
+    done, total = 0, forwards_of(whole, "greedy", _fewest(costs, limit)) // len(whole.data)
+    while _cost(costs, kept) > limit:
+        found: list[tuple[float, int, float]] = []
+        for number in (one for one, keep in enumerate(kept) if keep):
+            without = whole.loss_with(_without(kept, number))
+            found.append(((without - loss) / costs.branches[number], number, without))
+            done += 1
+            tell(f"greedy, {total} losses of {len(whole.data)} batches at most", min(1.0, done / total))
+        _, number, loss = min(found)
+        kept = _without(kept, number)
+    return kept
+
+
+def _fewest(costs: Costs, limit: float) -> int:
+    """Fewest blocks that may stay, if the cheap ones go first."""
+    left = sorted(costs.branches, reverse=True)
+    while left and costs.fixed + sum(left) > limit:
+        left.pop()
+    return len(left)
+
+
+def _check_limit(costs: Costs, limit: float, text: str) -> None:
+    if costs.unit == "blocks" and limit >= len(costs.branches) + 1:
+        raise ConfigError(f"the budget is {text}, and the network has {len(costs.branches)} blocks")
+    if costs.fixed > limit:
+        share = costs.fixed / costs.total
+        least = f"{1000 * costs.fixed:.3g} ms" if costs.unit == "time" else f"{share:.3g} of {costs.unit}"
+        raise ConfigError(
+            f"a budget of {text} cannot be met: without any block the network takes {least} ({share:.3g} of the whole)"
+        )
+
+
+def _cost(costs: Costs, kept: Sequence[bool]) -> float:
+    return costs.fixed + sum(cost for cost, keep in zip(costs.branches, kept, strict=True) if keep)
+
+
+def predicted(costs: Costs, kept: Sequence[bool]) -> float:
+    """The share of the whole network's cost."""
+    return _cost(costs, kept) / costs.total

@@ -1,0 +1,137 @@
+"""`frontier`: what sub-networks of one model lose, against the time they take."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from residrop.blocks.modes import evaluating
+from residrop.common.checks import check_choice
+from residrop.common.errors import ConfigError
+from residrop.inference.sampled.batch import Batch
+from residrop.subnetworks.blocks import Loss, Whole, pairs_of
+from residrop.subnetworks.choosing import Budget, By, Tell, chosen, greedy, importance_of, predicted, unit_costs
+from residrop.subnetworks.plain import plain
+from residrop.subnetworks.shrink import measured
+from residrop.subnetworks.timing import seconds_of
+
+__all__ = ["BUDGETS", "Point", "frontier"]
+
+BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+Metric = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One sub-network.
+
+    Attributes:
+        name: of the model.
+        by: how blocks were chosen.
+        budget: as it was asked for.
+        kept: names of its blocks.
+        blocks: of how many.
+        predicted: its cost as a share of the whole network's, in the unit of the budget.
+        seconds: median time of a forward on the first batch.
+        flops: of that forward.
+        before: the metric before batch norms were recalibrated.
+        metric: the metric of the result.
+    """
+
+    name: str
+    by: str
+    budget: str
+    kept: tuple[str, ...]
+    blocks: int
+    predicted: float
+    seconds: float
+    flops: float
+    before: float
+    metric: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return {**asdict(self), "kept": list(self.kept)}
+
+
+def frontier(
+    model: nn.Module | Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    metric: Metric | None = None,
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    unit: str = "time",
+    by: By | Sequence[By] = "removal",
+    loss: Loss | None = None,
+    blocks: Any = None,
+    recalibrate: bool | None = None,
+    seed: int = 0,
+    repeats: int = 15,
+    on_progress: Tell | None = None,
+) -> list[Point]:
+    """Sub-networks of falling budgets, each as `shrink` makes it, with what they lose and the time they take.
+
+    Costs and importance are measured once; greedy choice goes on from budget to budget. All sub-networks of a model are
+    timed in turns. Budgets below what the network takes without any block are left out.
+
+    Args:
+        model: one model, or several by name, for a comparison.
+        batches: as in `shrink`; for several models the same.
+        metric: of a plain sub-network in eval mode, less is better, for example its error on validation images; None
+            is the mean loss of the batches.
+        budgets: shares of the whole network.
+        unit: of the budgets: "time", "flops" or "blocks".
+        by: one way of choosing, or several.
+        loss: as in `shrink`, as are `blocks`, `recalibrate`, `seed`, `repeats` and `on_progress`.
+
+    Raises:
+        ConfigError: as `shrink`.
+    """
+    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    ways: tuple[By, ...] = (by,) if isinstance(by, str) else tuple(by)
+    for way in ways:
+        check_choice("by", way, By)
+    wanted = sorted((Budget.read(f"{share} of {unit}") for share in budgets), key=lambda one: -one.amount)
+    data, of = pairs_of(batches, loss)
+    tell = on_progress or (lambda what, share: None)
+    found: list[Point] = []
+    for name, one in models.items():
+        whole = Whole(one, data, of, blocks)
+        costs = unit_costs(whole, wanted[0], tell)
+        made: list[tuple[By, Budget, tuple[bool, ...], nn.Module, float, float]] = []
+        for way in ways:
+            importance = [] if way == "greedy" else importance_of(whole, way, seed, tell)
+            kept: tuple[bool, ...] = whole.full
+            for number, budget in enumerate(wanted):
+                limit = budget.limit(costs)
+                if limit < costs.fixed:
+                    continue
+                if way == "greedy":
+                    kept = greedy(whole, costs, limit, budget.text, tell, kept)
+                else:
+                    kept = chosen(costs, importance, way, limit, budget.text)
+                network = plain(whole, kept).eval()
+                before, after, _ = measured(whole, network, recalibrate, metric)
+                made.append((way, budget, kept, network, before, after))
+                tell(f"{name} {way}".strip(), (number + 1) / len(wanted))
+        if not made:
+            raise ConfigError(
+                f"no budget can be met: without any block {costs.fixed / costs.total:.3g} of {costs.unit} is left"
+            )
+        seconds = seconds_of([network for *_, network, _, _ in made], data[0][0], repeats)
+        for (way, budget, kept, network, before, after), own in zip(made, seconds, strict=True):
+            names = tuple(unit.name for unit, keep in zip(whole.units, kept, strict=True) if keep)
+            share = predicted(costs, kept)
+            flops = _flops(network, data[0][0])
+            found.append(Point(name, way, budget.text, names, len(whole.units), share, own, flops, before, after))
+    return found
+
+
+@torch.no_grad()
+def _flops(model: nn.Module, inputs: Any) -> float:
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        Batch(inputs).copied().called(model)
+    return float(counter.get_total_flops())

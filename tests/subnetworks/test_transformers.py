@@ -1,0 +1,88 @@
+"""Layers of transformers' models leave their list; what is saved is read back, and generates."""
+
+import pytest
+import torch
+
+from residrop.common.errors import ConfigError
+from residrop.subnetworks.blocks import Whole, pairs_of
+from residrop.subnetworks.plain import plain
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+MODELS = {
+    "bert": ("BertForSequenceClassification", "BertConfig", SMALL),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SMALL, "num_key_value_heads": 2, "head_dim": 8}),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {"vocab_size": 96, "d_model": 32, "encoder_layers": 3, "decoder_layers": 4, **SIZES},
+    ),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 96, "d_model": 32, "d_ff": 64, "num_layers": 4, "num_heads": 4, "d_kv": 8}
+        | {"decoder_start_token_id": 0},
+    ),
+}
+
+
+def built(name):
+    model, config, options = MODELS[name]
+    torch.manual_seed(0)
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def batch_of(model):
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1]) if "Classification" in type(model).__name__ else ids
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_leave_their_list_and_the_result_is_saved_read_and_generates(name, tmp_path):
+    model = built(name)
+    before = model.config.to_dict()
+    whole = Whole(model, *pairs_of([batch_of(model)], None))
+    kept = tuple(number % 3 != 1 for number in range(len(whole.units)))
+    found = plain(whole, kept)
+    assert type(found) is type(model)
+    wanted = whole.output(kept, batch_of(model))
+    with torch.no_grad():
+        assert torch.equal(found(**batch_of(model), use_cache=False).logits, wanted.logits)
+    found.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**batch_of(model)).logits, wanted.logits)
+    assert model.config.to_dict() == before
+    if found.can_generate():
+        ids = batch_of(model)["input_ids"]
+        texts = [
+            one.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache)
+            for one in (found, again)
+            for cache in (True, False)
+        ]
+        assert all(torch.equal(texts[0], other) for other in texts)
+
+
+def test_numbers_of_layers_and_lists_of_them_follow():
+    model = built("qwen3")
+    whole = Whole(model, *pairs_of([batch_of(model)], None))
+    found = plain(whole, (True, False, False, True))
+    assert [layer.self_attn.layer_idx for layer in found.model.layers] == [0, 1]
+    assert (found.config.num_hidden_layers, len(found.config.layer_types)) == (2, 2)
+
+
+def test_without_any_layer_is_refused():
+    model = built("llama")
+    with pytest.raises(ConfigError, match=r"no layer of model.layers is left"):
+        plain(Whole(model, *pairs_of([batch_of(model)], None)), (False,) * 4)
+
+
+def test_batches_without_labels_have_no_loss():
+    model = built("llama")
+    with pytest.raises(ConfigError, match=r"gives no loss .* put `labels` among them"):
+        Whole(model, *pairs_of([{"input_ids": torch.ones(2, 3, dtype=torch.long)}], None))
