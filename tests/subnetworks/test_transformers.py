@@ -58,14 +58,10 @@ def test_layers_leave_their_list_and_the_result_is_saved_read_and_generates(name
     with torch.no_grad():
         assert torch.equal(again(**batch_of(model)).logits, wanted.logits)
     assert model.config.to_dict() == before
-    if found.can_generate():
-        ids = batch_of(model)["input_ids"]
-        texts = [
-            one.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache)
-            for one in (found, again)
-            for cache in (True, False)
-        ]
-        assert all(torch.equal(texts[0], other) for other in texts)
+    ways = [(one, cache) for one in (found, again) for cache in (True, False) if one.can_generate()]
+    ids = batch_of(model)["input_ids"]
+    texts = [one.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache) for one, cache in ways]
+    assert all(torch.equal(texts[0], other) for other in texts)
 
 
 def test_numbers_of_layers_and_lists_of_them_follow():

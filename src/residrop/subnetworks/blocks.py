@@ -185,7 +185,7 @@ def put_rules(model: nn.Module, blocks: Any, inputs: Any) -> None:
 
 def _around(model: nn.Module) -> list[nn.Module]:
     """The layers whose parts are blocks, each of another kind, in a list (T5's attention and feed-forward layers)."""
-    lists = {id(module): module for module in model.modules() if type(module) is nn.ModuleList}
+    lists: dict[int, Any] = {id(module): module for module in model.modules() if type(module) is nn.ModuleList}
     layers = [layer for one in lists.values() for layer in one]
     return [
         layer

@@ -1,0 +1,244 @@
+"""Sub-networks: python benchmarks/subnetworks.py errors RUN ... | times [--json FILE].
+
+errors: what sub-networks of trained runs lose, by budget (shares of FLOPs) and way of choosing, before and after batch
+norms were recalibrated, on the test images. Blocks are chosen on training images. Runs that differ in the seed alone are
+one row: means and standard errors over seeds, of a single run the standard error over images.
+
+times: for a ResNet-110, a ViT-S of timm and a Llama of transformers with random weights, what budgets of time promise
+and what the plain sub-networks take, all in turns; and the same of their ONNX files in onnxruntime.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import residrop
+from residrop.cli.recalibrate import training_images
+from residrop.research import ledger
+from residrop.training import load_run
+from residrop.training.run import Run
+from residrop.training.setup import choose_device, loader_of_run, precision_context
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("part", choices=("errors", "times"))
+parser.add_argument("runs", nargs="*", type=Path, help="run directories, for errors")
+parser.add_argument("--by", nargs="+", default=["removal", "greedy", "sensitivity", "every_other", "first", "random"])
+parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.8, 0.6, 0.4])
+parser.add_argument("--batches", type=int, default=16, help="of training images")
+parser.add_argument("--data", help="another source of images with the same classes")
+parser.add_argument("--repeats", type=int, default=15, help="timed forwards, for times")
+parser.add_argument("--device", default="auto")
+parser.add_argument("--json", type=Path)
+UNLIKE = ("seed",)
+
+
+def errors_of(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Points of one run."""
+    loaded, run = load_run(path), Run(path)
+    recipe, device = run.recipe(), choose_device(arguments.device)
+    loader = training_images(run, arguments.data, device)
+    batches = [pair for _, pair in zip(range(arguments.batches), loader.train_batches(0), strict=False)]
+    test = loader_of_run(run, arguments.data, device)
+
+    @torch.no_grad()
+    def error(model: nn.Module) -> float:
+        wrong = total = 0
+        for x, y in test.eval_batches():
+            wrong += int((model(x).argmax(1) != y).sum())
+            total += len(y)
+        error.images = total  # pyright: ignore[reportFunctionMemberAccess]
+        return 100.0 * wrong / total
+
+    print(path, file=sys.stderr, flush=True)
+    with precision_context(recipe, device)():
+        points = residrop.frontier(
+            loaded.model.to(device),
+            batches,
+            error,
+            budgets=arguments.budgets,
+            unit="flops",
+            by=arguments.by,
+            seed=recipe.seed,
+            repeats=1,
+        )
+    about = {"network": recipe.network, "width": recipe.width, "rule": recipe.rule, "survival": recipe.survival}
+    about |= {"data": (arguments.data or recipe.data).partition(":")[0], "epochs": recipe.epochs, "seed": recipe.seed}
+    return [
+        {"run": about, "by": one.by, "budget": one.budget, "blocks": len(one.kept), "of": one.blocks}
+        | {"predicted": one.predicted, "before": one.before, "error": one.metric}
+        | {"images": error.images}  # pyright: ignore[reportFunctionMemberAccess]
+        for one in points
+    ]
+
+
+def pooled(points: list[dict[str, Any]], name: str) -> tuple[float, float]:
+    """Mean and standard error of an error over the seeds."""
+    values = [one[name] for one in points]
+    if len(values) > 1:
+        return fmean(values), stdev(values) / math.sqrt(len(values))
+    share = values[0] / 100.0
+    return values[0], 100.0 * math.sqrt(share * (1.0 - share) / points[0]["images"])
+
+
+def errors(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for every kind of run, way of choosing and budget."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for path in arguments.runs:
+        for point in errors_of(path, arguments):
+            kind = tuple((name, value) for name, value in point["run"].items() if name not in UNLIKE)
+            groups.setdefault((kind, point["by"], point["budget"]), []).append(point)
+    rows = []
+    for (kind, by, budget), points in groups.items():
+        (before, before_se), (error, error_se) = pooled(points, "before"), pooled(points, "error")
+        rows.append(
+            {"run": dict(kind), "by": by, "budget": budget, "runs": len(points), "images": points[0]["images"]}
+            | {"blocks": fmean(one["blocks"] for one in points), "of": points[0]["of"]}
+            | {"share": fmean(one["predicted"] for one in points)}
+            | {"error_before": before, "error_before_se": before_se, "error": error, "error_se": error_se}
+        )
+    table = Table("run", "by", "budget", "blocks", "error, %", "recalibrated, %")
+    for row in rows:
+        table.add_row(
+            f"{row['run']['rule']} {row['run']['network']}",
+            row["by"],
+            row["budget"],
+            f"{row['blocks']:.1f} of {row['of']}",
+            f"{row['error_before']:.2f} ± {row['error_before_se']:.2f}",
+            f"{row['error']:.2f} ± {row['error_se']:.2f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return rows
+
+
+def models() -> dict[str, tuple[nn.Module, list[Any]]]:
+    """Untrained models, each with one batch."""
+    import timm
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        use_cache=False,
+    )
+    ids = torch.randint(0, 2048, (8, 128))
+    return {
+        "resnet-110": (
+            residrop.create("resnet-110", rule="stochastic-depth", survival="linear_decay(0.5)"),
+            [(torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,)))],
+        ),
+        "timm/vit_small_patch16_224, 64 px": (
+            timm.create_model("vit_small_patch16_224", img_size=64, num_classes=10),
+            [(torch.randn(32, 3, 64, 64), torch.randint(0, 10, (32,)))],
+        ),
+        "transformers/llama, 8 layers": (
+            transformers.LlamaForCausalLM(config),
+            [{"input_ids": ids, "labels": ids}],
+        ),
+    }
+
+
+def seconds_in_onnxruntime(models: list[nn.Module], example: Tensor, repeats: int) -> list[float]:
+    """Medians of the files' times, in turns."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = []
+        for number, model in enumerate(models):
+            file = Path(folder) / f"{number}.onnx"
+            residrop.export(model, file, example)
+            sessions.append(onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]))
+    given, times = {"images": example.numpy()}, [[] for _ in models]
+    for _ in range(repeats + 2):
+        for session, own in zip(sessions, times, strict=True):
+            own.append(timed(lambda session=session: session.run(None, given)))
+    return [median(own[2:]) for own in times]
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that something takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for every model and budget."""
+    rows: list[dict[str, Any]] = []
+    for name, (model, batches) in models().items():
+        budgets = [one for one in arguments.budgets if one < 1.0]
+        made = [
+            residrop.shrink(model, f"{budget} of time", batches=batches, by="random", repeats=arguments.repeats)
+            for budget in budgets
+        ]
+        files = [math.nan] * (len(made) + 1)
+        if isinstance(batches[0], tuple):
+            whole = residrop.shrink(model, "1.0 of blocks", batches=batches, by="first", repeats=1).model
+            files = seconds_in_onnxruntime([whole, *(one.model for one in made)], batches[0][0], arguments.repeats)
+        for one, budget, file in zip(made, budgets, files[1:], strict=True):
+            rows.append(
+                {"model": name, "budget": budget, "unit": one.unit, "blocks": len(one.kept)}
+                | {"of": len(one.kept) + len(one.removed), "predicted": one.predicted, "measured": one.measured_time}
+                | {"ratio": one.measured_time / one.predicted, "milliseconds_whole": 1000 * one.seconds[0]}
+                | {"milliseconds": 1000 * one.seconds[1], "threads": torch.get_num_threads()}
+                | (
+                    {}
+                    if math.isnan(file)
+                    else {"onnx_milliseconds_whole": 1000 * files[0], "onnx_milliseconds": 1000 * file}
+                )
+            )
+    table = Table("model", "budget", "blocks", "predicted", "measured", "measured / predicted", "ms", "onnxruntime, ms")
+    for row in rows:
+        onnx = (
+            ""
+            if "onnx_milliseconds" not in row
+            else f"{row['onnx_milliseconds_whole']:.1f} -> {row['onnx_milliseconds']:.1f}"
+        )
+        table.add_row(
+            row["model"],
+            f"{row['budget']} of {row['unit']}",
+            f"{row['blocks']} of {row['of']}",
+            f"{row['predicted']:.3f}",
+            f"{row['measured']:.3f}",
+            f"{row['ratio']:.3f}",
+            f"{row['milliseconds_whole']:.1f} -> {row['milliseconds']:.1f}",
+            onnx,
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return rows
+
+
+def main() -> None:
+    """Measure one of the two parts."""
+    arguments = parser.parse_args()
+    if (arguments.part == "errors") != bool(arguments.runs):
+        parser.error("errors takes runs, times takes none")
+    rows = errors(arguments) if arguments.part == "errors" else times(arguments)
+    if arguments.json:
+        what = {
+            "errors": "Errors of sub-networks of trained runs, by budget and way of choosing",
+            "times": "What budgets of time promise, and what plain sub-networks take",
+        }[arguments.part]
+        command = f"python benchmarks/subnetworks.py {arguments.part}" + " RUN" * min(len(arguments.runs), 2)
+        ledger.save(arguments.json, what, command, rows)
+
+
+if __name__ == "__main__":
+    main()
