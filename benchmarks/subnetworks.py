@@ -1,8 +1,8 @@
 """Sub-networks: python benchmarks/subnetworks.py errors RUN ... | times [--json FILE].
 
 errors: what sub-networks of trained runs lose, by budget (shares of FLOPs) and way of choosing, before and after batch
-norms were recalibrated, on the test images. Blocks are chosen on training images. Runs that differ in the seed alone are
-one row: means and standard errors over seeds, of a single run the standard error over images.
+norms were recalibrated, on the test images. Blocks are chosen on training images. Runs that differ in the seed alone
+are one row: means and standard errors over seeds, of a single run the standard error over images.
 
 times: for a ResNet-110, a ViT-S of timm and a Llama of transformers with random weights, what budgets of time promise
 and what the plain sub-networks take, all in turns; and the same of their ONNX files in onnxruntime.

@@ -339,6 +339,20 @@ def test_measured_uncertainty_is_quoted_as_it_is():
     assert quoted > 30
 
 
+def test_sub_networks_are_quoted_as_they_are():
+    page = (DOCS / "shrink.md").read_text()
+    rows = json.loads((ROOT / "results" / "subnetworks_digits_cpu_202611.json").read_text())["entries"]
+    names = {"constant": "constant depth", "stochastic-depth": "stochastic depth"}
+    found = {}
+    for row in rows:
+        for kind in ("error", "error_before"):
+            found.setdefault((row["by"], names[row["run.rule"]], kind), []).append(_cells(row, kind))
+    for (by, name, kind), (whole, *cells) in found.items():
+        line = f"| `{by}` | {name} | {' | '.join(cells)} |"
+        assert line in page or (kind == "error_before" and by not in ("greedy", "every_other"))
+        assert f"{whole} ({name}" in page or kind == "error_before"
+
+
 def test_gpu_numbers_are_those_measured():
     def entries(file):
         return json.loads((ROOT / "results" / f"{file}.json").read_text())["entries"]

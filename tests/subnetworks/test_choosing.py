@@ -92,6 +92,17 @@ def test_a_budget_that_cannot_be_met_names_the_least():
         chosen(Costs((1.0,) * 6, 0.0, "blocks"), [1.0] * 6, "removal", 7.0, "7 of blocks")
 
 
+def test_with_batch_statistics_losses_are_those_of_training_mode_and_statistics_stay(whole):
+    own = Whole(whole.model, whole.data, whole.loss, batch_statistics=True)
+    state = {name: value.clone() for name, value in own.model.state_dict().items()}
+    kept = (True, False, True, True, False, True)
+    with torch.no_grad(), residrop.using(whole.model.train(), Plan.of(kept)):
+        wanted = [float(F.cross_entropy(whole.model(x), y)) for x, y in whole.data]
+    assert own.losses(kept) == wanted
+    assert all(torch.equal(value, state[name]) for name, value in own.model.state_dict().items())
+    assert not any(module.training for module in own.model.modules())
+
+
 def test_removal_is_the_loss_without_each_block(whole):
     full = loss_by_hand(whole, [True] * 6)
     wanted = [loss_by_hand(whole, [number != absent for number in range(6)]) - full for absent in range(6)]

@@ -48,11 +48,12 @@ class Shrink:
     ]
     budget: str = "0.6 of time"
     """What a forward may take: "0.6 of time" (measured here), "0.6 of flops", "0.6 of blocks", "12 of blocks", or
-    "8.5 ms" for a batch."""
-    by: By = "removal"
-    """How blocks are chosen: removal (the loss without each block), sensitivity (its first-order estimate, by one
-    backward pass a batch) or greedy (the least needed block goes, then all others are measured again: of L blocks up
-    to L (L + 1) / 2 losses); to compare with: every_other, first, random."""
+    "8.5 ms" for a batch. With --frontier only its unit counts: time, flops or blocks."""
+    by: By | None = None
+    """How blocks are chosen: greedy (the least needed block goes, then all others are measured again: of L blocks up to
+    L (L + 1) / 2 losses), removal (the loss without each block) or sensitivity (its first-order estimate, by one
+    backward pass a batch); to compare with: every_other, first, random. None: greedy for up to 24 blocks, else
+    removal."""
     batches: int = 16
     """Batches of training images to choose on, and to recalibrate with."""
     batch_size: int | None = None

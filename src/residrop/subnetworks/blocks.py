@@ -22,6 +22,7 @@ from residrop.schedule.sampler import Plan
 from residrop.subnetworks.shortcuts import shortcut_of
 from residrop.surgery.apply import apply, remove
 from residrop.surgery.blocks import AppliedBlock
+from residrop.theory.gates import kept_as_is
 
 __all__ = ["Data", "Loss", "Unit", "Whole", "no_caches", "pairs_of", "put_rules"]
 
@@ -88,16 +89,21 @@ class Whole:
         data: `pairs_of`, on the device of the model.
         loss: of its output.
         blocks: for a plain model, as in `apply`.
+        batch_statistics: whether losses are measured with batch norms that take the statistics of the batch, for
+            sub-networks that will get their own.
 
     Raises:
         ConfigError: no blocks are known, they have rules of units, or the model or the loss cannot take the batches.
     """
 
-    def __init__(self, model: nn.Module, data: Data, loss: Loss, blocks: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, data: Data, loss: Loss, blocks: Any = None, *, batch_statistics: bool = False
+    ) -> None:
         with in_expectation(model):  # a copy knows the draws in force
-            self.model = copy.deepcopy(model).eval()
-        self.data, self.loss = data, loss
-        put_rules(self.model, blocks, data[0][0])
+            self.model = copy.deepcopy(model)
+        self.data, self.loss, self.batch_statistics = data, loss, batch_statistics
+        put_rules(self.model.eval(), blocks, data[0][0])
+        self.model.eval()  # with its rules
         numbers = {rule: number for number, rule in enumerate(rules_of(self.model))}
         self.units = [
             Unit(name, block, tuple(numbers[rule] for rule, _ in block.residrop_branches()))
@@ -135,8 +141,14 @@ class Whole:
             return Batch(inputs).copied().called(self.model)
 
     def losses(self, kept: Sequence[bool], data: Data | None = None) -> list[float]:
-        """The loss of every batch with just these blocks, in eval mode."""
-        return [float(self.loss(self.output(kept, x), y)) for x, y in (self.data if data is None else data)]
+        """The loss of every batch with just these blocks; but for batch norms in eval mode."""
+        found: list[float] = []
+        with kept_as_is(self.model, training=self.batch_statistics), torch.no_grad(), no_caches(self.model):
+            for x, y in self.data if data is None else data:
+                with using(self.model, self.plan(kept)):
+                    output = Batch(x).copied().called(self.model)
+                found.append(float(self.loss(output, y)))
+        return found
 
     def loss_with(self, kept: Sequence[bool]) -> float:
         """Their mean."""

@@ -12,10 +12,24 @@ from residrop.subnetworks.blocks import Whole
 from residrop.theory.costs import Costs, Unit, costs_of
 from residrop.theory.sensitivity import sensitivity
 
-__all__ = ["BY", "Budget", "By", "Tell", "chosen", "forwards_of", "greedy", "importance_of", "predicted", "unit_costs"]
+__all__ = [
+    "BY",
+    "FEW",
+    "Budget",
+    "By",
+    "Tell",
+    "best_for",
+    "chosen",
+    "forwards_of",
+    "greedy",
+    "importance_of",
+    "predicted",
+    "unit_costs",
+]
 
 By = Literal["sensitivity", "removal", "greedy", "every_other", "first", "random"]
 BY: tuple[str, ...] = get_args(By)
+FEW = 24  # blocks of which all that are left can be measured anew again and again
 _RANKS = ("every_other", "first", "random")  # which give an order, whatever blocks cost
 Tell = Callable[[str, float], None]  # what is done, and the share of it that is, in [0, 1]
 
@@ -90,6 +104,11 @@ def unit_costs(whole: Whole, budget: Budget, tell: Tell) -> Costs:
     return Costs(branches, costs.fixed, costs.unit)
 
 
+def best_for(whole: Whole) -> By:
+    """Greedy choice, which was the best on trained networks, where it takes no more than 300 losses; else removal."""
+    return "greedy" if len(whole.units) <= FEW else "removal"
+
+
 def forwards_of(whole: Whole, by: By, leave: int) -> int:
     """How many forwards of a batch a way of choosing takes, if `leave` blocks stay."""
     blocks, batches = len(whole.units), len(whole.data)
@@ -139,8 +158,8 @@ def _without(kept: Sequence[bool], number: int) -> tuple[bool, ...]:
 
 
 def _sensitivities(whole: Whole, tell: Tell) -> list[float]:
-    """As `theory.sensitivity`, with one number for all branches of a block and with the norms' own statistics."""
-    scores = sensitivity(whole.model, whole.data, whole.loss, training=False).scores.tolist()
+    """As `theory.sensitivity`, with one number for all branches of a block."""
+    scores = sensitivity(whole.model, whole.data, whole.loss, training=whole.batch_statistics).scores.tolist()
     tell("measuring sensitivities", 1.0)
     return [-sum(scores[number] for number in unit.rules) for unit in whole.units]
 

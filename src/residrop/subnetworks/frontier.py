@@ -13,9 +13,19 @@ from residrop.common.checks import check_choice
 from residrop.common.errors import ConfigError
 from residrop.inference.sampled.batch import Batch
 from residrop.subnetworks.blocks import Loss, Whole, pairs_of
-from residrop.subnetworks.choosing import Budget, By, Tell, chosen, greedy, importance_of, predicted, unit_costs
+from residrop.subnetworks.choosing import (
+    Budget,
+    By,
+    Tell,
+    best_for,
+    chosen,
+    greedy,
+    importance_of,
+    predicted,
+    unit_costs,
+)
 from residrop.subnetworks.plain import plain
-from residrop.subnetworks.shrink import measured
+from residrop.subnetworks.shrink import measured, wants_statistics
 from residrop.subnetworks.timing import seconds_of
 
 __all__ = ["BUDGETS", "Point", "frontier"]
@@ -64,7 +74,7 @@ def frontier(
     *,
     budgets: Sequence[float] = BUDGETS,
     unit: str = "time",
-    by: By | Sequence[By] = "removal",
+    by: By | Sequence[By] | None = None,
     loss: Loss | None = None,
     blocks: Any = None,
     recalibrate: bool | None = None,
@@ -91,7 +101,7 @@ def frontier(
         ConfigError: as `shrink`.
     """
     models = dict(model) if isinstance(model, Mapping) else {"": model}
-    ways: tuple[By, ...] = (by,) if isinstance(by, str) else tuple(by)
+    ways: tuple[By, ...] = () if by is None else (by,) if isinstance(by, str) else tuple(by)
     for way in ways:
         check_choice("by", way, By)
     wanted = sorted((Budget.read(f"{share} of {unit}") for share in budgets), key=lambda one: -one.amount)
@@ -99,10 +109,10 @@ def frontier(
     tell = on_progress or (lambda what, share: None)
     found: list[Point] = []
     for name, one in models.items():
-        whole = Whole(one, data, of, blocks)
+        whole = Whole(one, data, of, blocks, batch_statistics=wants_statistics(one, recalibrate))
         costs = unit_costs(whole, wanted[0], tell)
         made: list[tuple[By, Budget, tuple[bool, ...], nn.Module, float, float]] = []
-        for way in ways:
+        for way in ways or (best_for(whole),):
             importance = [] if way == "greedy" else importance_of(whole, way, seed, tell)
             kept: tuple[bool, ...] = whole.full
             for number, budget in enumerate(wanted):

@@ -19,6 +19,7 @@ from residrop.subnetworks.choosing import (
     Budget,
     By,
     Tell,
+    best_for,
     chosen,
     greedy,
     importance_of,
@@ -29,7 +30,7 @@ from residrop.subnetworks.plain import plain
 from residrop.subnetworks.timing import seconds_of
 from residrop.theory.costs import Costs
 
-__all__ = ["Shrunk", "measured", "shrink", "shrunk"]
+__all__ = ["Shrunk", "measured", "shrink", "shrunk", "wants_statistics"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def shrink(
     budget: str | float,
     *,
     batches: Iterable[Any],
-    by: By = "removal",
+    by: By | None = None,
     loss: Loss | None = None,
     blocks: Any = None,
     recalibrate: bool | None = None,
@@ -118,14 +119,16 @@ def shrink(
             a forward), "12 of blocks", or milliseconds of a forward of the first batch, "8.5 ms".
         batches: pairs of inputs (a tensor, a tuple of arguments, or a mapping of arguments by name) and target; or
             mappings of arguments by name, labels among them. They are kept in memory. Choose on training data.
-        by: which blocks stay: "removal" (the loss without each block: L + 1 forwards a batch for L blocks) or
-            "sensitivity" (its first-order estimate: one backward pass a batch), both for what each costs; "greedy" (the
-            least needed block goes, and all others are measured again: up to L (L + 1) / 2 forwards a batch); or, to
-            compare with, "every_other", "first" (blocks stay from the input on) and "random".
+        by: which blocks stay: "greedy" (the least needed block for what it costs goes, and all others are measured
+            again: up to L (L + 1) / 2 forwards a batch for L blocks), "removal" (the loss without each block: L + 1
+            forwards a batch) or "sensitivity" (its first-order estimate: one backward pass a batch); or, to compare
+            with, "every_other", "first" (blocks stay from the input on) and "random". None is greedy for up to 24
+            blocks, else removal.
         loss: from the model's output and the target to Tensor[]; None is cross entropy, or for mappings the output's
             own `loss`.
         blocks: which blocks of a plain model, as in `residrop.apply`.
-        recalibrate: whether batch norms get new statistics on the batches; None if there are batch norms.
+        recalibrate: whether batch norms get new statistics on the batches; None if there are batch norms. Losses for
+            the choice are then measured with the statistics of each batch.
         fold: also fold batch norms into convolutions (`residrop.fold`), for models that return one tensor.
         seed: for "random".
         repeats: how often time is taken.
@@ -140,10 +143,12 @@ def shrink(
             without the blocks.
     """
     wanted = Budget.read(budget)
-    check_choice("by", by, By)
+    if by is not None:
+        check_choice("by", by, By)
     data, of = pairs_of(batches, loss)
     tell = on_progress or (lambda what, share: None)
-    whole = Whole(model, data, of, blocks)
+    whole = Whole(model, data, of, blocks, batch_statistics=wants_statistics(model, recalibrate))
+    by = by or best_for(whole)
     costs = unit_costs(whole, wanted, tell)
     limit = wanted.limit(costs)
     if by == "greedy":
@@ -201,18 +206,27 @@ def measured(
     Raises:
         ConfigError: they are asked for, and there are none.
     """
-    norms = any(isinstance(one, _BatchNorm) and one.running_mean is not None for one in model.modules())
-    if recalibrate and not norms:
-        raise ConfigError(f"{type(whole.model).__name__} has no batch norm to recalibrate; leave out recalibrate=True")
 
     def of() -> float:
         return _loss(model, whole.data, whole.loss) if metric is None else metric(model)
 
     before = of()
-    if not (norms if recalibrate is None else recalibrate):
+    if not wants_statistics(model, recalibrate):
         return before, before, False
     recalibrated(model, (_as_data(x) for x, _ in whole.data), batches=len(whole.data))
     return before, of(), True
+
+
+def wants_statistics(model: nn.Module, recalibrate: bool | None) -> bool:
+    """Whether batch norms of sub-networks get new statistics: if there are any and they are not to stay.
+
+    Raises:
+        ConfigError: they are asked for, and there are none.
+    """
+    norms = any(isinstance(one, _BatchNorm) and one.running_mean is not None for one in model.modules())
+    if recalibrate and not norms:
+        raise ConfigError(f"{type(model).__name__} has no batch norm to recalibrate; leave out recalibrate=True")
+    return norms if recalibrate is None else recalibrate
 
 
 def _as_data(inputs: Any) -> Any:
