@@ -165,7 +165,7 @@ def unit_coins(request):
     """bool arrays [keys, units] of two coins over consecutive keys: 2^15 as the sampler makes them, 2^13 numbers."""
     derived = request.param == "derived"
     ones = torch.ones(2, 8)
-    codes = np.empty((MANY // 2 if derived else MANY // 8, 16), np.int8)
+    codes = np.empty((MANY // 4 if derived else MANY // 8, 16), np.int8)
     for i in range(len(codes)):
         key = derive_key(SEED, i) if derived else RAW + i
         codes[i] = mix((ones, 2 * ones), (T1, T2), key).flatten().numpy()
