@@ -47,6 +47,30 @@ def test_a_smaller_run_is_evaluated_exported_predicts_and_trains_on(cli, run, di
     assert "already holds a run" in error
 
 
+def test_a_smaller_run_of_transformers_shrinks_again_under_the_first_names(cli, place):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    transformers.ViTForImageClassification(config).save_pretrained("vit")
+    options = ("--limit", "200", "--epochs", "1", "--samples", "0", "--quiet")
+    assert cli("train", "--network", "transformers:vit", "--rule", "constant", *options, "--out", "whole")[0] == 0
+    assert cli("shrink", "whole", "--budget", "2 of blocks", "--by", "every_other", "--out", "two")[0] == 0
+    names = load_run("two").recipe.without
+    assert [name.rpartition(".")[2] for name in names] == ["1", "3"]
+    code, out, error = cli("shrink", "two", "--budget", "1 of blocks", "--by", "every_other", "--out", "one")
+    assert (code, "Error" in error) == (0, False)
+    names = load_run("one").recipe.without
+    assert [name.rpartition(".")[2] for name in names] == ["1", "3", "2"]
+    assert f"--without {' '.join(names)}" in out
+    assert not [one.name for one in place.iterdir() if one.name.startswith(".")]
+
+
 def test_frontier_is_a_table_and_a_picture(cli, small_run, run, tmp_path):
     code, out, error = cli(
         "shrink", run, "--frontier", "--budget", "blocks", "--batches", "2", "--json", tmp_path / "f.json"

@@ -39,7 +39,9 @@ def loss_by_hand(whole, kept):
         ("0.6 of time", (0.6, "time", False)),
         (" .5 OF flops", (0.5, "flops", False)),
         ("12 of blocks", (12.0, "blocks", True)),
-        ("1 of blocks", (1.0, "blocks", False)),
+        ("1 of blocks", (1.0, "blocks", True)),
+        ("1.0 of blocks", (1.0, "blocks", False)),
+        (1, (1.0, "blocks", False)),
         (0.25, (0.25, "blocks", False)),
         ("8.5 ms", (8.5, "time", True)),
         ("8ms", (8.0, "time", True)),
@@ -81,6 +83,38 @@ def test_equal_costs_leave_the_most_important_blocks():
 def test_what_a_block_costs_counts():
     costs = Costs((4.0, 1.0, 1.0), 0.0, "flops")
     assert chosen(costs, [2.0, 1.0, 1.0], "removal", 3.0, "x") == (False, True, True)
+
+
+def test_blocks_that_cost_nothing_stay():
+    costs = Costs((1.0, 0.0, 1.0), 0.0, "flops")
+    assert chosen(costs, [1.0, -5.0, 2.0], "removal", 1.0, "x") == (False, True, True)
+
+
+def test_one_layer_of_each_list_stays():
+    costs = Costs((1.0,) * 4, 0.0, "blocks")
+    lists = [frozenset({0, 1}), frozenset({2, 3})]
+    assert chosen(costs, [1.0, 2.0, 3.0, 4.0], "removal", 2.0, "x", lists) == (False, True, False, True)
+    with pytest.raises(ConfigError, match=r"x cannot be met: one layer of each list has to stay, which takes 0\.5 of"):
+        chosen(costs, [1.0, 2.0, 3.0, 4.0], "removal", 1.0, "x", lists)
+
+
+def test_losses_that_are_not_finite_choose_nothing(whole, monkeypatch):
+    own = whole.losses
+
+    def losses(kept, data=None):
+        return own(kept, data) if kept[0] else [float("nan")]
+
+    monkeypatch.setattr(whole, "losses", losses)
+    costs = unit_costs(whole, Budget.read("0.5 of flops"), tell)
+    for by in ("removal", "greedy"):
+        kept = (
+            greedy(whole, costs, 0.5 * costs.total, "x", tell)
+            if by == "greedy"
+            else chosen(costs, importance_of(whole, by, 0, tell), by, 0.5 * costs.total, "x")
+        )
+        assert kept[0]
+    with pytest.raises(ConfigError, match="is not finite on these batches"):
+        Whole(whole.model, [(x * float("nan"), y) for x, y in whole.data], whole.loss)
 
 
 def test_a_budget_that_cannot_be_met_names_the_least():

@@ -172,6 +172,62 @@ def test_cut_models_of_others_equal_their_plain_form(name):
     assert torch.equal(model(batches_of(model)[0][0]), found(batches_of(model)[0][0]))
 
 
+class PostNorm(nn.Module):
+    """A block whose norm stands behind its sum; with a condition that no tracer can follow."""
+
+    def __init__(self, traceable):
+        super().__init__()
+        self.linear, self.norm, self.traceable = nn.Linear(8, 8), nn.LayerNorm(8), traceable
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        if not self.traceable and x.sum() > 1e9:
+            x = x + 1
+        return self.norm(x + self.linear(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, traceable, listed):
+        super().__init__()
+        blocks = [PostNorm(traceable) for _ in range(4)]
+        self.blocks = nn.ModuleList(blocks) if listed else nn.Sequential(*blocks)
+
+    def forward(self, x):
+        if isinstance(self.blocks, nn.Sequential):
+            return self.blocks(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_behind_sums_stay_where_blocks_are_cut_in_any_mode(training):
+    model = Stack(True, False).eval()
+    x = torch.randn(3, 8)
+    wanted = model.blocks[3](model.blocks[2](model.blocks[1].norm(model.blocks[0](x))))
+    cut(model.train(training), ["blocks.1"])
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_blocks_that_cannot_be_traced_are_left_out_whole(listed):
+    model = Stack(False, listed).eval()
+    x = torch.randn(3, 8)
+    wanted = model.blocks[3](model.blocks[1](model.blocks[0](x)))
+    whole = whole_of(model, [(x, torch.arange(3))])
+    assert torch.equal(plain(whole, (True, True, False, True))(x), wanted)
+
+
+def test_a_layer_that_stands_in_a_list_twice_leaves_it_twice():
+    model = Stack(True, True).eval()
+    model.blocks.append(model.blocks[1])
+    x = torch.randn(3, 8)
+    wanted = model.blocks[3](model.blocks[2](model.blocks[0](x)))
+    found = plain(whole_of(model, [(x, torch.arange(3))]), (True, False, True, True))
+    assert len(found.blocks) == 3
+    assert torch.equal(found(x), wanted)
+
+
 @pytest.mark.parametrize("make", [OURS["v1"], THEIRS["vit"]])
 def test_cut_names_the_blocks_there_are(make):
     with pytest.raises(ConfigError, match=r"has no residual block 'nothing'; its blocks are blocks\."):

@@ -105,6 +105,7 @@ def test_progress_says_what_greedy_choice_takes():
     ("options", "message"),
     [
         ({"batches": []}, "no batch was given"),
+        ({"batches": None}, "batches is a NoneType"),
         ({"batches": [torch.ones(2)]}, "a batch is a Tensor"),
         ({"batches": [(torch.ones(2, 3, 16, 16), torch.ones(2, 7))]}, "fails on the first batch"),
         ({"batches": [(torch.ones(2, 5), torch.arange(2))]}, r"the input has shape \[2, 5\]"),
@@ -118,6 +119,58 @@ def test_what_cannot_be_done_is_said_in_one_line(options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         residrop.shrink(model, 0.5, **{"batches": batches, **options})
     assert "\n" not in str(caught.value)
+
+
+def test_one_row_has_no_statistics():
+    model, batches = model_and_batches(rows=1)
+    flat = nn.Sequential(
+        model.stem, nn.AdaptiveAvgPool2d(1), *[Flat() for _ in range(2)], nn.Flatten(), nn.Linear(16, 10)
+    )
+    with pytest.raises(ConfigError, match=r"no statistics of such batches .* recalibrate=False"):
+        residrop.shrink(flat, 0.5, batches=batches, repeats=1)
+    assert residrop.shrink(flat, 0.5, batches=batches, recalibrate=False, repeats=1).loss[0] > 0.0
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return x + self.norm(self.inner(x))
+
+
+class Two(nn.Module):
+    """A model of two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*[Flat() for _ in range(3)])
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x, shift):
+        return self.head(self.blocks(x + shift).mean((2, 3)))
+
+
+def test_batches_of_several_arguments():
+    batches = [((torch.randn(5, 16, 3, 3), torch.randn(5, 1, 1, 1)), torch.arange(5) % 4) for _ in range(2)]
+    found = residrop.shrink(Two(), "2 of blocks", batches=batches, repeats=1)
+    assert found.recalibrated
+    assert found.model(*batches[0][0]).shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("by", "loss", "message"),
+    [
+        ("sensitivity", lambda output, target: output.detach().sum().item(), "cannot be differentiated"),
+        ("sensitivity", lambda output, target: output.argmax(1).float().mean(), "cannot be differentiated"),
+    ],
+)
+def test_losses_without_gradients_choose_by_removal_only(by, loss, message):
+    model, batches = model_and_batches()
+    with pytest.raises(ConfigError, match=message):
+        residrop.shrink(model, 0.5, batches=batches, by=by, loss=loss, repeats=1)
+    assert len(residrop.shrink(model, 0.5, batches=batches, by="removal", loss=loss, repeats=1).kept) == 3
 
 
 def test_models_without_blocks_are_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import residrop
 from residrop.common.errors import ConfigError
 from residrop.subnetworks.blocks import Whole, pairs_of
 from residrop.subnetworks.plain import plain
@@ -70,6 +71,24 @@ def test_numbers_of_layers_and_lists_of_them_follow():
     found = plain(whole, (True, False, False, True))
     assert [layer.self_attn.layer_idx for layer in found.model.layers] == [0, 1]
     assert (found.config.num_hidden_layers, len(found.config.layer_types)) == (2, 2)
+
+
+def test_a_network_that_its_configuration_would_not_build_again_is_said():
+    """GPT-2 may scale attention by the number of the layer, which others have then."""
+    torch.manual_seed(0)
+    options = {**MODELS["gpt2"][2], "scale_attn_by_inverse_layer_idx": True}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**options)).eval()
+    with pytest.warns(UserWarning, match="from_pretrained would give another network"):
+        found = residrop.shrink(model, "2 of blocks", batches=[batch_of(model)], by="every_other", repeats=1)
+    assert found.reloads is False
+    found = residrop.shrink(built("gpt2"), "2 of blocks", batches=[batch_of(model)], by="every_other", repeats=1)
+    assert found.reloads is True
+
+
+def test_one_layer_of_a_list_stays_whatever_the_budget():
+    model = built("bart")
+    found = residrop.shrink(model, "2 of blocks", batches=[batch_of(model)], by="first", repeats=1)
+    assert [len(one.layers) for one in (found.model.model.encoder, found.model.model.decoder)] == [1, 1]
 
 
 def test_without_any_layer_is_refused():

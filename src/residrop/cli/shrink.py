@@ -1,9 +1,12 @@
 """`residrop shrink`: a smaller plain network out of a run."""
 
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +23,10 @@ from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
 from residrop.inference.deploy.export import export
-from residrop.subnetworks.choosing import By
+from residrop.subnetworks.choosing import Budget, By
 from residrop.subnetworks.frontier import Point, frontier
 from residrop.subnetworks.shrink import Shrunk, shrink
-from residrop.training import Run
+from residrop.training import Recipe, Run
 from residrop.training.logbook import Meter
 from residrop.training.setup import choose_device, loader_of_run, precision_context
 
@@ -146,17 +149,11 @@ def _one(args: Shrink) -> int:
             on_progress=tell,
         )
         errors = opened.error(opened.model), opened.error(found.model)
-    smaller = recipe.replace(
-        rule="constant", survival=None, budget=None, without=(*recipe.without, *found.removed), weights=None, **_PLAIN
-    )
-    made = Run.create(out, smaller, opened.run.dataset(), opened.run.normalization())
-    made.save_weights("model", found.model)
-    again = made.build("model").to(opened.device)
-    same = opened.error(again)
-    if same != errors[1]:
-        raise ConfigError(f"{out} was written, but reads back with an error of {same:.2f}%, not {errors[1]:.2f}%")
+    without = (*recipe.without, *_first_names(found.removed, recipe))
+    smaller = recipe.replace(rule="constant", survival=None, budget=None, without=without, weights=None, **_PLAIN)
+    made, again = _written(out, smaller, opened, found.model, errors[1])
     console = console_for(args.json)
-    _print(console, found, errors, out)
+    _print(console, found, errors, out, without)
     if args.to is not None:
         dataset = made.dataset()
         size = (2, dataset["channels"], dataset["size"], dataset["size"])
@@ -167,13 +164,46 @@ def _one(args: Shrink) -> int:
     return 0
 
 
+def _written(out: Path, recipe: Recipe, opened: _Opened, model: nn.Module, error: float) -> tuple[Run, nn.Module]:
+    """The run directory of a sub-network, and what is read from it; nothing stays behind where it reads differently."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        made = Run.create(part, recipe, opened.run.dataset(), opened.run.normalization())
+        made.save_weights("model", model)
+        again = made.build("model").to(opened.device)
+        if (same := opened.error(again)) != error:
+            raise ConfigError(
+                f"{out} was not kept: read back, its error is {same:.2f}%, not {error:.2f}%; take the network from "
+                "residrop.shrink, or leave out other blocks"
+            )
+        part.chmod(0o755)
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Run(out), again
+
+
+def _first_names(removed: Sequence[str], recipe: Recipe) -> list[str]:
+    """Names of blocks as the network had them before any were left out: layers of transformers are numbered anew."""
+    if not recipe.network.startswith("transformers:"):
+        return list(removed)
+    found: list[str] = []
+    for name in removed:
+        parent, _, number = name.rpartition(".")
+        gone = {one.rpartition(".")[2] for one in recipe.without if one.rpartition(".")[0] == parent}
+        left = (str(old) for old in count() if str(old) not in gone)
+        found.append(f"{parent}.{next(islice(left, int(number), None))}")
+    return found
+
+
 # what belongs to a rule that is no longer there
 _PLAIN: dict[str, Any] = dict.fromkeys(("theta_2", "granularity", "rescale", "rows", "of")) | {
     "survival_timing": "constant"
 }
 
 
-def _print(console: Console, found: Shrunk, errors: tuple[float, float], out: Path) -> None:
+def _print(console: Console, found: Shrunk, errors: tuple[float, float], out: Path, without: Sequence[str]) -> None:
     total = len(found.kept) + len(found.removed)
     rows = [
         ["blocks", f"{total}", f"{len(found.kept)}"],
@@ -189,19 +219,20 @@ def _print(console: Console, found: Shrunk, errors: tuple[float, float], out: Pa
     )
     console.print(f"left out: {', '.join(found.removed) or 'nothing'}")
     console.print(f"run: {out}")
-    without = f" --without {' '.join(found.removed)}" if found.removed else ""
-    console.print(f"train it further: residrop train --start {out}{without} and the options of its recipe.json")
+    option = f" --without {' '.join(without)}" if without else ""
+    console.print(f"train it further: residrop train --start {out}{option} and the options of its recipe.json")
 
 
 def _frontier(args: Shrink) -> int:
     points: list[Point] = []
-    unit = args.budget.split()[-1] if args.budget.split()[-1] in ("time", "flops", "blocks") else "time"
+    unit = args.budget if args.budget in ("time", "flops", "blocks") else Budget.read(args.budget).unit
+    names = [path.name for path in args.runs]
     with _progress(Console(stderr=True, markup=False)) as tell:
         for path in args.runs:
             opened = _Opened(path, args)
             with precision_context(opened.recipe, opened.device)():
                 points += frontier(
-                    {path.name: opened.model},
+                    {path.name if names.count(path.name) == 1 else str(path): opened.model},
                     opened.batches,
                     opened.error,
                     unit=unit,

@@ -56,6 +56,8 @@ def placed(rows: Tensor, total: int) -> Iterator[None]:
         ConfigError: in the functions called inside, tensors have another number of rows, or the whole has 2^31
             elements or more.
     """
+    if rows.device.type == "cpu" and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < total:
+        raise ConfigError(f"rows reach from {int(rows.min())} to {int(rows.max())}, of a whole of {total} rows")
     token = _PLACES.set((rows, total))
     try:
         with torch.no_grad():
@@ -390,5 +392,7 @@ def row_normal(rows: int, key: int) -> Tensor:
         rows: how many.
         key: 64-bit key, as in `Draw.key`.
     """
-    words = _words(torch.empty(rows), key, 0).long().bitwise_and_(0xFFFFFFFF)
+    like = torch.empty(rows)
+    places = _places(like)
+    words = _words(like, key, 0, 0 if places is None else places).long().bitwise_and_(0xFFFFFFFF)
     return torch.special.ndtri((words.double() + 0.5) * 2.0**-32)

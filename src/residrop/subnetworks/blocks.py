@@ -1,6 +1,7 @@
 """The residual blocks of a model as what a sub-network may leave out."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ def pairs_of(batches: Iterable[Any], loss: Loss | None) -> tuple[Data, Loss]:
         ConfigError: no batch, or one that is neither.
     """
     found: list[tuple[Any, Any]] = []
+    if not isinstance(batches, Iterable):
+        raise ConfigError(f"batches is a {type(batches).__name__}; give several batches")
     for batch in batches:
         if isinstance(batch, Mapping):
             found.append((batch, None))
@@ -112,20 +115,29 @@ class Whole:
         ]
         self.rules = len(numbers)
         self.full = (True,) * len(self.units)
+        self.lists = _lists(self.model, self.units)
         self.runs(self.full)
 
     def runs(self, kept: Sequence[bool]) -> None:
-        """ConfigError if the model or the loss cannot take the first batch."""
+        """ConfigError if the model or the loss cannot take the batches, or the loss is not finite."""
         try:
-            self.losses(kept, self.data[:1])
+            found = self.losses(kept)
         except ConfigError:
             raise
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if self.batch_statistics and "more than 1 value" in first:
+                raise ConfigError(
+                    f"batch norms take no statistics of such batches ({first}); give larger ones, or recalibrate=False"
+                ) from error
             raise ConfigError(
                 f"{type(self.model).__name__} or its loss fails on the first batch ({first}); give pairs of inputs and "
                 "target that loss(model(inputs), target) takes, or dicts of arguments with labels"
             ) from error
+        if not all(map(math.isfinite, found)):
+            raise ConfigError(
+                f"the loss of {type(self.model).__name__} is not finite on these batches; no block can be chosen"
+            )
 
     def plan(self, kept: Sequence[bool]) -> Plan:
         """The draw with just these blocks."""
@@ -151,9 +163,21 @@ class Whole:
         return found
 
     def loss_with(self, kept: Sequence[bool]) -> float:
-        """Their mean."""
+        """Their mean; infinity where it is not finite, so that such a choice is never the better one."""
         found = self.losses(kept)
-        return sum(found) / len(found)
+        mean = sum(found) / len(found)
+        return mean if math.isfinite(mean) else math.inf
+
+
+def _lists(model: nn.Module, units: Sequence[Unit]) -> list[frozenset[int]]:
+    """The numbers of the blocks of every `nn.ModuleList` in a model with a configuration: one of each has to stay."""
+    if not any(hasattr(getattr(module, "config", None), "to_dict") for module in model.modules()):
+        return []
+    found: dict[str, set[int]] = {}
+    for number, unit in enumerate(units):
+        found.setdefault(unit.name.rpartition(".")[0], set()).add(number)
+    sizes = {name: len(module) for name, module in model.named_modules() if type(module) is nn.ModuleList}
+    return [frozenset(numbers) for name, numbers in found.items() if sizes.get(name) == len(numbers)]
 
 
 def put_rules(model: nn.Module, blocks: Any, inputs: Any) -> None:
@@ -189,7 +213,9 @@ def put_rules(model: nn.Module, blocks: Any, inputs: Any) -> None:
     if layers := _around(model):
         remove(model)
         apply(model, "stochastic-depth", 0.5, blocks=layers, branches=False, **options)
-    elif any(not isinstance(shortcut_of(block), nn.Identity) for block in _listed(model)):
+    elif any(not isinstance(shortcut_of(block), nn.Identity) for block in _listed(model)) or any(
+        shortcut_of(block) is None for block in model.modules() if isinstance(block, AppliedBlock)
+    ):
         # layers are left out with all that they do: those with norms behind their sums would leave these
         remove(model)
         apply(model, "stochastic-depth", 0.5, blocks=blocks, branches=False, **options)

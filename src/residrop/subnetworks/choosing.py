@@ -1,5 +1,6 @@
 """Which blocks to keep: costs, importance, and the budget."""
 
+import math
 import random
 import re
 import warnings
@@ -52,7 +53,7 @@ class Budget:
 
     @classmethod
     def read(cls, given: str | float) -> "Budget":
-        """ "0.6 of time", "0.6 of flops", "0.6 of blocks", "12 of blocks", "8.5 ms", or a share of blocks.
+        """ "0.6 of time", "0.6 of flops", "0.6 of blocks", "8.5 ms", a number "12 of blocks", or a share of blocks.
 
         Raises:
             ConfigError: it is none of these.
@@ -66,7 +67,7 @@ class Budget:
             )
         amount = float(found[1])
         unit: Unit = "time" if found[2] else found[3] or "blocks"  # pyright: ignore[reportAssignmentType]
-        absolute = bool(found[2]) or (unit == "blocks" and amount > 1.0)
+        absolute = bool(found[2]) or (found[3] == "blocks" and ("." not in found[1] or amount > 1.0))
         if not absolute and amount > 1.0:
             raise ConfigError(f"the budget is {given}; give a share of the whole network, in [0, 1]")
         if unit == "blocks" and absolute and amount != int(amount):
@@ -159,14 +160,23 @@ def _without(kept: Sequence[bool], number: int) -> tuple[bool, ...]:
 
 def _sensitivities(whole: Whole, tell: Tell) -> list[float]:
     """As `theory.sensitivity`, with one number for all branches of a block."""
-    scores = sensitivity(whole.model, whole.data, whole.loss, training=whole.batch_statistics).scores.tolist()
+    try:
+        scores = sensitivity(whole.model, whole.data, whole.loss, training=whole.batch_statistics).scores.tolist()
+    except (RuntimeError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the loss cannot be differentiated ({first}); choose by removal, which needs its value alone"
+        ) from error
     tell("measuring sensitivities", 1.0)
     return [-sum(scores[number] for number in unit.rules) for unit in whole.units]
 
 
-def chosen(costs: Costs, importance: Sequence[float], by: By, limit: float, text: str) -> tuple[bool, ...]:
+def chosen(
+    costs: Costs, importance: Sequence[float], by: By, limit: float, text: str, lists: Sequence[frozenset[int]] = ()
+) -> tuple[bool, ...]:
     """The blocks that stay: those go first that are worth least for what they cost, until the rest costs no more than
-    the limit; then come back, the most important first, those for which there is room. Of mere ranks the lowest go.
+    the limit; then come back, the most important first, those for which there is room. Of mere ranks the lowest go. One
+    of each of the `lists` stays.
 
     Raises:
         ConfigError: even without any block the network costs more (the least is named).
@@ -174,11 +184,16 @@ def chosen(costs: Costs, importance: Sequence[float], by: By, limit: float, text
     _check_limit(costs, limit, text)
     kept = [True] * len(costs.branches)
     ranked = by in _RANKS
-    worth = [value if ranked else value / cost for value, cost in zip(importance, costs.branches, strict=True)]
+    worth = [value if ranked else _worth(value, cost) for value, cost in zip(importance, costs.branches, strict=True)]
     for number in sorted(range(len(kept)), key=lambda one: worth[one]):
         if _cost(costs, kept) <= limit:
             break
-        kept[number] = False
+        kept[number] = _is_last(number, kept, lists)
+    if _cost(costs, kept) > limit:
+        raise ConfigError(
+            f"a budget of {text} cannot be met: one layer of each list has to stay, which takes "
+            f"{_cost(costs, kept) / costs.total:.3g} of the whole"
+        )
     for number in () if ranked else sorted(range(len(kept)), key=lambda one: -importance[one]):
         if not kept[number] and _cost(costs, kept) + costs.branches[number] <= limit:
             kept[number] = True
@@ -197,13 +212,30 @@ def greedy(
     while _cost(costs, kept) > limit:
         found: list[tuple[float, int, float]] = []
         for number in (one for one, keep in enumerate(kept) if keep):
+            if not costs.branches[number] > 0.0 or _is_last(number, kept, whole.lists):
+                continue
             without = whole.loss_with(_without(kept, number))
             found.append(((without - loss) / costs.branches[number], number, without))
             done += 1
             tell(f"greedy, {total} losses of {len(whole.data)} batches at most", min(1.0, done / total))
+        if not found:
+            raise ConfigError(
+                f"a budget of {text} cannot be met: one layer of each list has to stay, which takes "
+                f"{predicted(costs, kept):.3g} of the whole"
+            )
         _, number, loss = min(found)
         kept = _without(kept, number)
     return kept
+
+
+def _worth(value: float, cost: float) -> float:
+    """What a block is worth for its cost; one that costs nothing stays."""
+    return value / cost if cost > 0.0 else math.inf
+
+
+def _is_last(number: int, kept: Sequence[bool], lists: Sequence[frozenset[int]]) -> bool:
+    """Whether a block is the last one that is left of its list."""
+    return any(number in one and sum(kept[other] for other in one) == 1 for one in lists)
 
 
 def _fewest(costs: Costs, limit: float) -> int:

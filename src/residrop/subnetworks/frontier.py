@@ -122,7 +122,7 @@ def frontier(
                 if way == "greedy":
                     kept = greedy(whole, costs, limit, budget.text, tell, kept)
                 else:
-                    kept = chosen(costs, importance, way, limit, budget.text)
+                    kept = chosen(costs, importance, way, limit, budget.text, whole.lists)
                 network = plain(whole, kept).eval()
                 before, after, _ = measured(whole, network, recalibrate, metric)
                 made.append((way, budget, kept, network, before, after))

@@ -21,7 +21,7 @@ from residrop.surgery.apply import remove
 from residrop.surgery.arguments import is_cache
 from residrop.surgery.blocks import AppliedBlock
 
-__all__ = ["cut", "plain"]
+__all__ = ["cut", "plain", "reloads"]
 
 
 def plain(whole: Whole, kept: Sequence[bool]) -> nn.Module:
@@ -50,7 +50,7 @@ def plain(whole: Whole, kept: Sequence[bool]) -> nn.Module:
             )
         _check(found, whole, kept)
         return found
-    shortcuts = {name: shortcut_of(model.get_submodule(name)) for name in names}
+    shortcuts = _shortcuts(model, names)
     remove(model)
     first: ConfigError | None = None
     for leave_out in (_out_of_lists, _in_place):
@@ -85,15 +85,31 @@ def cut(model: nn.Module, names: Sequence[str]) -> None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, Shortcut(known[name]))
         return
-    put_rules(model, None, None)
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, AppliedBlock)}
-    try:
-        _check_names(model, names, blocks)
-        shortcuts = {name: shortcut_of(blocks[name]) for name in names}
-    finally:
-        remove(model)
+    with evaluating(model):  # as a traced block decides by that
+        put_rules(model, None, None)
+        try:
+            _check_names(model, names, [name for name, one in model.named_modules() if isinstance(one, AppliedBlock)])
+            shortcuts = _shortcuts(model, names)
+        finally:
+            remove(model)
     configured = any(hasattr(getattr(module, "config", None), "to_dict") for module in model.modules())
     (_out_of_lists if configured else _in_place)(model, shortcuts)
+
+
+def _shortcuts(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """What is left of blocks, under each of their names.
+
+    Raises:
+        ConfigError: it cannot be told.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for name in names:
+        block = model.get_submodule(name)
+        shortcut = shortcut_of(block)
+        if shortcut is None:
+            raise ConfigError(f"{type(block).__name__} cannot be traced by torch.fx, so its shortcut cannot be written")
+        found[block] = shortcut
+    return {name: found[one] for name, one in model.named_modules(remove_duplicate=False) if one in found}
 
 
 def _check_names(model: nn.Module, names: Sequence[str], blocks: Collection[str]) -> None:
@@ -134,10 +150,11 @@ def _check(model: nn.Module, whole: Whole, kept: Sequence[bool]) -> None:
     what = type(whole.model).__name__
     inputs = whole.data[0][0]
     wanted = whole.output(kept, inputs)
-    with no_caches(model):
+    with torch.no_grad(), evaluating(model):
         try:
-            with torch.no_grad(), evaluating(model):
+            with no_caches(model):
                 found = Batch(inputs).copied().called(model)
+            Batch(inputs).copied().called(model)  # with its caches, as it will be called
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"{what} fails without the blocks that are left out: {first}") from error
@@ -150,6 +167,27 @@ def _check(model: nn.Module, whole: Whole, kept: Sequence[bool]) -> None:
             f"{what} computes something else without the blocks than with them absent; its forward depends on where "
             "they stand: name other blocks"
         )
+
+
+def reloads(model: nn.Module, whole: Whole, kept: Sequence[bool]) -> bool | None:
+    """Whether a sub-network of transformers, built again from its configuration, is the same with its weights; None for
+    other models."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict") or not hasattr(model, "save_pretrained"):
+        return None
+    try:
+        with torch.device("meta"):
+            again = type(model)(copy.deepcopy(config))
+        again.load_state_dict(model.state_dict(), assign=True)
+        buffers = dict(model.named_buffers())
+        for name, buffer in list(again.named_buffers()):
+            if buffer.is_meta:  # those that no file keeps
+                holder, _, own = name.rpartition(".")
+                again.get_submodule(holder)._buffers[own] = buffers[name]
+        _check(again.eval(), whole, kept)
+    except Exception:  # whatever the code of a model may raise
+        return False
+    return True
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -21,11 +21,13 @@ def traced(model: nn.Module, factors: dict[Any, tuple[float, ...]]) -> fx.GraphM
     return graph_module(model, graph)
 
 
-def shortcut_of(block: nn.Module) -> nn.Module:
-    """What a block is where all its branches are absent."""
+def shortcut_of(block: nn.Module) -> nn.Module | None:
+    """What a block in eval mode is where all its branches are absent; None if it cannot be traced, and so not told."""
     if not isinstance(block, ReadBlock):
         return nn.Identity()
     found = traced(block, dict.fromkeys(rules_of(block), (1.0, 0.0)))
-    if found is None or all(node.op in ("placeholder", "output") for node in found.graph.nodes):
+    if found is None:
+        return None
+    if all(node.op in ("placeholder", "output") for node in found.graph.nodes):
         return nn.Identity()
     return found

@@ -1,5 +1,7 @@
 """`shrink`: a plain sub-network of a chosen cost."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -26,7 +28,7 @@ from residrop.subnetworks.choosing import (
     predicted,
     unit_costs,
 )
-from residrop.subnetworks.plain import plain
+from residrop.subnetworks.plain import plain, reloads
 from residrop.subnetworks.timing import seconds_of
 from residrop.theory.costs import Costs
 
@@ -51,6 +53,8 @@ class Shrunk:
             recalibrated, and after.
         recalibrated: whether batch norms have new statistics.
         folded: whether batch norms were folded into convolutions.
+        reloads: of models of transformers, whether the configuration and the weights that `save_pretrained` writes give
+            this network again; None for others.
     """
 
     model: nn.Module = field(repr=False)
@@ -65,6 +69,7 @@ class Shrunk:
     loss: tuple[float, float, float]
     recalibrated: bool
     folded: bool
+    reloads: bool | None = None
 
     @property
     def measured_time(self) -> float:
@@ -135,6 +140,7 @@ def shrink(
         on_progress: called with what is done and the share of it that is.
 
     Warns:
+        UserWarning: a model of transformers cannot be built again from a configuration without these blocks.
         SpreadWarning: times differ too much from call to call, and a share of time is taken as a share of FLOPs.
 
     Raises:
@@ -154,7 +160,7 @@ def shrink(
     if by == "greedy":
         kept = greedy(whole, costs, limit, wanted.text, tell)
     else:
-        kept = chosen(costs, importance_of(whole, by, seed, tell), by, limit, wanted.text)
+        kept = chosen(costs, importance_of(whole, by, seed, tell), by, limit, wanted.text, whole.lists)
     return shrunk(whole, kept, costs, by=by, budget=wanted.text, recalibrate=recalibrate, fold=fold, repeats=repeats)
 
 
@@ -172,6 +178,13 @@ def shrunk(
     """The sub-network of these blocks, measured. Arguments as in `shrink`."""
     model = plain(whole, kept).eval()
     full = plain(whole, whole.full).eval()
+    same = reloads(model, whole, kept)
+    if same is False:
+        warnings.warn(
+            f"{type(whole.model).__name__} cannot be built again without these blocks from a configuration, so "
+            "from_pretrained would give another network; keep the module itself, or export it",
+            stacklevel=3,
+        )
     first = _loss(full, whole.data, whole.loss)
     before, after, again = measured(whole, model, recalibrate)
     if fold:
@@ -195,6 +208,7 @@ def shrunk(
         (first, before, after),
         again,
         fold,
+        same,
     )
 
 
@@ -213,7 +227,7 @@ def measured(
     before = of()
     if not wants_statistics(model, recalibrate):
         return before, before, False
-    recalibrated(model, (_as_data(x) for x, _ in whole.data), batches=len(whole.data))
+    recalibrated(model, (_as_data(model, x) for x, _ in whole.data), batches=len(whole.data))
     return before, of(), True
 
 
@@ -229,13 +243,11 @@ def wants_statistics(model: nn.Module, recalibrate: bool | None) -> bool:
     return norms if recalibrate is None else recalibrate
 
 
-def _as_data(inputs: Any) -> Any:
-    """Inputs as `recalibrate` takes them."""
-    if isinstance(inputs, tuple) and len(inputs) == 1:
-        return inputs[0]
-    if isinstance(inputs, tuple):
-        raise ConfigError("batch norms of a model of several arguments are recalibrated with dicts of them by name")
-    return inputs
+def _as_data(model: nn.Module, inputs: Any) -> Any:
+    """Inputs as `recalibrate` takes them: a tensor, or arguments by name."""
+    if not isinstance(inputs, tuple):
+        return inputs
+    return dict(zip(inspect.signature(model.forward).parameters, inputs, strict=False))
 
 
 @torch.no_grad()
