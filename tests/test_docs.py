@@ -315,7 +315,7 @@ def test_measured_uncertainty_is_quoted_as_it_is():
     page = (DOCS / "uncertainty.md").read_text()
     rows = [
         row
-        for file in ("uncertainty_digits", "outputs")
+        for file in ("uncertainty_digits", "uncertainty_cifar10", "outputs")
         for row in json.loads((ROOT / "results" / f"{file}_cpu_202611.json").read_text())["entries"]
     ]
     quoted = 0
