@@ -222,7 +222,7 @@ def test_code_has_no_long_chains_and_keeps_no_bools():
 
 
 @compiled
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_with_it_equals_eager(autocast):
     torch.manual_seed(0)
     plain = network()

@@ -43,6 +43,7 @@ def pages(word, **environment):
 
 
 @GLIBC
+@pytest.mark.slow
 def test_kept_memory_is_not_filled_again():
     done, count = pages("keep")
     assert done

@@ -120,6 +120,7 @@ def test_complete_runs_start_no_process(tiny, tmp_path, monkeypatch):
     assert told == [("a", complete)]
 
 
+@pytest.mark.slow
 def test_errors_are_named_and_others_finish(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     told = []

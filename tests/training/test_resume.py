@@ -275,6 +275,7 @@ def stop(out, number):
     return process.returncode, err.decode()
 
 
+@pytest.mark.slow  # tests/faults/test_kills.py has the like
 def test_killed_process_resumed_equals_the_uninterrupted(tmp_path, whole, assert_same_run):
     out = tmp_path / "broken"
     code, _ = stop(out, signal.SIGKILL)
@@ -377,6 +378,7 @@ def test_weights_of_a_shorter_training_are_not_those_of_the_longer(tiny, tmp_pat
         assert not (tmp_path / "run" / name).exists()
 
 
+@pytest.mark.slow
 def test_many_trainings_are_made_longer_too(tiny, tmp_path):
     recipe = tiny(lr_drops=())
     train(recipe, tmp_path / "one", quiet=True)

@@ -34,8 +34,8 @@ def test_rows_of_the_operation():
 def test_the_compiler_is_used_where_it_says_so(monkeypatch):
     modes, real = [], kernels.run
 
-    def spy(*args):
-        found = real(*args)
+    def spy(*args, **options):
+        found = real(*args, **options)
         modes.append((kernels._State.mode, found is not None))
         return found
 

@@ -282,6 +282,7 @@ for seed in range(40):
 """
 
 
+@pytest.mark.slow
 def test_processes_wait_for_one_another(tmp_path):
     command = [sys.executable, "-c", RECORDING, str(tmp_path)]
     running = [subprocess.Popen([*command, str(number)]) for number in range(2)]
