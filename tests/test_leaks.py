@@ -103,7 +103,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if one == "bench skip" else ()) for one in CALLS]
+)
 def test_a_call_that_ended_leaves_nothing(name, tmp_path):
     CALLS[name](tmp_path)  # whatever is made once
     before = alive()

@@ -52,7 +52,7 @@ SLOW = pytest.mark.slow
     ("dtype", "channels_last"),
     [
         pytest.param(torch.float32, False, marks=SLOW),  # below, on fewer sizes
-        (torch.bfloat16, True),
+        pytest.param(torch.bfloat16, True, marks=SLOW),
         pytest.param(torch.float32, True, marks=SLOW),
         pytest.param(torch.bfloat16, False, marks=SLOW),
         pytest.param(torch.float16, False, marks=SLOW),

@@ -161,6 +161,7 @@ def test_interrupted_rows_are_those_of_whole_rounds(no_process, clock):
 # The plain loop
 
 
+@pytest.mark.slow
 def test_plain_loop_takes_turns():
     with plain.PlainLoop(TASK) as one:
         times = [one.seconds() for _ in range(2)]
