@@ -50,15 +50,10 @@ def errors_of(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     loader = training_images(run, arguments.data, device)
     batches = [pair for _, pair in zip(range(arguments.batches), loader.train_batches(0), strict=False)]
     test = loader_of_run(run, arguments.data, device)
+    images = sum(len(y) for _, y in test.eval_batches())
 
-    @torch.no_grad()
     def error(model: nn.Module) -> float:
-        wrong = total = 0
-        for x, y in test.eval_batches():
-            wrong += int((model(x).argmax(1) != y).sum())
-            total += len(y)
-        error.images = total  # pyright: ignore[reportFunctionMemberAccess]
-        return 100.0 * wrong / total
+        return residrop.evaluate(model, test.eval_batches(), 0).deterministic.error
 
     print(path, file=sys.stderr, flush=True)
     with precision_context(recipe, device)():
@@ -77,7 +72,7 @@ def errors_of(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     return [
         {"run": about, "by": one.by, "budget": one.budget, "blocks": len(one.kept), "of": one.blocks}
         | {"predicted": one.predicted, "before": one.before, "error": one.metric}
-        | {"images": error.images}  # pyright: ignore[reportFunctionMemberAccess]
+        | {"images": images}
         for one in points
     ]
 

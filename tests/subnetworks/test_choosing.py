@@ -10,7 +10,7 @@ import residrop
 from residrop.common.errors import ConfigError
 from residrop.schedule.sampler import Plan
 from residrop.subnetworks.blocks import Whole, pairs_of
-from residrop.subnetworks.choosing import Budget, chosen, forwards_of, greedy, importance_of, predicted, unit_costs
+from residrop.subnetworks.choosing import Budget, block_costs, chosen, greedy, importance_of, predicted
 from residrop.theory.costs import Costs
 
 
@@ -101,11 +101,11 @@ def test_one_layer_of_each_list_stays():
 def test_losses_that_are_not_finite_choose_nothing(whole, monkeypatch):
     own = whole.losses
 
-    def losses(kept, data=None):
-        return own(kept, data) if kept[0] else [float("nan")]
+    def losses(kept):
+        return own(kept) if kept[0] else [float("nan")]
 
     monkeypatch.setattr(whole, "losses", losses)
-    costs = unit_costs(whole, Budget.read("0.5 of flops"), tell)
+    costs = block_costs(whole, Budget.read("0.5 of flops"), tell)
     for by in ("removal", "greedy"):
         kept = (
             greedy(whole, costs, 0.5 * costs.total, "x", tell)
@@ -161,7 +161,7 @@ def test_sensitivity_is_the_derivative_by_presence(whole):
 
 
 def test_greedy_leaves_out_the_least_needed_block_again_and_again(whole):
-    costs = unit_costs(whole, Budget.read("0.5 of flops"), tell)
+    costs = block_costs(whole, Budget.read("0.5 of flops"), tell)
     kept, limit = [True] * 6, 0.5 * costs.total
     while costs.fixed + sum(cost for cost, keep in zip(costs.branches, kept, strict=True) if keep) > limit:
         loss = loss_by_hand(whole, kept)
@@ -173,13 +173,6 @@ def test_greedy_leaves_out_the_least_needed_block_again_and_again(whole):
         }
         kept[min(rises, key=lambda one: rises[one])] = False
     assert greedy(whole, costs, limit, "x", tell) == tuple(kept)
-
-
-@pytest.mark.parametrize(
-    ("by", "wanted"), [("sensitivity", 2), ("removal", 14), ("greedy", 2 * (6 + 5 + 4)), ("first", 0)]
-)
-def test_what_a_way_of_choosing_takes_is_known_before(whole, by, wanted):
-    assert forwards_of(whole, by, 3) == wanted
 
 
 def test_orders_to_compare_with(whole):
@@ -196,7 +189,7 @@ def test_costs_of_blocks_are_those_of_all_their_branches():
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     whole = Whole(model, *pairs_of([(torch.randn(2, 3, 32, 32), torch.arange(2))], None))
-    costs = unit_costs(whole, Budget.read("0.5 of flops"), tell)
+    costs = block_costs(whole, Budget.read("0.5 of flops"), tell)
     assert len(costs.branches) == 2
     assert costs.branches[0] == costs.branches[1]
     assert costs.fixed < 0.2 * costs.total

@@ -63,7 +63,7 @@ def reference(model, whole, kept):
 def test_other_libraries_models_without_blocks_equal_those_with_absent_ones(name, first):
     model = THEIRS[name]().eval()
     whole = whole_of(model)
-    kept = alternating(len(whole.units), first)
+    kept = alternating(len(whole.blocks), first)
     found = plain(whole, kept)
     assert type(found) is type(model)
     assert_plain(found)
@@ -90,7 +90,7 @@ def test_our_networks_without_blocks_equal_those_with_absent_ones(name, first):
     model = OURS[name]()
     residrop.attach(model)
     whole = whole_of(model)
-    kept = alternating(len(whole.units), first)
+    kept = alternating(len(whole.blocks), first)
     found = plain(whole, kept)
     assert_plain(found)
     assert found.state_dict().keys() < model.state_dict().keys()
@@ -121,7 +121,7 @@ def test_a_model_under_apply_keeps_the_blocks_it_has_rules_for():
     residrop.apply(model, survival=0.9, blocks="blocks.[12]", seed=3)
     step = residrop.sampler_of(model).step
     whole = whole_of(model)
-    assert [unit.name for unit in whole.units] == ["blocks.1", "blocks.2"]
+    assert [block.name for block in whole.blocks] == ["blocks.1", "blocks.2"]
     found = plain(whole, (False, True))
     assert [type(block).__name__ for block in found.blocks] == ["Block", "Identity", "Block", "Block"]
     assert residrop.sampler_of(model).step == step
@@ -150,9 +150,9 @@ def test_a_model_that_computes_something_else_without_its_blocks_is_refused():
 def test_cut_networks_of_ours_equal_their_plain_form_and_go_on_training(name):
     model = residrop.create(name, rule="constant")
     whole = whole_of(model)
-    kept = alternating(len(whole.units))
+    kept = alternating(len(whole.blocks))
     found = plain(whole, kept).eval()
-    cut(model, [unit.name for unit, keep in zip(whole.units, kept, strict=True) if not keep])
+    cut(model, [block.name for block, keep in zip(whole.blocks, kept, strict=True) if not keep])
     residrop.attach(model)
     x, y = batches_of(model)[0]
     torch.testing.assert_close(model.eval()(x), found(x), rtol=1e-5, atol=1e-5)  # stable networks have their factor
@@ -165,9 +165,9 @@ def test_cut_networks_of_ours_equal_their_plain_form_and_go_on_training(name):
 def test_cut_models_of_others_equal_their_plain_form(name):
     model = THEIRS[name]().eval()
     whole = whole_of(model)
-    kept = alternating(len(whole.units))
+    kept = alternating(len(whole.blocks))
     found = plain(whole, kept)
-    cut(model, [unit.name for unit, keep in zip(whole.units, kept, strict=True) if not keep])
+    cut(model, [block.name for block, keep in zip(whole.blocks, kept, strict=True) if not keep])
     assert_plain(model)
     assert torch.equal(model(batches_of(model)[0][0]), found(batches_of(model)[0][0]))
 

@@ -48,7 +48,7 @@ def test_layers_leave_their_list_and_the_result_is_saved_read_and_generates(name
     model = built(name)
     before = model.config.to_dict()
     whole = Whole(model, *pairs_of([batch_of(model)], None))
-    kept = tuple(number % 3 != 1 for number in range(len(whole.units)))
+    kept = tuple(number % 3 != 1 for number in range(len(whole.blocks)))
     found = plain(whole, kept)
     assert type(found) is type(model)
     wanted = whole.output(kept, batch_of(model))
@@ -89,6 +89,13 @@ def test_one_layer_of_a_list_stays_whatever_the_budget():
     model = built("bart")
     found = residrop.shrink(model, "2 of blocks", batches=[batch_of(model)], by="first", repeats=1)
     assert [len(one.layers) for one in (found.model.model.encoder, found.model.model.decoder)] == [1, 1]
+
+
+@pytest.mark.parametrize("by", ["removal", "greedy"])
+def test_frontier_leaves_out_budgets_below_one_layer_of_each_list(by):
+    model = built("llama")
+    points = residrop.frontier(model, [batch_of(model)], unit="blocks", by=by, budgets=(1.0, 0.5, 0.2), repeats=1)
+    assert [len(one.kept) for one in points] == [4, 2]
 
 
 def test_without_any_layer_is_refused():

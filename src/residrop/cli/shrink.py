@@ -22,6 +22,7 @@ from residrop.cli.shared import Device, Json, Weights, open_run, parse, table_of
 from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
+from residrop.inference import evaluate
 from residrop.inference.deploy.export import export
 from residrop.subnetworks.choosing import Budget, By
 from residrop.subnetworks.frontier import Point, frontier
@@ -122,14 +123,9 @@ class _Opened:
         self.batches = [pair for _, pair in zip(range(args.batches), loader.train_batches(0), strict=False)]
         self.test = loader_of_run(self.run, args.data, self.device)
 
-    @torch.no_grad()
     def error(self, model: nn.Module) -> float:
-        """Error on the test images, in percent."""
-        wrong = total = 0
-        for x, y in self.test.eval_batches():
-            wrong += int((model(x).argmax(1) != y).sum())
-            total += len(y)
-        return 100.0 * wrong / total
+        """Error on the test images in one pass, in percent."""
+        return evaluate(model, self.test.eval_batches(), 0).deterministic.error
 
 
 def _one(args: Shrink) -> int:
@@ -214,7 +210,7 @@ def _print(console: Console, found: Shrunk, errors: tuple[float, float], out: Pa
     console.print(table_of(None, ["", "whole", "smaller"], rows, left=("",)))
     console.print(
         f"time: {found.measured_time:.3f} of the whole network's"
-        + (f", {found.predicted_time:.3f} were predicted" if found.predicted_time is not None else "")
+        + (f", {found.predicted:.3f} were predicted" if found.unit == "time" else "")
         + (f"; loss before batch norms were recalibrated: {found.loss[1]:.4f}" if found.recalibrated else "")
     )
     console.print(f"left out: {', '.join(found.removed) or 'nothing'}")

@@ -25,7 +25,7 @@ from residrop.surgery.apply import apply, remove
 from residrop.surgery.blocks import AppliedBlock
 from residrop.theory.gates import kept_as_is
 
-__all__ = ["Data", "Loss", "Unit", "Whole", "no_caches", "pairs_of", "put_rules"]
+__all__ = ["Block", "Data", "Loss", "Whole", "no_caches", "pairs_of", "put_rules"]
 
 Loss = Callable[[Any, Any], Tensor]
 Data = Sequence[tuple[Any, Any]]  # inputs as `Batch` takes them, and targets
@@ -70,17 +70,17 @@ def _own_loss(output: Any, _: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Block:
     """What is kept or left out as one: a residual block with all its branches.
 
     Attributes:
         name: of the block in the model.
-        block: in the copy.
+        module: in the copy.
         rules: numbers of its rules.
     """
 
     name: str
-    block: nn.Module
+    module: nn.Module
     rules: tuple[int, ...]
 
 
@@ -108,20 +108,20 @@ class Whole:
         put_rules(self.model.eval(), blocks, data[0][0])
         self.model.eval()  # with its rules
         numbers = {rule: number for number, rule in enumerate(rules_of(self.model))}
-        self.units = [
-            Unit(name, block, tuple(numbers[rule] for rule, _ in block.residrop_branches()))
-            for name, block in self.model.named_modules()
-            if isinstance(block, Skippable)
+        self.blocks = [
+            Block(name, module, tuple(numbers[rule] for rule, _ in module.residrop_branches()))
+            for name, module in self.model.named_modules()
+            if isinstance(module, Skippable)
         ]
         self.rules = len(numbers)
-        self.full = (True,) * len(self.units)
-        self.lists = _lists(self.model, self.units)
-        self.runs(self.full)
+        self.full = (True,) * len(self.blocks)
+        self.lists = _lists(self.model, self.blocks)
+        self.loss_of_all = self._loss_of_all()
 
-    def runs(self, kept: Sequence[bool]) -> None:
-        """ConfigError if the model or the loss cannot take the batches, or the loss is not finite."""
+    def _loss_of_all(self) -> float:
+        """The loss of the whole model; ConfigError if it or the loss cannot take the batches, or it is not finite."""
         try:
-            found = self.losses(kept)
+            found = self.loss_with(self.full)
         except ConfigError:
             raise
         except Exception as error:
@@ -131,19 +131,20 @@ class Whole:
                     f"batch norms take no statistics of such batches ({first}); give larger ones, or recalibrate=False"
                 ) from error
             raise ConfigError(
-                f"{type(self.model).__name__} or its loss fails on the first batch ({first}); give pairs of inputs and "
+                f"{type(self.model).__name__} or its loss fails on the batches ({first}); give pairs of inputs and "
                 "target that loss(model(inputs), target) takes, or dicts of arguments with labels"
             ) from error
-        if not all(map(math.isfinite, found)):
+        if not math.isfinite(found):
             raise ConfigError(
                 f"the loss of {type(self.model).__name__} is not finite on these batches; no block can be chosen"
             )
+        return found
 
     def plan(self, kept: Sequence[bool]) -> Plan:
         """The draw with just these blocks."""
         alive = [True] * self.rules
-        for unit, keep in zip(self.units, kept, strict=True):
-            for number in unit.rules:
+        for block, keep in zip(self.blocks, kept, strict=True):
+            for number in block.rules:
                 alive[number] = keep
         return Plan.of(alive)
 
@@ -152,11 +153,11 @@ class Whole:
         with torch.no_grad(), evaluating(self.model), no_caches(self.model), using(self.model, self.plan(kept)):
             return Batch(inputs).copied().called(self.model)
 
-    def losses(self, kept: Sequence[bool], data: Data | None = None) -> list[float]:
+    def losses(self, kept: Sequence[bool]) -> list[float]:
         """The loss of every batch with just these blocks; but for batch norms in eval mode."""
         found: list[float] = []
         with kept_as_is(self.model, training=self.batch_statistics), torch.no_grad(), no_caches(self.model):
-            for x, y in self.data if data is None else data:
+            for x, y in self.data:
                 with using(self.model, self.plan(kept)):
                     output = Batch(x).copied().called(self.model)
                 found.append(float(self.loss(output, y)))
@@ -169,13 +170,13 @@ class Whole:
         return mean if math.isfinite(mean) else math.inf
 
 
-def _lists(model: nn.Module, units: Sequence[Unit]) -> list[frozenset[int]]:
+def _lists(model: nn.Module, blocks: Sequence[Block]) -> list[frozenset[int]]:
     """The numbers of the blocks of every `nn.ModuleList` in a model with a configuration: one of each has to stay."""
     if not any(hasattr(getattr(module, "config", None), "to_dict") for module in model.modules()):
         return []
     found: dict[str, set[int]] = {}
-    for number, unit in enumerate(units):
-        found.setdefault(unit.name.rpartition(".")[0], set()).add(number)
+    for number, block in enumerate(blocks):
+        found.setdefault(block.name.rpartition(".")[0], set()).add(number)
     sizes = {name: len(module) for name, module in model.named_modules() if type(module) is nn.ModuleList}
     return [frozenset(numbers) for name, numbers in found.items() if sizes.get(name) == len(numbers)]
 

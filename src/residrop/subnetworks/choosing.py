@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from residrop.common.errors import ConfigError, SpreadError, SpreadWarning
 from residrop.subnetworks.blocks import Whole
@@ -14,23 +14,20 @@ from residrop.theory.costs import Costs, Unit, costs_of
 from residrop.theory.sensitivity import sensitivity
 
 __all__ = [
-    "BY",
-    "FEW",
     "Budget",
     "By",
     "Tell",
     "best_for",
+    "block_costs",
     "chosen",
-    "forwards_of",
     "greedy",
     "importance_of",
+    "least_of",
     "predicted",
-    "unit_costs",
 ]
 
 By = Literal["sensitivity", "removal", "greedy", "every_other", "first", "random"]
-BY: tuple[str, ...] = get_args(By)
-FEW = 24  # blocks of which all that are left can be measured anew again and again
+_FEW = 24  # blocks of which all that are left can be measured anew again and again
 _RANKS = ("every_other", "first", "random")  # which give an order, whatever blocks cost
 Tell = Callable[[str, float], None]  # what is done, and the share of it that is, in [0, 1]
 
@@ -80,7 +77,7 @@ class Budget:
         return (amount if self.absolute else amount * costs.total) * (1 + 1e-9)
 
 
-def unit_costs(whole: Whole, budget: Budget, tell: Tell) -> Costs:
+def block_costs(whole: Whole, budget: Budget, tell: Tell) -> Costs:
     """The cost of every block and of the rest, for the first batch, in the unit of a budget.
 
     Warns:
@@ -90,7 +87,7 @@ def unit_costs(whole: Whole, budget: Budget, tell: Tell) -> Costs:
         ConfigError: the same, where milliseconds are asked for.
     """
     if budget.unit == "blocks":
-        return Costs((1.0,) * len(whole.units), 0.0, "blocks")
+        return Costs((1.0,) * len(whole.blocks), 0.0, "blocks")
     x = whole.data[0][0]
     try:
         costs = costs_of(
@@ -101,23 +98,13 @@ def unit_costs(whole: Whole, budget: Budget, tell: Tell) -> Costs:
             raise
         warnings.warn(f"{error}; the budget is {budget.amount:g} of flops now", SpreadWarning, stacklevel=3)
         costs = costs_of(whole.model, "flops", x)
-    branches = tuple(sum(costs.branches[number] for number in unit.rules) for unit in whole.units)
+    branches = tuple(sum(costs.branches[number] for number in block.rules) for block in whole.blocks)
     return Costs(branches, costs.fixed, costs.unit)
 
 
 def best_for(whole: Whole) -> By:
     """Greedy choice, which was the best on trained networks, where it takes no more than 300 losses; else removal."""
-    return "greedy" if len(whole.units) <= FEW else "removal"
-
-
-def forwards_of(whole: Whole, by: By, leave: int) -> int:
-    """How many forwards of a batch a way of choosing takes, if `leave` blocks stay."""
-    blocks, batches = len(whole.units), len(whole.data)
-    if by == "sensitivity":
-        return batches
-    if by == "removal":
-        return (blocks + 1) * batches
-    return sum(range(leave + 1, blocks + 1)) * batches if by == "greedy" else 0
+    return "greedy" if len(whole.blocks) <= _FEW else "removal"
 
 
 def importance_of(whole: Whole, by: By, seed: int, tell: Tell) -> list[float]:
@@ -130,13 +117,13 @@ def importance_of(whole: Whole, by: By, seed: int, tell: Tell) -> list[float]:
     - first: the first blocks stay.
     - random: a random order.
     """
-    count = len(whole.units)
+    count = len(whole.blocks)
     if by == "sensitivity":
         return _sensitivities(whole, tell)
     if by == "removal":
-        full, found = whole.loss_with(whole.full), list[float]()
+        found: list[float] = []
         for number in range(count):
-            found.append(whole.loss_with(_without(whole.full, number)) - full)
+            found.append(whole.loss_with(_without(whole.full, number)) - whole.loss_of_all)
             tell("leaving out one block after the other", (number + 1) / count)
         return found
     if by == "random":
@@ -168,7 +155,7 @@ def _sensitivities(whole: Whole, tell: Tell) -> list[float]:
             f"the loss cannot be differentiated ({first}); choose by removal, which needs its value alone"
         ) from error
     tell("measuring sensitivities", 1.0)
-    return [-sum(scores[number] for number in unit.rules) for unit in whole.units]
+    return [-sum(scores[number] for number in block.rules) for block in whole.blocks]
 
 
 def chosen(
@@ -190,10 +177,7 @@ def chosen(
             break
         kept[number] = _is_last(number, kept, lists)
     if _cost(costs, kept) > limit:
-        raise ConfigError(
-            f"a budget of {text} cannot be met: one layer of each list has to stay, which takes "
-            f"{_cost(costs, kept) / costs.total:.3g} of the whole"
-        )
+        raise _too_small(costs, kept, text)
     for number in () if ranked else sorted(range(len(kept)), key=lambda one: -importance[one]):
         if not kept[number] and _cost(costs, kept) + costs.branches[number] <= limit:
             kept[number] = True
@@ -208,7 +192,7 @@ def greedy(
     _check_limit(costs, limit, text)
     kept = whole.full if kept is None else tuple(kept)
     loss = whole.loss_with(kept)
-    done, total = 0, forwards_of(whole, "greedy", _fewest(costs, limit)) // len(whole.data)
+    done, total = 0, sum(range(_fewest(costs, limit) + 1, sum(kept) + 1))
     while _cost(costs, kept) > limit:
         found: list[tuple[float, int, float]] = []
         for number in (one for one, keep in enumerate(kept) if keep):
@@ -219,13 +203,22 @@ def greedy(
             done += 1
             tell(f"greedy, {total} losses of {len(whole.data)} batches at most", min(1.0, done / total))
         if not found:
-            raise ConfigError(
-                f"a budget of {text} cannot be met: one layer of each list has to stay, which takes "
-                f"{predicted(costs, kept):.3g} of the whole"
-            )
+            raise _too_small(costs, kept, text)
         _, number, loss = min(found)
         kept = _without(kept, number)
     return kept
+
+
+def _too_small(costs: Costs, kept: Sequence[bool], text: str) -> ConfigError:
+    return ConfigError(
+        f"a budget of {text} cannot be met: one layer of each list has to stay, which takes "
+        f"{predicted(costs, kept):.3g} of the whole"
+    )
+
+
+def least_of(costs: Costs, lists: Sequence[frozenset[int]]) -> float:
+    """What the smallest sub-network costs: the rest of the network, and the cheapest block of each list."""
+    return costs.fixed + sum(min(costs.branches[number] for number in one) for one in lists)
 
 
 def _worth(value: float, cost: float) -> float:

@@ -18,11 +18,12 @@ from residrop.subnetworks.choosing import (
     By,
     Tell,
     best_for,
+    block_costs,
     chosen,
     greedy,
     importance_of,
+    least_of,
     predicted,
-    unit_costs,
 )
 from residrop.subnetworks.plain import plain
 from residrop.subnetworks.shrink import measured, wants_statistics
@@ -85,7 +86,7 @@ def frontier(
     """Sub-networks of falling budgets, each as `shrink` makes it, with what they lose and the time they take.
 
     Costs and importance are measured once; greedy choice goes on from budget to budget. All sub-networks of a model are
-    timed in turns. Budgets below what the network takes without any block are left out.
+    timed in turns. Budgets below what the smallest sub-network takes are left out.
 
     Args:
         model: one model, or several by name, for a comparison.
@@ -110,14 +111,14 @@ def frontier(
     found: list[Point] = []
     for name, one in models.items():
         whole = Whole(one, data, of, blocks, batch_statistics=wants_statistics(one, recalibrate))
-        costs = unit_costs(whole, wanted[0], tell)
+        costs = block_costs(whole, wanted[0], tell)
         made: list[tuple[By, Budget, tuple[bool, ...], nn.Module, float, float]] = []
         for way in ways or (best_for(whole),):
             importance = [] if way == "greedy" else importance_of(whole, way, seed, tell)
             kept: tuple[bool, ...] = whole.full
             for number, budget in enumerate(wanted):
                 limit = budget.limit(costs)
-                if limit < costs.fixed:
+                if limit < least_of(costs, whole.lists):
                     continue
                 if way == "greedy":
                     kept = greedy(whole, costs, limit, budget.text, tell, kept)
@@ -128,15 +129,14 @@ def frontier(
                 made.append((way, budget, kept, network, before, after))
                 tell(f"{name} {way}".strip(), (number + 1) / len(wanted))
         if not made:
-            raise ConfigError(
-                f"no budget can be met: without any block {costs.fixed / costs.total:.3g} of {costs.unit} is left"
-            )
+            least = least_of(costs, whole.lists) / costs.total
+            raise ConfigError(f"no budget can be met: the smallest sub-network takes {least:.3g} of {costs.unit}")
         seconds = seconds_of([network for *_, network, _, _ in made], data[0][0], repeats)
         for (way, budget, kept, network, before, after), own in zip(made, seconds, strict=True):
-            names = tuple(unit.name for unit, keep in zip(whole.units, kept, strict=True) if keep)
+            names = tuple(block.name for block, keep in zip(whole.blocks, kept, strict=True) if keep)
             share = predicted(costs, kept)
             flops = _flops(network, data[0][0])
-            found.append(Point(name, way, budget.text, names, len(whole.units), share, own, flops, before, after))
+            found.append(Point(name, way, budget.text, names, len(whole.blocks), share, own, flops, before, after))
     return found
 
 

@@ -41,7 +41,7 @@ def renumbered(model: nn.Module, name: str, left: Sequence[int]) -> None:
 
 
 def _configurations(model: nn.Module, holder: nn.Module) -> Iterator[Any]:
-    """Those that a module around a list knows, or else the model; each once."""
+    """Those of the module around a list and of the model; each once."""
     seen: set[int] = set()
     for module in (holder, model):
         config = getattr(module, "config", None)

@@ -37,7 +37,7 @@ def plain(whole: Whole, kept: Sequence[bool]) -> nn.Module:
     """
     with in_expectation(whole.model):
         model = copy.deepcopy(whole.model)
-    names = [unit.name for unit, keep in zip(whole.units, kept, strict=True) if not keep]
+    names = [block.name for block, keep in zip(whole.blocks, kept, strict=True) if not keep]
     if any(isinstance(module, Residual) for module in model.modules()):
         alive = whole.plan(kept).draws
         factors = {rule: (1.0, float(bool(draw.alive))) for rule, draw in zip(rules_of(model), alive, strict=True)}

@@ -22,11 +22,11 @@ from residrop.subnetworks.choosing import (
     By,
     Tell,
     best_for,
+    block_costs,
     chosen,
     greedy,
     importance_of,
     predicted,
-    unit_costs,
 )
 from residrop.subnetworks.plain import plain, reloads
 from residrop.subnetworks.timing import seconds_of
@@ -47,7 +47,6 @@ class Shrunk:
         budget: as it was given.
         unit: of the costs: "blocks", "flops" or "time" (of a forward in eval mode).
         predicted: the sub-network's cost as a share of the whole network's, in that unit.
-        predicted_time: the share of the time that the costs of blocks promise; None where time was not measured.
         seconds: median time of a forward on the first batch: of the whole network, and of the sub-network.
         loss: mean loss of the batches: of the whole network, of the sub-network before its batch norms were
             recalibrated, and after.
@@ -64,7 +63,6 @@ class Shrunk:
     budget: str
     unit: str
     predicted: float
-    predicted_time: float | None
     seconds: tuple[float, float]
     loss: tuple[float, float, float]
     recalibrated: bool
@@ -155,7 +153,7 @@ def shrink(
     tell = on_progress or (lambda what, share: None)
     whole = Whole(model, data, of, blocks, batch_statistics=wants_statistics(model, recalibrate))
     by = by or best_for(whole)
-    costs = unit_costs(whole, wanted, tell)
+    costs = block_costs(whole, wanted, tell)
     limit = wanted.limit(costs)
     if by == "greedy":
         kept = greedy(whole, costs, limit, wanted.text, tell)
@@ -193,8 +191,7 @@ def shrunk(
             raise ConfigError("fold=True needs a model of one tensor; leave it out")
         model = folded(model, example)
     seconds = seconds_of([full, model], whole.data[0][0], repeats)
-    share = predicted(costs, kept)
-    names = [unit.name for unit in whole.units]
+    names = [block.name for block in whole.blocks]
     return Shrunk(
         model,
         tuple(name for name, keep in zip(names, kept, strict=True) if keep),
@@ -202,8 +199,7 @@ def shrunk(
         by,
         budget,
         costs.unit,
-        share,
-        share if costs.unit == "time" else None,
+        predicted(costs, kept),
         (seconds[0], seconds[1]),
         (first, before, after),
         again,
