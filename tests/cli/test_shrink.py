@@ -89,13 +89,17 @@ def test_frontier_is_a_table_and_a_picture(cli, small_run, run, tmp_path):
         (("RUN", "--budget", "9 of blocks"), "the network has 3 blocks"),
         (("RUN", "RUN"), "2 runs were given; give one, or several with --frontier"),
         (("RUN", "--batches", "0"), "batches is 0"),
+        (("RUN", "--budget", "0 of blocks"), "a budget of 0 of blocks leaves no residual block; give a larger one"),
+        (("RUN", "--to", "small.bin"), "small.bin ends in '.bin'; choose one of .onnx"),
         (("nowhere",), "is no directory"),
         (("SWAPOUT",), "of which none is absent as a whole"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(cli, run, small_run, arguments, message):
     places = {"RUN": run, "SWAPOUT": small_run}
+    before = set(run.parent.iterdir())
     code, _, error = cli("shrink", *(places.get(one, one) for one in arguments))
     assert code == 2
     assert message in error
     assert error.count("\n") == 1
+    assert set(run.parent.iterdir()) == before

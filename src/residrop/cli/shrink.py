@@ -23,7 +23,7 @@ from residrop.common.checks import check_whole
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
 from residrop.inference import evaluate
-from residrop.inference.deploy.export import export
+from residrop.inference.deploy.export import export, format_of
 from residrop.subnetworks.choosing import Budget, By
 from residrop.subnetworks.frontier import Point, frontier
 from residrop.subnetworks.shrink import Shrunk, shrink
@@ -133,7 +133,11 @@ def _one(args: Shrink) -> int:
     if (out / "recipe.json").exists():
         raise ConfigError(f"{out} already holds a run; choose another --out")
     opened = _Opened(args.runs[0], args)
-    recipe = opened.recipe
+    recipe, dataset = opened.recipe, opened.run.dataset()
+    size = (2, dataset["channels"], dataset["size"], dataset["size"])
+    example = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    if args.to is not None:
+        format_of(args.to, example)  # before any work
     with precision_context(recipe, opened.device)(), _progress(Console(stderr=True, markup=False)) as tell:
         found = shrink(
             opened.model,
@@ -144,6 +148,8 @@ def _one(args: Shrink) -> int:
             seed=recipe.seed,
             on_progress=tell,
         )
+        if not found.kept:
+            raise ConfigError(f"a budget of {args.budget} leaves no residual block; give a larger one")
         errors = opened.error(opened.model), opened.error(found.model)
     without = (*recipe.without, *_first_names(found.removed, recipe))
     smaller = recipe.replace(rule="constant", survival=None, budget=None, without=without, weights=None, **_PLAIN)
@@ -151,9 +157,6 @@ def _one(args: Shrink) -> int:
     console = console_for(args.json)
     _print(console, found, errors, out, without)
     if args.to is not None:
-        dataset = made.dataset()
-        size = (2, dataset["channels"], dataset["size"], dataset["size"])
-        example = torch.randn(size, generator=torch.Generator().manual_seed(0))
         done = export(again.cpu(), args.to, example, metadata=facts_of(made, "model"))
         console.print(f"{done.path}: checked with {done.checked_by}, outputs agree to {done.difference:.1e}")
     write(args.json, found.to_dict() | {"error": list(errors), "out": str(out), "to": args.to and str(args.to)})

@@ -21,7 +21,7 @@ from residrop.common.files import replacing
 from residrop.inference.deploy.fold import fold
 from residrop.inference.uncertainty.calibration import check_temperature
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "export", "format_of"]
 
 Format = Literal["onnx", "pt2", "safetensors"]
 _FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors"}
@@ -93,7 +93,7 @@ def export(
         OSError: the file cannot be written.
     """
     path = Path(path)
-    kind = _checked(path, example, sampled)
+    kind = format_of(path, example, sampled)
     check_temperature(temperature)
     if sampled:
         from residrop.inference.deploy.sampled_graph import SampledGraph
@@ -120,7 +120,7 @@ def export(
     return Exported(path, kind, difference, checked_by)
 
 
-def _checked(path: Path, example: Tensor, sampled: bool) -> Format:
+def format_of(path: Path, example: Tensor, sampled: bool = False) -> Format:
     """The format that a file's name asks for; ConfigError for what can be told before any work."""
     kind = _FORMATS.get(path.suffix)
     if kind is None:
