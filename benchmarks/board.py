@@ -149,6 +149,7 @@ def main() -> None:
         rows.append(
             {
                 **dict(zip(("depth", "rule", "protocol"), cell, strict=True)),
+                "survival": recipe.survival,
                 "epochs": recipe.epochs,
                 "seeds": arguments.seeds,
                 "images_per_second": found.get(name),

@@ -67,25 +67,46 @@ def tiny():
     return torch.randn(2, 3, 8, 8), torch.arange(2)
 
 
-def test_time_is_measured_and_leaves_nothing_behind(model, tiny, monkeypatch):
+@pytest.mark.parametrize(("training", "kinds"), [(True, 5), (False, 6)])  # five structures; and all of them
+def test_time_is_measured_and_leaves_nothing_behind(model, tiny, monkeypatch, training, kinds):
     clock, shares = Clock(monkeypatch, model), []
     before, step = {k: v.clone() for k, v in model.state_dict().items()}, sampler_of(model).step
-    costs = costs_of(model, "time", tiny[0], repeats=3, on_progress=shares.append)
+    costs = costs_of(model, "time", tiny[0], training=training, repeats=3, on_progress=shares.append)
     assert costs.branches == pytest.approx(clock.seconds)
     assert costs.spread == pytest.approx([0.0] * 6)
     assert costs.fixed == pytest.approx(0.0)
-    assert shares == pytest.approx([*(number / 60 for number in range(1, 16)), 1.0])  # five kinds of blocks
+    assert shares == pytest.approx([*(number / (12 * kinds) for number in range(1, 3 * kinds + 1)), 1.0])
     assert sampler_of(model).step == step
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_blocks_that_are_faster_alone_share_what_all_of_them_take(model, tiny, monkeypatch):
+    """A block alone finds its weights in the cache: here it then takes half the time."""
+    clock = Clock(monkeypatch, model)
+    blocks = [module for module in model.modules() if isinstance(module, Residual)]
+    ran = []
+
+    def back(*_):
+        if len(ran) < 3:
+            clock.now -= sum(ran) / 2
+        ran.clear()
+
+    for block, seconds in zip(blocks, clock.seconds, strict=True):
+        block.branch.register_forward_hook(lambda *_, seconds=seconds: ran.append(seconds))
+    model.register_forward_hook(back)
+    costs = costs_of(model, "time", tiny[0], training=False, repeats=2)
+    assert costs.branches == pytest.approx(clock.seconds)
+    assert costs.total == pytest.approx(16.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_busy_machine_alters_little_and_says_how_much(model, tiny, monkeypatch, seed):
+def test_a_busy_machine_alters_little_and_says_how_much(model, tiny, monkeypatch, seed, training):
     """Costs of 0 for some blocks, and of 1.5 for others, is what this gave before."""
     random = Random(seed)
     clock = Clock(monkeypatch, model, lambda: random.uniform(1.0, 10.0) * (random.random() < 0.1))
-    costs = costs_of(model, "time", tiny[0])
+    costs = costs_of(model, "time", tiny[0], training=training)
     assert costs.branches[0] == costs.branches[1]  # one structure, one cost
     for cost, wanted, error in zip(costs.branches, clock.seconds, costs.spread, strict=True):
         assert abs(cost - wanted) <= max(4 * error, 0.1)

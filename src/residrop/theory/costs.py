@@ -67,10 +67,11 @@ def costs_of(
 ) -> Costs:
     """The cost of each branch and of the rest, for a batch.
 
-    Time is measured: how much longer forward and backward (or, without `training`, a forward) take than without all the
-    branches of one structure, which share the difference. Steps with and without them take turns, and of either kind
-    the lowest decile counts, so that a machine that now and then does other things alters little. What is left of that
-    is stated as `Costs.spread`.
+    Time is measured: how much longer forward and backward take than without all the branches of one structure, which
+    share the difference; without `training`, how much longer a forward with these branches alone takes than one without
+    any, in shares of what all of them add. Steps with and without them take turns, and of either kind the lowest decile
+    counts, so that a machine that now and then does other things alters little. What is left of that is stated as
+    `Costs.spread`.
 
     Args:
         model: a model with rules, not compiled.
@@ -79,8 +80,8 @@ def costs_of(
             of arguments by name.
         training: whether "time" is that of a training step (of the sum of the model's output, one tensor), or of a
             prediction.
-        repeats: for "time", how often each structure is left out, at least 2; up to four times as often where that
-            leaves too much uncertain.
+        repeats: for "time", how often each structure is timed, at least 2; up to four times as often where that leaves
+            too much uncertain.
         on_progress: for "time", called with the share that is done, in (0, 1].
 
     Raises:
@@ -113,10 +114,18 @@ def _timed(model: nn.Module, x: Batch, training: bool, repeats: int, tell: Calla
         raise ConfigError("time per block is measured by leaving blocks out; give every block a block-level rule")
     groups = _groups(model, x)
     sizes = [len(group) for group in groups]
+    every = range(len(draws))
+    # A forward's branches cost the same alone, and of shorter steps less is noise. In training the branches that are
+    # present decide which gradients there are.
+    pairs = (
+        [(every, set(every).difference(group)) for group in groups]
+        if training
+        else [(group, ()) for group in (*groups, every)]
+    )
     whole, each, spread, doubt = 0.0, list[float](), list[float](), None
 
-    def step(absent: Collection[int]) -> float:
-        plan = Plan(tuple(d._replace(alive=number not in absent) for number, d in enumerate(draws)))
+    def step(present: Collection[int]) -> float:
+        plan = Plan(tuple(d._replace(alive=number in present) for number, d in enumerate(draws)))
         started = perf_counter()
         with using(model, plan):
             found = x.called(model)
@@ -127,15 +136,16 @@ def _timed(model: nn.Module, x: Batch, training: bool, repeats: int, tell: Calla
             torch.accelerator.synchronize(x.device)
         return perf_counter() - started
 
-    rounds: list[list[tuple[float, float]]] = []  # of each round and group: a step with all blocks, and without it
+    rounds: list[list[tuple[float, float]]] = []  # of each round and pair: a step with the branches, and without them
     with kept_as_is(model, training=training), torch.set_grad_enabled(training):
-        for absent in ((), *groups):  # whatever is made at a first call
-            step(absent)
+        for with_them, without in pairs:  # whatever is made at a first call
+            step(with_them)
+            step(without)
         while len(rounds) < _MOST * repeats:
             rounds.append([])
-            for absent in groups:
-                rounds[-1].append((step(()), step(absent)))
-                tell((len(rounds) - 1 + len(rounds[-1]) / len(groups)) / (_MOST * repeats))
+            for with_them, without in pairs:
+                rounds[-1].append((step(with_them), step(without)))
+                tell((len(rounds) - 1 + len(rounds[-1]) / len(pairs)) / (_MOST * repeats))
             if len(rounds) % repeats == 0:
                 whole, each, spread = _estimate(rounds, sizes)
                 if (doubt := _doubt(whole, each, spread, sizes)) is None:
@@ -173,9 +183,14 @@ def _estimate(rounds: _Rounds, sizes: Sequence[int]) -> tuple[float, list[float]
 
 
 def _deciles(rounds: _Rounds, sizes: Sequence[int]) -> tuple[float, list[float]]:
-    pairs = np.array(rounds)  # [rounds, groups, 2]
-    whole, without = np.quantile(pairs[..., 0], 0.1), np.quantile(pairs[..., 1], 0.1, axis=0)
-    return float(whole), ((whole - without) / np.array(sizes)).tolist()
+    times, counts = np.array(rounds), np.array(sizes)  # [rounds, pairs, 2], [groups]
+    if times.shape[1] == len(counts):  # all branches, and all but a group
+        whole, without = np.quantile(times[..., 0], 0.1), np.quantile(times[..., 1], 0.1, axis=0)
+        return float(whole), ((whole - without) / counts).tolist()
+    *alone, whole = np.quantile(times[..., 0], 0.1, axis=0)  # a group, ..., all branches; and none
+    none = np.quantile(times[..., 1], 0.1)
+    more = np.array(alone) - none
+    return float(whole), (more * (whole - none) / more.sum() / counts).tolist()
 
 
 def _doubt(whole: float, each: Sequence[float], spread: Sequence[float], sizes: Sequence[int]) -> str | None:
