@@ -304,7 +304,10 @@ def test_the_record_board_is_quoted_as_it_is():
     rows = json.loads((ROOT / "results" / "board_cpu_202611.json").read_text())["entries"]
     for paper, today in zip(rows[::2], rows[1::2], strict=True):
         assert paper["rule"] == today["rule"]
-        assert " | ".join(f"{row['error']:.2f} ± {row['error_sd']:.2f}" for row in (paper, today)) in page
+        survival = {"linear_decay(0.9)": ", linear decay to 0.9", "linear(1, 0.5)": ", Linear(1, 0.5)", None: ""}
+        name = paper["rule"].replace("constant", "constant depth").replace("-", " ") + survival[paper.get("survival")]
+        cells = " | ".join(f"{row['error']:.2f} ± {row['error_sd']:.2f}" for row in (paper, today))
+        assert f"| {name} | {cells} |" in page
 
 
 def _cells(row, *names, digits=2):
@@ -351,6 +354,19 @@ def test_sub_networks_are_quoted_as_they_are():
         line = f"| `{by}` | {name} | {' | '.join(cells)} |"
         assert line in page or (kind == "error_before" and by not in ("greedy", "every_other"))
         assert f"{whole} ({name}" in page or kind == "error_before"
+
+
+def test_times_of_sub_networks_are_quoted_as_they_are():
+    page = (DOCS / "shrink.md").read_text()
+    rows = json.loads((ROOT / "results" / "subnetworks_times_cpu_202611.json").read_text())["entries"]
+    for row in rows:
+        cells = [f"{row['budget']} of time", f"{row['blocks']} of {row['of']}", f"{row['predicted']:.2f}"]
+        cells += [f"{row['measured']:.2f}", f"{row['milliseconds_whole']:.0f} → {row['milliseconds']:.0f} ms"]
+        onnx = row.get("onnx_milliseconds")
+        cells.append("" if onnx is None else f"{row['onnx_milliseconds_whole']:.0f} → {onnx:.0f} ms")
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in page
+        assert row["unit"] == "time"
+        assert abs(row["ratio"] - 1.0) < 0.1  # what the page says
 
 
 def test_gpu_numbers_are_those_measured():
