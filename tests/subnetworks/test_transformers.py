@@ -6,7 +6,7 @@ import torch
 import residrop
 from residrop.common.errors import ConfigError
 from residrop.subnetworks.blocks import Whole, pairs_of
-from residrop.subnetworks.plain import plain
+from residrop.subnetworks.plain import plain, reloads
 
 transformers = pytest.importorskip("transformers")
 
@@ -71,6 +71,51 @@ def test_numbers_of_layers_and_lists_of_them_follow():
     found = plain(whole, (True, False, False, True))
     assert [layer.self_attn.layer_idx for layer in found.model.layers] == [0, 1]
     assert (found.config.num_hidden_layers, len(found.config.layer_types)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "field", "wanted"),
+    [
+        ("Qwen3Moe", {"mlp_only_layers": [0, 1, 3], "moe_intermediate_size": 16}, "mlp_only_layers", [0, 2]),
+        (
+            "DeepseekV3",
+            {"first_k_dense_replace": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 8}
+            | {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+            | {"moe_intermediate_size": 16},
+            "first_k_dense_replace",
+            1,
+        ),
+    ],
+)
+def test_configurations_that_name_layers_by_number_follow(name, options, field, wanted):
+    torch.manual_seed(0)
+    options = {**SMALL, "num_key_value_heads": 4, "num_experts_per_tok": 2, **options}
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    whole = Whole(model, *pairs_of([batch_of(model)], None))
+    kept = (True, False, True, True)
+    found = plain(whole, kept)
+    assert getattr(found.config, field) == wanted
+    assert reloads(found, whole, kept) is True
+
+
+def test_hidden_states_that_a_configuration_asks_for_are_those_of_the_layers_left():
+    model = built("llama")
+    model.config.output_hidden_states = True
+    found = residrop.shrink(model, "2 of blocks", batches=[batch_of(model)], by="first", repeats=1)
+    assert len(found.model(**batch_of(model)).hidden_states) == 3
+    assert model.config.output_hidden_states is True
+
+
+def test_layers_that_keep_a_state_in_their_cache_leave_their_list():
+    torch.manual_seed(0)
+    options = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "state_size": 4}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**options)).eval()
+    found = residrop.shrink(model, "2 of blocks", batches=[batch_of(model)], by="first", repeats=1)
+    assert (len(found.model.backbone.layers), found.reloads) == (2, True)
+    ids = batch_of(model)["input_ids"]
+    texts = [found.model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*texts)
 
 
 def test_a_network_that_its_configuration_would_not_build_again_is_said():

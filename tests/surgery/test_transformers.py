@@ -286,6 +286,20 @@ def test_training_fills_no_cache(name, level):
     assert without.past_key_values is None
 
 
+def test_a_cache_of_states_is_left_out_while_it_is_empty():
+    """Mamba's cache counts no tokens."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    plain = transformers.MambaForCausalLM(transformers.MambaConfig(**options))
+    model = copy.deepcopy(plain)
+    residrop.apply(model, survival=0.5, rescale="none", example={"input_ids": ids(2, 4)})
+    inputs = {"input_ids": ids(2, 4)}
+    with residrop.using(model.train(), Plan.of([True, False])):
+        found = model(**inputs, use_cache=True).logits
+    del plain.backbone.layers[1]
+    assert torch.equal(found, plain.train()(**inputs, use_cache=False).logits)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_text_is_generated_as_before(name):
     plain = FAMILIES[name].model().eval()

@@ -25,7 +25,7 @@ from residrop.surgery.apply import apply, remove
 from residrop.surgery.blocks import AppliedBlock
 from residrop.theory.gates import kept_as_is
 
-__all__ = ["Block", "Data", "Loss", "Whole", "no_caches", "pairs_of", "put_rules"]
+__all__ = ["Block", "Data", "Loss", "Whole", "pairs_of", "put_rules", "without_extras"]
 
 Loss = Callable[[Any, Any], Tensor]
 Data = Sequence[tuple[Any, Any]]  # inputs as `Batch` takes them, and targets
@@ -150,13 +150,13 @@ class Whole:
 
     def output(self, kept: Sequence[bool], inputs: Any) -> Any:
         """What the model gives with just these blocks, in eval mode."""
-        with torch.no_grad(), evaluating(self.model), no_caches(self.model), using(self.model, self.plan(kept)):
+        with torch.no_grad(), evaluating(self.model), without_extras(self.model), using(self.model, self.plan(kept)):
             return Batch(inputs).copied().called(self.model)
 
     def losses(self, kept: Sequence[bool]) -> list[float]:
         """The loss of every batch with just these blocks; but for batch norms in eval mode."""
         found: list[float] = []
-        with kept_as_is(self.model, training=self.batch_statistics), torch.no_grad(), no_caches(self.model):
+        with kept_as_is(self.model, training=self.batch_statistics), torch.no_grad(), without_extras(self.model):
             for x, y in self.data:
                 with using(self.model, self.plan(kept)):
                     output = Batch(x).copied().called(self.model)
@@ -244,16 +244,18 @@ def _listed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def no_caches(model: nn.Module) -> Iterator[None]:
-    """Inside, a model of transformers makes no cache of keys and values, which absent layers would not fill."""
+def without_extras(model: nn.Module) -> Iterator[bool]:
+    """Inside, a model of transformers makes no cache of keys and values, which absent layers would not fill, and lists
+    no hidden states and attentions, which are as many as layers; gives whether it would."""
     configs = {
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
-    before = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
-    for config, _ in before:
-        config.use_cache = False
+    extras = ("use_cache", "output_hidden_states", "output_attentions")
+    asked = [(config, name) for config in configs.values() for name in extras if getattr(config, name, None) is True]
+    for config, name in asked:
+        setattr(config, name, False)
     try:
-        yield
+        yield bool(asked)
     finally:
-        for config, value in before:
-            config.use_cache = value
+        for config, name in asked:
+            setattr(config, name, True)

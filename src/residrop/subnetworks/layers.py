@@ -10,14 +10,16 @@ __all__ = ["renumbered"]
 
 _INDEX = ("layer_idx", "layer_id", "layer_index", "layer_number")
 _COUNT = re.compile(r"(num_hidden_layers|num_layers|n_layers?|n_blocks|(num_)?(encoder|decoder)_layers)")
+_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers", "global_attn_indexes", "fullatt_block_indexes")
+_LEADING = ("first_k_dense_replace", "num_first_full_attention_layers", "max_window_layers")
 
 
 def renumbered(model: nn.Module, name: str, left: Sequence[int]) -> None:
     """Keep only some layers of a module list.
 
     Modules inside of them that know the number of their layer get the new one. In the configuration of the module
-    around the list, or of the model, counts of so many layers and lists with an entry for each follow, so that
-    `from_pretrained` builds just these.
+    around the list, or of the model, counts of so many layers, lists with an entry for each and lists of their numbers
+    follow, so that `from_pretrained` builds just these.
 
     Args:
         model: changed in place.
@@ -51,7 +53,7 @@ def _configurations(model: nn.Module, holder: nn.Module) -> Iterator[Any]:
 
 
 def _follow(config: Any, before: int, left: Sequence[int], side: str, alone: bool) -> None:
-    """Counts of `before` layers, and lists of as many entries, in a configuration."""
+    """Counts of `before` layers, lists of as many entries, lists of their numbers and counts of the first ones."""
     aliases = getattr(type(config), "attribute_map", {})
     names = sorted({aliases.get(name, name) for name in (*vars(config), *aliases)})
     counts = [name for name in names if vars(config).get(name) == before and _COUNT.fullmatch(name)]
@@ -61,5 +63,9 @@ def _follow(config: Any, before: int, left: Sequence[int], side: str, alone: boo
         setattr(config, name, len(left))
     for name in names:
         value = vars(config).get(name)
-        if isinstance(value, (list, tuple)) and len(value) == before and "layer" in name:
+        if name in _NUMBERS and isinstance(value, (list, tuple)):
+            setattr(config, name, type(value)(new for new, old in enumerate(left) if old in value))
+        elif name in _LEADING and type(value) is int and value < before:
+            setattr(config, name, sum(number < value for number in left))
+        elif isinstance(value, (list, tuple)) and len(value) == before and "layer" in name:
             setattr(config, name, type(value)(value[number] for number in left))

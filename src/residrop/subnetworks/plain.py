@@ -14,7 +14,7 @@ from residrop.blocks.residual import Residual, Shortcut
 from residrop.common.errors import ConfigError
 from residrop.inference.deploy.folding import without_hooks
 from residrop.inference.sampled.batch import Batch
-from residrop.subnetworks.blocks import Whole, no_caches, put_rules
+from residrop.subnetworks.blocks import Whole, put_rules, without_extras
 from residrop.subnetworks.layers import renumbered
 from residrop.subnetworks.shortcuts import shortcut_of, traced
 from residrop.surgery.apply import remove
@@ -152,9 +152,10 @@ def _check(model: nn.Module, whole: Whole, kept: Sequence[bool]) -> None:
     wanted = whole.output(kept, inputs)
     with torch.no_grad(), evaluating(model):
         try:
-            with no_caches(model):
+            with without_extras(model) as more:
                 found = Batch(inputs).copied().called(model)
-            Batch(inputs).copied().called(model)  # with its caches, as it will be called
+            if more:  # as it will be called
+                Batch(inputs).copied().called(model)
         except Exception as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(f"{what} fails without the blocks that are left out: {first}") from error

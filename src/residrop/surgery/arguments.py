@@ -184,12 +184,13 @@ def without_new_caches(
 
 
 def _length(cache: Any, block: nn.Module) -> int:
-    """Number of tokens that a cache holds for a block (blocks without rules before it may have filled their part)."""
+    """Number of tokens that a cache holds for a block (blocks without rules before it may have filled their part), or
+    whether it holds a state."""
     index = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), 0)
     try:
         return int(cache.get_seq_length(index))
     except ValueError:  # a layer that keeps a state instead of tokens
-        return int(cache.get_seq_length())
+        return int(cache.has_previous_state(index))
 
 
 def unpack(packed: Any) -> Any:
