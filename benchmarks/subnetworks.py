@@ -27,6 +27,7 @@ import residrop
 from residrop.cli.recalibrate import training_images
 from residrop.research import ledger
 from residrop.training import load_run
+from residrop.training.presets import train_command
 from residrop.training.run import Run
 from residrop.training.setup import choose_device, loader_of_run, precision_context
 
@@ -231,7 +232,10 @@ def main() -> None:
             "errors": "Errors of sub-networks of trained runs, by budget and way of choosing",
             "times": "What budgets of time promise, and what plain sub-networks take",
         }[arguments.part]
-        command = f"python benchmarks/subnetworks.py {arguments.part}" + " RUN" * min(len(arguments.runs), 2)
+        command = f"python benchmarks/subnetworks.py {arguments.part}" + " RUN ..." * bool(arguments.runs)
+        command = "; ".join(
+            [*dict.fromkeys(train_command(Run(path).recipe(), shared=True) for path in arguments.runs), command]
+        )
         ledger.save(arguments.json, what, command, rows)
 
 

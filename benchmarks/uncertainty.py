@@ -19,6 +19,8 @@ from rich.table import Table
 
 from residrop.cli import main as residrop
 from residrop.research import ledger
+from residrop.training.presets import train_command
+from residrop.training.run import Run
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("runs", nargs="+", type=Path, help="run directories")
@@ -120,6 +122,9 @@ def main() -> None:
     if arguments.json:
         sources = f" --ood {' '.join(arguments.name or arguments.ood)}" if arguments.ood else ""
         command = f"python benchmarks/uncertainty.py RUN ... --samples {arguments.samples}{sources}"
+        command = "; ".join(
+            [*dict.fromkeys(train_command(Run(path).recipe(), shared=True) for path in arguments.runs), command]
+        )
         ledger.save(arguments.json, "Uncertainty of trained networks, run beside run", command, rows)
 
 

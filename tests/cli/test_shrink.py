@@ -1,6 +1,7 @@
 """`residrop shrink` as a user meets it."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,23 @@ def test_a_smaller_run_is_evaluated_exported_predicts_and_trains_on(cli, run, di
     torch.testing.assert_close(
         torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), wanted, rtol=1e-3, atol=1e-4
     )
-    healed = ("train", "--start", "small", "--without", *told["removed"], "--network", "resnet-8", "--epochs", "1")
-    code, _, error = cli(*healed, "--out", "healed", "--rule", "stochastic-depth", "--quiet")
+    code, out, _ = cli("shrink", run, "--budget", "2 of blocks", "--out", "other")
+    (line,) = [one for one in out.splitlines() if one.startswith("train it further: ")]
+    _, *healed = shlex.split(line.removeprefix("train it further: "))
+    code, _, error = cli(*healed, "--epochs", "1", "--out", "healed", "--rule", "stochastic-depth", "--quiet")
     assert (code, error) == (0, "")
     assert load_run("healed").recipe.without == tuple(told["removed"])
     code, _, error = cli("shrink", run, "--budget", "2 of blocks", "--out", "small")
     assert code == 2
     assert "already holds a run" in error
+
+
+def test_a_run_of_measured_rates_and_coupled_draws_shrinks(cli, place):
+    how = ("--budget", "0.7 of flops", "--spend", "sensitivity", "--refresh", "1", "--coupling", "systematic")
+    options = ("--network", "resnet-8", "--limit", "100", "--epochs", "1", "--samples", "0", "--quiet")
+    assert cli("train", *how, *options, "--out", "whole")[0] == 0
+    assert cli("shrink", "whole", "--budget", "2 of blocks", "--by", "every_other", "--out", "two")[0] == 0
+    assert load_run("two").recipe.coupling == "independent"
 
 
 def test_a_smaller_run_of_transformers_shrinks_again_under_the_first_names(cli, place):

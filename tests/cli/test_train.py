@@ -1,11 +1,15 @@
 """`residrop train` as a user meets it."""
 
+import shlex
 import shutil
 
 import pytest
 
 from command_line import KEYS, SMALL, assert_refused, everything, strictly
-from residrop.training import Recipe, Run, loop, preset
+from residrop.cli.shared import Fields, parse
+from residrop.cli.train import Train
+from residrop.training import PRESETS, Recipe, Run, loop, preset
+from residrop.training.presets import train_command
 
 
 def test_help_of_train_has_every_field_of_the_recipe(cli):
@@ -125,3 +129,18 @@ def test_images_too_small_for_the_network_are_refused_before_a_run_is_made(cli, 
     assert code == 2
     assert err.count("\n") == 1
     assert not (place / "run").exists()
+
+
+FURTHER = {
+    "words": Recipe(freeze=("conv1", "*.bn?"), without=("blocks.block2",), lr_drops=(), watch=("discrepancy",)),
+    "none": Recipe(decay_vectors=False, ema=0.9, nesterov=False, survival="linear(1, 0.5)", normalization="unit"),
+    "another": Recipe(network="timm:resnet18?drop_path_rate=0.1", rule="mix", theta_2="0.7", coupling="independent"),
+}
+
+
+@pytest.mark.parametrize("recipe", [*(preset(name).recipe for name in PRESETS), *FURTHER.values()])
+def test_the_command_of_a_recipe_gives_the_recipe(recipe):
+    program, verb, *options = shlex.split(train_command(recipe))
+    assert (program, verb) == ("residrop", "train")
+    defaults = Train(settings=Fields.from_recipe(preset("digits").recipe))
+    assert parse(Train, options, "residrop train", defaults).settings.recipe() == recipe

@@ -29,6 +29,7 @@ from residrop.subnetworks.frontier import Point, frontier
 from residrop.subnetworks.shrink import Shrunk, shrink
 from residrop.training import Recipe, Run
 from residrop.training.logbook import Meter
+from residrop.training.presets import train_command
 from residrop.training.setup import choose_device, loader_of_run, precision_context
 
 __all__ = ["run"]
@@ -155,7 +156,8 @@ def _one(args: Shrink) -> int:
     smaller = recipe.replace(rule="constant", survival=None, budget=None, without=without, weights=None, **_PLAIN)
     made, again = _written(out, smaller, opened, found.model, errors[1])
     console = console_for(args.json)
-    _print(console, found, errors, out, without)
+    _print(console, found, errors, out)
+    console.print(f"train it further: {train_command(smaller.replace(weights=str(out)))}", soft_wrap=True)
     if args.to is not None:
         done = export(again.cpu(), args.to, example, metadata=facts_of(made, "model"))
         console.print(f"{done.path}: checked with {done.checked_by}, outputs agree to {done.difference:.1e}")
@@ -171,7 +173,9 @@ def _written(out: Path, recipe: Recipe, opened: _Opened, model: nn.Module, error
         made = Run.create(part, recipe, opened.run.dataset(), opened.run.normalization())
         made.save_weights("model", model)
         again = made.build("model").to(opened.device)
-        if (same := opened.error(again)) != error:
+        with precision_context(opened.recipe, opened.device)():
+            same = opened.error(again)
+        if same != error:
             raise ConfigError(
                 f"{out} was not kept: read back, its error is {same:.2f}%, not {error:.2f}%; take the network from "
                 "residrop.shrink, or leave out other blocks"
@@ -198,11 +202,16 @@ def _first_names(removed: Sequence[str], recipe: Recipe) -> list[str]:
 
 # what belongs to a rule that is no longer there
 _PLAIN: dict[str, Any] = dict.fromkeys(("theta_2", "granularity", "rescale", "rows", "of")) | {
-    "survival_timing": "constant"
+    "survival_timing": "constant",
+    "coupling": "independent",
+    "spend": "uniform",
+    "per_cost": False,
+    "least": 0.0,
+    "refresh": 0,
 }
 
 
-def _print(console: Console, found: Shrunk, errors: tuple[float, float], out: Path, without: Sequence[str]) -> None:
+def _print(console: Console, found: Shrunk, errors: tuple[float, float], out: Path) -> None:
     total = len(found.kept) + len(found.removed)
     rows = [
         ["blocks", f"{total}", f"{len(found.kept)}"],
@@ -218,8 +227,6 @@ def _print(console: Console, found: Shrunk, errors: tuple[float, float], out: Pa
     )
     console.print(f"left out: {', '.join(found.removed) or 'nothing'}")
     console.print(f"run: {out}")
-    option = f" --without {' '.join(without)}" if without else ""
-    console.print(f"train it further: residrop train --start {out}{option} and the options of its recipe.json")
 
 
 def _frontier(args: Shrink) -> int:

@@ -11,9 +11,10 @@ The string "None" stands for None, as on the command line.
 """
 
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
@@ -25,7 +26,7 @@ from residrop.common.errors import ConfigError
 from residrop.common.lazy import Lazy
 from residrop.training.recipe import Recipe
 
-__all__ = ["PRESETS", "Preset", "preset", "read_recipe", "short_name"]
+__all__ = ["PRESETS", "Preset", "preset", "read_recipe", "short_name", "train_command"]
 
 _FILES = ("digits", "stochastic-depth", "swapout", "depth-dropout", "sd-regularization")  # in order of publication
 _ABOUT = {"title": str, "published": float, "note": str}
@@ -154,3 +155,26 @@ def _value(value: Any, kind: Any) -> Any:
     if value == "None" and NoneType in get_args(kind):
         return None
     return float(value) if type(value) is int and float in (kind, *get_args(kind)) else value
+
+
+def train_command(recipe: Recipe, *, shared: bool = False) -> str:
+    """The command that trains by a recipe, quoted for a shell: what differs from the defaults of `residrop train`.
+
+    Args:
+        recipe: of a run.
+        shared: leave out the seed, and where on this machine the data are.
+    """
+    if shared:
+        kind, _, place = recipe.data.partition(":")
+        recipe = recipe.replace(seed=0, data=f"{kind}:PATH" if place else kind)
+    base = preset("digits").recipe
+    words = ["residrop", "train"]
+    for one in fields(recipe):
+        value, option = getattr(recipe, one.name), one.name.replace("_", "-")
+        if value == getattr(base, one.name):
+            continue
+        if isinstance(one.default, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)
