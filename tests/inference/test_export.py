@@ -205,6 +205,7 @@ def test_sampled_files_say_what_their_inputs_are(tmp_path):
     facts = json.loads(session(tmp_path / "one.onnx").get_modelmeta().custom_metadata_map["sampled_inputs"])
     assert facts["alive"]["probabilities"] == [0.6] * 3
     assert facts["alive"]["one_coin_per"] == ["pass"] * 3
+    assert facts["alive"]["coupling"] == "independent"
     assert "keys" not in facts
     assert [one.name for one in session(tmp_path / "one.onnx").get_inputs()] == ["images", "alive"]
     graph = SampledGraph.of(sampled_network("v2"))

@@ -43,6 +43,7 @@ OTHER = {
     "granularity": "row",
     "rescale": "train",
     "survival_timing": "early(0.5)",
+    "coupling": "systematic",
     "budget": "0.4 of flops",
     "spend": "max_regularization",
     "per_cost": True,

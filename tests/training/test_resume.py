@@ -54,6 +54,7 @@ def test_run_resumed_with_dropped_decay_and_warm_up_equals_the_uninterrupted(
     tiny, tmp_path, interrupt, assert_same_run
 ):
     recipe = tiny(decay_dropped=True, survival="0.3", survival_timing="warmup(0.8)", lr_schedule="cosine", warmup=0.2)
+    recipe = recipe.replace(coupling="systematic")
     train(recipe, tmp_path / "whole", quiet=True)
     interrupt(recipe, tmp_path / "broken", 3)
     interrupt(recipe, tmp_path / "broken", 6, resume=True)

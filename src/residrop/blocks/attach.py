@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from residrop.blocks.skippable import Skippable, fewest_rows, forget_blocks
 from residrop.common.errors import ConfigError, PlanError
 from residrop.functional.static_draws import StaticDraws
 from residrop.rules.base import Rule
+from residrop.schedule.coupling import Coupling
 from residrop.schedule.sampler import DepthSampler, Plan
 from residrop.schedule.survival import explicit
 from residrop.schedule.timing import Schedule, Timing
@@ -42,7 +44,13 @@ def rules_of(model: nn.Module) -> list[Rule]:
 
 
 def attach(
-    model: nn.Module, *, seed: int = 0, timing: Timing | str = "constant", rank: int | None = None
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    timing: Timing | str = "constant",
+    rank: int | None = None,
+    coupling: Coupling = "independent",
+    costs: Sequence[float] = (),
 ) -> DepthSampler:
     """Number the rules of `model` and make it draw a fresh plan at each training forward.
 
@@ -55,20 +63,29 @@ def attach(
         timing: the share of every drop that is in force at a step: a `Timing`, or a string such as "warmup(1000)" that
             `residrop.schedule.timing.parse` reads. Times are training steps.
         rank: rank of this process (default: at every draw, what torch.distributed says then, or 0).
+        coupling: how the presence of a block depends on that of others in the same step, as `DepthSampler` has it:
+            `independent`, `systematic`, `balanced` or `apart`.
+        costs: for `balanced`, a number for every rule, such as `theory.costs_of(model, "flops", x).branches`.
 
     Raises:
-        ConfigError: the model has no rules.
+        ConfigError: the model has no rules, or the coupling is none that they can have.
 
     Warns:
         InactiveWarning: all rates are 1.
     """
-    sampler = connect(model, seed=seed, timing=timing, rank=rank)
+    sampler = connect(model, seed=seed, timing=timing, rank=rank, coupling=coupling, costs=costs)
     warn_if_certain(sampler, "residrop.attach")
     return sampler
 
 
 def connect(
-    model: nn.Module, *, seed: int = 0, timing: Timing | str = "constant", rank: int | None = None
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    timing: Timing | str = "constant",
+    rank: int | None = None,
+    coupling: Coupling = "independent",
+    costs: Sequence[float] = (),
 ) -> DepthSampler:
     """`attach` for callers that warn of inactive rules themselves."""
     rules = rules_of(model)
@@ -76,10 +93,19 @@ def connect(
         raise ConfigError(
             f"{type(model).__name__} has no rules; build its blocks with residrop.Residual(..., rule=...)"
         )
+    if coupling != "independent" and any(rule.granularity == "row" and rule.rows == "bernoulli" for rule in rules):
+        raise ConfigError(
+            f"coupling is {coupling!r}, and with rows='bernoulli' every row has a coin of its own; use rows='window'"
+        )
     blocks = [module for module in model.modules() if isinstance(module, Skippable)]
     _ask_for_rows(rules, blocks)
     sampler = DepthSampler(
-        [rule.site for rule in rules], seed=seed, timing=timing, rank=_current_rank if rank is None else rank
+        [rule.site for rule in rules],
+        seed=seed,
+        timing=timing,
+        rank=_current_rank if rank is None else rank,
+        coupling=coupling,
+        costs=costs,
     )
     detach(model)  # an earlier sampler must not go on drawing
     for index, rule in enumerate(rules):
@@ -312,8 +338,8 @@ def set_survival(model: nn.Module, rates: Sequence[float]) -> None:
         rates: p_l in [0, 1], one per rule from input to output. Rules without coins (`ConstantDepth`) take 1 only.
 
     Raises:
-        ConfigError: a number of rates other than that of the rules, a rate outside [0, 1], or rules of several rates
-            (Swapout's). Nothing is changed then.
+        ConfigError: a number of rates other than that of the rules, a rate outside [0, 1], rules of several rates
+            (Swapout's), or neighbours that cannot be apart with these. Nothing is changed then.
     """
     sampler, rules = sampler_of(model), rules_of(model)
     given = explicit(len(rules), rates)
@@ -324,9 +350,10 @@ def set_survival(model: nn.Module, rates: Sequence[float]) -> None:
                 f"rule {number} ({type(rule).__name__}) has {has} and cannot be given survival rate {rate}; "
                 "build the model with a rule of one rate per block, such as stochastic-depth"
             )
-    for rule, rate in zip(rules, given, strict=True):
+    pairs = list(zip(rules, given, strict=True))
+    sampler.change([replace(rule.site, rates=(rate,) if rule.rates else ()) for rule, rate in pairs])
+    for rule, rate in pairs:
         rule.rates = (rate,) if rule.rates else ()
-    sampler.change([rule.site for rule in rules])
 
 
 def expected_depth_of(model: nn.Module) -> float:

@@ -20,6 +20,7 @@ from residrop.models.vanilla import Vanilla
 from residrop.rules.base import Rule
 from residrop.rules.catalogue import RULES, entry_of, make_rule
 from residrop.rules.depth import ConstantDepth
+from residrop.schedule.coupling import Coupling
 from residrop.schedule.survival import parse
 from residrop.schedule.timing import Timing
 
@@ -157,6 +158,8 @@ def create(
     channels: int | None = None,
     seed: int = 0,
     timing: Timing | str = "constant",
+    coupling: Coupling = "independent",
+    costs: Sequence[float] = (),
     **options: Any,
 ) -> nn.Module:
     """Build a network by name, give each block its rule, and attach the sampler of their draws.
@@ -181,6 +184,8 @@ def create(
         channels: channels of the input image; None is the network's default.
         seed: seed of weights and draws.
         timing: the share of every drop that is in force at a step, as in `attach`; times are training steps.
+        coupling: how the presence of a block depends on that of others in the same step, as in `attach`.
+        costs: for "balanced", as in `attach`.
         options: further options of the rule (such as `of` of skipforward) and of the network (such as `width`).
 
     Returns:
@@ -203,7 +208,7 @@ def create(
             if rules[index].granularity != "unit":
                 rules[index] = ConstantDepth()
     model = _seeded(lambda: family.build(depth, rules=rules, **settings), seed)
-    warn_if_certain(connect(model, seed=seed, timing=timing), "this rule")
+    warn_if_certain(connect(model, seed=seed, timing=timing, coupling=coupling, costs=costs), "this rule")
     return model
 
 

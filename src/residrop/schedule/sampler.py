@@ -15,6 +15,16 @@ from typing import Any, Literal, NamedTuple
 
 from residrop.common.checks import check_whole
 from residrop.common.errors import PlanError
+from residrop.schedule.coupling import (
+    Coupling,
+    absent_blocks,
+    arcs_given_presence,
+    check_apart,
+    check_coupling,
+    one_of_two,
+    positions,
+    ways_round,
+)
 from residrop.schedule.timing import Schedule, Timing, parse
 
 __all__ = ["DepthSampler", "Draw", "Granularity", "Plan", "Rows", "Scope", "Site", "derive_key"]
@@ -25,7 +35,7 @@ Scope = Literal["shared", "per_rank"]
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of the SplitMix64 sequence
 _UNIT = 2.0**64
-_COINS, _KEYS = 1, 2
+_COINS, _KEYS, _TURN = 1, 2, -1
 _STREAMS = {"train": 3, "sample": 4}
 
 
@@ -64,12 +74,14 @@ class Draw(NamedTuple):
         alive: the coin of a block-level rule; None for other granularities and for the expectation.
         key: 64-bit key of row-level and unit-level randomness; None for the expectation.
         fewest: number of rows that live at least where any do, 1 or 2.
+        at: of coupled rows, where the window begins (`residrop.schedule.coupling.positions`); None if that is random.
     """
 
     rates: tuple[float, ...]
     alive: bool | None = None
     key: int | None = None
     fewest: int = 1
+    at: int | None = None
 
     @property
     def expected(self) -> bool:
@@ -88,7 +100,17 @@ class Draw(NamedTuple):
             raise PlanError("this draw has no key for rows; it was made for a block-level rule or an expectation")
         if batch_size < 1:
             return Rows(0, 0)
-        return Rows((derive_key(self.key, 2) * batch_size) >> 64, self.live(batch_size))
+        if self.at is None:
+            return Rows((derive_key(self.key, 2) * batch_size) >> 64, self.live(batch_size))
+        return Rows(self._first(batch_size)[0] % batch_size, self.live(batch_size))
+
+    def _first(self, batch_size: int) -> tuple[int, int]:
+        """Of coupled rows, the first at or after the beginning of the arc, and how far behind it its point lies, in
+        units of 2^-64 of the distance between points."""
+        assert self.at is not None
+        before = (self.at - (1 << 64)) * batch_size
+        first = -(before >> 64)
+        return first, before + (first << 64)
 
     def live(self, batch_size: int) -> int:
         """Number of live rows in a batch of `batch_size` rows, as in `rows`."""
@@ -98,8 +120,15 @@ class Draw(NamedTuple):
             whole, step = 0, self.fewest
         if mean == whole:
             return whole
+        if self.at is not None and step == 1:
+            return max(0, -((self._first(batch_size)[1] - _arc(self.rates[0]) * batch_size) >> 64))
         assert self.key is not None
         return whole + step * (derive_key(self.key, 1) < (mean - whole) / step * _UNIT)
+
+
+def _arc(rate: float) -> int:
+    # for a whole number w, w < x and w < ceil(x) are the same, and a power of two times a float is exact
+    return ceil(rate * _UNIT)
 
 
 class Plan(NamedTuple):
@@ -146,6 +175,16 @@ class DepthSampler:
             `residrop.schedule.timing.parse` reads. Times are training steps.
         rank: index of this process, or a function that gives it at the moment of a draw; enters only draws whose scope
             is `per_rank`.
+        coupling: how the presence of a block depends on that of others in the same step: `independent`; `systematic`:
+            as many blocks are present as the sum of their rates, rounded up or down at random; `balanced`: their costs
+            add up to the mean, up to the cost of one block; `apart`: of two neighbours one is present at least. Rows
+            likewise: each row of a batch has so many blocks. Every rate stays exact. Blocks of one granularity and
+            scope are coupled with one another. Ranks that draw their own (`per_rank`) agree in the number of present
+            blocks, or rows of all blocks, under `systematic` and `balanced`.
+        costs: for `balanced`, a number for every rule, in any unit.
+
+    Raises:
+        ConfigError: a coupling that the sites cannot have.
 
     The state is two integers, `seed` and `step` (the number of training steps drawn so far).
     """
@@ -157,10 +196,15 @@ class DepthSampler:
         seed: int = 0,
         timing: Timing | str = "constant",
         rank: int | Callable[[], int] = 0,
+        coupling: Coupling = "independent",
+        costs: Sequence[float] = (),
     ) -> None:
         self.seed = check_whole("seed", seed)
         self.step = 0
         self._rank = rank
+        kinds = (site.granularity for site in sites if site.rates)
+        self.coupling: Coupling = check_coupling(coupling, kinds, costs, len(sites))
+        self.costs = tuple(costs)
         self._place(sites, parse(timing))
         self._now = _Force()
         self._resting = self._now  # what is in force between forwards of the root: what a context asks for
@@ -173,11 +217,12 @@ class DepthSampler:
         self.graph_draws: Any = None  # the draw in force as data for a compiled graph (`residrop.rules.tracing`)
 
     def _place(self, sites: Sequence[Site], timing: Timing) -> None:
-        self.sites = tuple(sites)
-        self.schedule = Schedule(tuple(rate for site in self.sites for rate in site.rates), timing)
-        self._layout = _Layout(self.sites)
-        self._final = _Ready(self._layout, self.schedule, timing.final)
-        self._current = self._final
+        placed = tuple(sites)
+        schedule = Schedule(tuple(rate for site in placed for rate in site.rates), timing)
+        layout = _Layout(placed, self.coupling, self.costs)
+        final = _Ready(layout, schedule, timing.final)
+        self.sites, self.schedule, self._layout, self._final = placed, schedule, layout, final
+        self._current = final
 
     @property
     def rank(self) -> int:
@@ -189,7 +234,11 @@ class DepthSampler:
         self._rank = rank
 
     def change(self, sites: Sequence[Site]) -> None:
-        """Go on with other rates, one site per rule as before; seed, step and timing stay."""
+        """Go on with other rates, one site per rule as before; seed, step and timing stay.
+
+        Raises:
+            ConfigError: rates that the coupling cannot have. Nothing is changed then.
+        """
         self._place(sites, self.schedule.timing)
 
     def rates_at(self, step: int) -> list[tuple[float, ...]]:
@@ -214,11 +263,15 @@ class DepthSampler:
         step = self.step if step is None else step
         ready = self._ready_at(step) if stream == "train" else self._final
         layout, code = self._layout, _STREAMS[stream]
-        words = layout.counters
+        words, turns = layout.counters, list[int]()
         for ones, coin, own in layout.groups:
             base = derive_key(self.seed, code, _COINS, step) if coin else derive_key(self.seed, code, _KEYS, step, part)
             words += ones * (derive_key(base, self.rank) if own else base)
+            if layout.rings:
+                turns.append(derive_key(base, _TURN - own))  # the same on all ranks
         words = _mix(words & layout.lanes, layout.lanes)
+        if turns:
+            return Plan(tuple(self._coupled(ready, words, turns)), step)
         # of each lane, byte 8 is what a subtraction has left of the 2^64 in `limits`: 1 if the word is below the limit
         coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
         draws = [pair[coin] for pair, coin in zip(ready.pairs, coins, strict=True)]
@@ -227,6 +280,24 @@ class DepthSampler:
             for index in layout.keyed:
                 draws[index] = Draw(ready.rates[index], None, keys[index], self.sites[index].fewest)
         return Plan(tuple(draws), step)
+
+    def _coupled(self, ready: "_Ready", words: int, turns: Sequence[int]) -> list[Draw]:
+        layout, draws = self._layout, list(ready.present)
+        keys = unpack(layout.format, words.to_bytes(layout.size, "little")) if layout.keyed else ()
+        for (order, coin), turn in zip(layout.rings, turns, strict=True):
+            if not coin:
+                for index, at in positions(self.coupling, order, ready.arcs, keys, turn).items():
+                    draws[index] = Draw(ready.rates[index], None, keys[index], self.sites[index].fewest, at)
+                continue
+            if self.coupling == "apart":
+                coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
+                absent = one_of_two(order, coins)
+            else:
+                numbers = (words & layout.fractions | layout.units).to_bytes(layout.size, "little")
+                absent = absent_blocks(order, ready.gaps, unpack(layout.doubles, numbers), turn)
+            for index in absent:
+                draws[index] = ready.pairs[index][False]
+        return draws
 
     def expectation(self, step: int | None = None) -> Plan:
         """The plan in which every coin is its mean, at the rates of training step `step` (default: `self.step`)."""
@@ -363,7 +434,7 @@ class _Force:
 class _Layout:
     """What a plan owes to the sites alone. One long integer holds all words: that of site i begins at bit 128 i."""
 
-    def __init__(self, sites: tuple[Site, ...]) -> None:
+    def __init__(self, sites: tuple[Site, ...], coupling: Coupling, costs: Sequence[float]) -> None:
         ones = [1 << 128 * index for index in range(len(sites))]
         self.size = 16 * len(sites)  # bytes
         self.format = "<" + "Q8x" * len(sites)
@@ -379,6 +450,17 @@ class _Layout:
             for own in (False, True)
         ]
         self.groups = [group for group in groups if group[0]]
+        # words as numbers in [1, 2), which are sorted faster: the low bits of a double, under the exponent of 1
+        self.doubles = "<" + "d8x" * len(sites)
+        self.fractions, self.units = (sum(bits * one for one in ones) for bits in ((1 << 52) - 1, 0x3FF << 52))
+        self.rings: list[tuple[list[list[int]], bool]] = []  # of coupled draws, and whether they are coins
+        self.apart: list[tuple[list[int], bool]] = []
+        for places, coin in ((self.coins, True), (self.keyed, False)) if coupling != "independent" else ():
+            for own in (False, True):
+                some = [place for place in places if (sites[place].scope == "per_rank") is own]
+                if some:
+                    self.rings.append((ways_round(coupling, some, costs), coin))
+                    self.apart += [(some, coin)] if coupling == "apart" else []
         ends = [0]
         for site in sites:
             ends.append(ends[-1] + len(site.rates))
@@ -393,21 +475,27 @@ class _Ready:
         flat = schedule.under(share)
         self.rates = [flat[start:end] for start, end in layout.spans]
         self.pairs = [(_CONSTANT, _CONSTANT)] * len(layout.spans)
-        limits = [bytes(16)] * len(layout.spans)
         rates = [self.rates[index] for index in layout.coins]
-        for index, rate, dead, alive in zip(
-            layout.coins, rates, _draws(rates, False), _draws(rates, True), strict=True
-        ):
+        for index, dead, alive in zip(layout.coins, _draws(rates, False), _draws(rates, True), strict=True):
             self.pairs[index] = dead, alive
-            # for a whole number w, w < x and w < ceil(x) are the same, and a power of two times a float is exact
-            limits[index] = ceil(rate[0] * _UNIT).to_bytes(16, "little")
-        self.limits = int.from_bytes(b"".join(limits), "little") + layout.lanes
+        self.arcs = [_arc(rate[0]) if rate else 0 for rate in self.rates]
+        self.gaps = [(1 << 64) - arc for arc in self.arcs]
+        limits = [0] * len(layout.spans)
+        for index in layout.coins:
+            limits[index] = self.arcs[index]
+        for places, coin in layout.apart:
+            check_apart([self.rates[place][0] for place in places])
+            if coin:
+                for place, limit in zip(places, arcs_given_presence([limits[place] for place in places]), strict=True):
+                    limits[place] = limit
+        self.limits = layout.lanes + int.from_bytes(b"".join(one.to_bytes(16, "little") for one in limits), "little")
+        self.present = [alive for _, alive in self.pairs]
 
 
 def _draws(rates: list[tuple[float, ...]], alive: bool) -> list[Draw]:
     # what Draw(rate, alive) makes, in half the time, which counts where the rates move at every step
     new: Callable[[type[Draw], tuple[object, ...]], Draw] = tuple.__new__  # pyright: ignore
-    return [new(Draw, (rate, alive, None, 1)) for rate in rates]
+    return [new(Draw, (rate, alive, None, 1, None)) for rate in rates]
 
 
 def _fits(site: Site, draw: Draw) -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from residrop.blocks.attach import connect, detach
+from residrop.blocks.observe import branch_flops
 from residrop.blocks.skippable import parameters_of
 from residrop.common.errors import ConfigError, InactiveWarning
 from residrop.rules.base import Rule
 from residrop.rules.catalogue import make_rule
+from residrop.schedule.coupling import Coupling
 from residrop.schedule.survival import parse
 from residrop.schedule.timing import Timing
 from residrop.surgery.blocks import AppliedBlock, check_unchanged, install_rules, record_changes, uninstall_rules
@@ -26,7 +28,7 @@ from residrop.surgery.rowwise import check_batch_first
 from residrop.surgery.settled import mark_settled
 from residrop.surgery.sites import Found, LeftAlone, check_bare, drops_of, find, own_drops
 from residrop.surgery.streams import StreamBlock, stream_mixin
-from residrop.surgery.trying import Tried, tried
+from residrop.surgery.trying import Tried, called_with, tried
 
 __all__ = ["apply", "remove"]
 
@@ -45,6 +47,8 @@ def apply(
     rescale: str | None = None,
     seed: int = 0,
     timing: Timing | str = "constant",
+    coupling: Coupling = "independent",
+    costs: Sequence[float] = (),
     whole: Sequence[str] = (),
     cut: Sequence[str] = (),
     unused: Sequence[str] = (),
@@ -79,7 +83,8 @@ def apply(
         rescale: None is "train" for stochastic (and Gaussian) depth, as in these models' own drop modules: a
             pretrained model's eval mode stays as it is. "test" is eq. 5 of Huang et al. 2016.
         seed: seed of all draws.
-        timing: as in `residrop.attach`.
+        timing: as in `residrop.attach`, as are `coupling` and `costs`. With "balanced" and an example costs may be
+            left out: they are FLOPs then.
         whole: names of block arguments that all rows share, which row level must not cut.
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
         unused: where, in what blocks or branches return besides the hidden state, there is something that nothing needs
@@ -116,9 +121,13 @@ def apply(
     left += _stray(model, [one for one, _ in todo], left)
     if blocks is None:
         left += overlooked(model, [one.block for one, _ in todo], [name for name, _ in left])
-    left += _carried_out(model, todo, drops, *given, seed, timing)
+    unmeasured = coupling == "balanced" and not costs and example is not None
+    coupled = ("independent", ()) if unmeasured else (coupling, costs)
+    left += _carried_out(model, todo, drops, *given, seed, timing, *coupled)
     for block, known in learnt.learnt.items():
         block.__dict__.update(known)
+    if unmeasured:
+        _balance(model, example, seed, timing)
     return _reported(model, todo, left, learnt)
 
 
@@ -240,6 +249,8 @@ def _carried_out(
     inherits: bool,
     seed: int,
     timing: Timing | str,
+    coupling: Coupling,
+    costs: Sequence[float],
 ) -> list[LeftAlone]:
     """Change the model, wholly or not at all; returns what turned out to be left alone."""
     blocks = [one.block for one, _ in todo]
@@ -248,11 +259,22 @@ def _carried_out(
         left = end_layer_drop(model, blocks, drops, inherits)
         watch_routers(model, blocks)
         mark_settled(model, [one for one, _ in todo])
-        connect(model, seed=seed, timing=timing)
+        connect(model, seed=seed, timing=timing, coupling=coupling, costs=costs)
     except BaseException:
         _take_away(model)
         raise
     return left
+
+
+def _balance(model: nn.Module, example: Any, seed: int, timing: Timing | str) -> None:
+    """Couple the blocks of a changed model by their FLOPs."""
+    args, kwargs = called_with(example)
+    try:
+        costs = branch_flops(model, *args, **kwargs)
+        connect(model, seed=seed, timing=timing, coupling="balanced", costs=costs)
+    except BaseException:
+        _take_away(model)
+        raise
 
 
 def _reported(model: nn.Module, todo: Todo, left: list[LeftAlone], learnt: Tried) -> Report:

@@ -1,6 +1,7 @@
 """The drop modules that models bring along: what they drop, and how rules take their place and give it back."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -117,11 +118,11 @@ def set_rate(rule: Rule, rate: float) -> None:
     _check_follows(rule)
     if rule.rates == (rate,):
         return
-    rule.rates = (rate,)
     if rule.sampler is not None:
         sites = list(rule.sampler.sites)
-        sites[rule.index] = rule.site
+        sites[rule.index] = replace(rule.site, rates=(rate,))
         rule.sampler.change(sites)
+    rule.rates = (rate,)
 
 
 class _Replacement(Change):

@@ -1,7 +1,8 @@
 """The random depth: how many blocks are live, and what they cost (Hayou & Ayed, Sec. 3, Lemma 1).
 
 L_delta = sum_l delta_l with independent delta_l ~ Bernoulli(p_l) has a Poisson-binomial law, which is computed exactly.
-Block-level rules draw so; the law also holds for any other cost of live blocks, such as FLOPs or milliseconds.
+Block-level rules draw so, if they are not coupled (`residrop.schedule.coupling`); the law also holds for any other cost
+of live blocks, such as FLOPs or milliseconds.
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from residrop.common.checks import check_rate
 from residrop.common.errors import ConfigError
 from residrop.common.extras import extra
+from residrop.schedule.coupling import Coupling
 
 __all__ = ["Law", "cost_law", "depth_bound", "depth_bound_probability", "depth_law"]
 
@@ -51,16 +53,27 @@ def _checked(rates: Sequence[float]) -> list[float]:
     return [check_rate(f"survival rate {number}", rate) for number, rate in enumerate(rates, start=1)]
 
 
-def depth_law(rates: Sequence[float]) -> Law:
+def depth_law(rates: Sequence[float], coupling: Coupling = "independent") -> Law:
     """The law of the number of live blocks, L_delta: exact, by convolution.
 
     Args:
         rates: survival rates p_1, ..., p_L in [0, 1].
+        coupling: `independent`, or `systematic`, under which the number is the sum of the rates, rounded up or down.
 
     Raises:
-        ConfigError: no rates, or one outside [0, 1].
+        ConfigError: no rates, one outside [0, 1], or another coupling, which leaves no law that rates alone give.
     """
     rates = _checked(rates)
+    if coupling == "systematic":
+        mean = math.fsum(rates)
+        more = mean - math.floor(mean)
+        values = np.array([math.floor(mean), math.floor(mean) + 1.0])[: 1 if more == 0.0 else 2]
+        return Law(values, np.array([1.0 - more, more])[: len(values)], mean, more * (1.0 - more))
+    if coupling != "independent":
+        raise ConfigError(
+            f"the number of live blocks under coupling={coupling!r} has no law that follows from the rates alone; "
+            "count it in sampler.plan(step) of many steps"
+        )
     law = np.ones(1)
     for rate in rates:
         law = np.convolve(law, (1.0 - rate, rate))

@@ -14,7 +14,7 @@ from residrop.engines.distributed.gradients import without_other_ranks
 from residrop.rules.base import Rule
 from residrop.rules.executor import EAGER
 
-__all__ = ["gated", "kept_as_is"]
+__all__ = ["check_independent", "gated", "kept_as_is"]
 
 Map = Callable[..., Tensor]
 
@@ -42,6 +42,16 @@ class _Gate(Rule):
 
     def extra_repr(self) -> str:
         return "gated"
+
+
+def check_independent(model: nn.Module) -> None:
+    """ConfigError if the model's draws are coupled, for what is derived for independent coins."""
+    for rule in rules_of(model):
+        if rule.sampler is not None and rule.sampler.coupling != "independent":
+            raise ConfigError(
+                f"the draws of {type(model).__name__} are coupled ({rule.sampler.coupling}), and this is derived for "
+                "independent coins; give rates=... to have it for those, or attach the model without coupling"
+            )
 
 
 @contextmanager

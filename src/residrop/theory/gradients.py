@@ -23,7 +23,7 @@ from residrop.common.errors import ConfigError
 from residrop.rules.base import Rule
 from residrop.schedule.sampler import derive_key
 from residrop.schedule.survival import parse
-from residrop.theory.gates import gated, kept_as_is
+from residrop.theory.gates import check_independent, gated, kept_as_is
 
 __all__ = ["Growth", "gradient_growth", "growth", "growth_rates"]
 
@@ -249,13 +249,15 @@ def gradient_growth(
 
     Raises:
         ConfigError: no rules, no batch, rules of single units without `rates`, gradients that are zero for all inputs
-            or not finite, or blocks that do not work on the rows of the batch.
+            or not finite, or blocks that do not work on the rows of the batch; or coupled draws without `rates`.
     """
     rules = rules_of(model)
     if not rules:
         raise ConfigError(f"{type(model).__name__} has no rules; see residrop.create and residrop.apply")
     check_whole("passes", passes, least=1)
     generator = torch.Generator().manual_seed(derive_key(check_whole("seed", seed)))
+    if rates is None:
+        check_independent(model)
     p, factor = _presence(rules, rates)
     found: list[Tensor] = []
     with kept_as_is(model, training=False), torch.enable_grad():

@@ -23,7 +23,7 @@ from residrop.common.errors import ConfigError
 from residrop.common.extras import extra
 from residrop.rules.base import Rule
 from residrop.schedule.sampler import derive_key
-from residrop.theory.gates import gated, kept_as_is
+from residrop.theory.gates import check_independent, gated, kept_as_is
 
 __all__ = [
     "Noise",
@@ -167,6 +167,7 @@ def neuron_samples(
 def _rates_of(model: nn.Module, rates: Sequence[float] | None) -> tuple[float, ...]:
     rules = rules_of(model)
     if rates is None:
+        check_independent(model)
         return tuple(rule.branch_rate(rule.rates) for rule in rules)
     if len(rates) != len(rules):
         raise ConfigError(f"{len(rates)} rates were given for {len(rules)} rules; give one per rule")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residrop.blocks.attach import connect, rules_of
+from residrop.blocks.observe import branch_flops
 from residrop.common.errors import ConfigError, UsageError
 from residrop.models import create, reads_flat_rows
 from residrop.rules.catalogue import entry_of
@@ -45,8 +46,16 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
     }
     for name in ("theta_2", "granularity", "rescale", "rows", "of"):
         options |= {name: getattr(recipe, name)} if getattr(recipe, name) is not None else {}
-    if is_foreign(recipe.network):
-        return _changed(recipe, dataset, options)
+    model = _changed(recipe, dataset, options) if is_foreign(recipe.network) else _ours(recipe, dataset, options)
+    if recipe.coupling != "independent":
+        images = torch.zeros(2, dataset["channels"], dataset["size"], dataset["size"])
+        costs = branch_flops(model, images) if recipe.coupling == "balanced" else ()
+        connect(model, seed=recipe.seed, timing=options["timing"], coupling=recipe.coupling, costs=costs)
+    return model
+
+
+def _ours(recipe: Recipe, dataset: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    """A network of ours under the recipe's rule."""
     for name in ("width", "block", "bn_gamma_init"):
         options |= {name: getattr(recipe, name)} if getattr(recipe, name) is not None else {}
     if reads_flat_rows(recipe.network):

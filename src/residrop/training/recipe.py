@@ -23,7 +23,7 @@ from residrop.theory.costs import read_budget
 __all__ = ["Recipe"]
 
 _LATER = {"weights", "freeze", "without", "optimizer", "warmup_form", "decay_vectors", "layer_decay", "clip_grad"}
-_LATER |= {"label_smoothing", "ema", "flips", "crop_area", "policy", "erasing", "mixup", "cutmix"}
+_LATER |= {"coupling", "label_smoothing", "ema", "flips", "crop_area", "policy", "erasing", "mixup", "cutmix"}
 _MIXING = ("mixup", "cutmix")
 
 
@@ -75,6 +75,11 @@ class Recipe:
     """How much of every drop is in force over the training: constant, warmup(0.1), early(0.5), early(0.5, 0.1) with a
     fade, late(0.5), plateau(0.7, 0.1), progressive(5) or points(0:0, 0.1:1). Times are shares of the training; gamma of
     progressive is per training."""
+
+    coupling: Literal["independent", "systematic", "balanced", "apart"] = "independent"
+    """How the presence of a block depends on that of others in the same step: not at all; systematic: as many blocks
+    are present as the rates add up to, rounded up or down; balanced: their FLOPs add up to the mean, within one block;
+    apart: of two neighbours one is present at least. Every rate stays exact. For rules of blocks and rows."""
 
     budget: str | None = None
     """Find the survival rates instead: share of a full step's work that a step may do on average, such as 0.6,

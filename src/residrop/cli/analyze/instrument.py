@@ -12,6 +12,7 @@ from rich.table import Table
 from residrop.cli.analyze.targets import Analysis, Target, find_target
 from residrop.common.output import check_target, console_for, write
 from residrop.theory import Costs, costs_of
+from residrop.theory.gates import check_independent
 
 __all__ = ["Found", "Unit", "analyze", "costs_with_bar", "progress"]
 
@@ -32,6 +33,8 @@ def analyze(
     check_target(options.picture, "--picture")
     options.check()
     target = find_target(options)
+    if instrument != "survival":
+        check_independent(target.model)
     picture = options.picture or (target.run.path if target.run else Path()) / f"analyze-{instrument}.png"
     check_target(picture, "--picture")
     found = measure(options, target)

@@ -15,7 +15,7 @@ from residrop.rules.base import Rule
 
 __all__ = ["broadcast", "check_ranks", "is_distributed"]
 
-_PARTS = ("parameters", "rules", "survival rates", "timing", "seed", "step")
+_PARTS = ("parameters", "rules", "survival rates", "timing or coupling", "seed", "step")
 _BROADCAST_BYTES = 1 << 28
 
 
@@ -34,7 +34,8 @@ def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
 def check_ranks(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
     """Raise RankError on every rank if the ranks do not draw the same: an error instead of a hang later on.
 
-    Compared are the parameters (names, shapes, types), the rules, their rates, their timing, the seed and the step.
+    Compared are the parameters (names, shapes, types), the rules, their rates, their timing and coupling, the seed and
+    the step.
     Where draws are made per rank, the ranks' numbers must differ. One all-gather of 56 bytes a rank, to be called by
     all ranks: at set-up (`data_parallel` does), after loading a checkpoint, and now and then in training. Does nothing
     in a single process.
@@ -55,7 +56,7 @@ def check_ranks(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> 
         _digest(_shape(name, parameter) for name, parameter in model.named_parameters()),
         _digest((type(rule).__name__, _options(rule)) for rule in rules),
         _digest(site.rates for site in sampler.sites),
-        _digest([sampler.schedule.timing]),
+        _digest([sampler.schedule.timing, sampler.coupling, sampler.costs]),
         sampler.seed if abs(sampler.seed) < 1 << 63 else _digest([sampler.seed]),
         sampler.step,
         sampler.rank,

@@ -43,6 +43,7 @@ class SampledGraph:
         keys: the rules of `keys`.
         places: the number of each rule in a plan.
         rates: survival rates and thetas of each rule.
+        coupling: how the draws of `alive` depend on one another (`residrop.attach`).
     """
 
     module: nn.Module
@@ -50,6 +51,7 @@ class SampledGraph:
     keys: tuple[Rule, ...]
     places: dict[Rule, int]
     rates: dict[Rule, tuple[float, ...]]
+    coupling: str
 
     @classmethod
     def of(cls, model: nn.Module) -> "SampledGraph":
@@ -83,7 +85,7 @@ class SampledGraph:
             raise ConfigError(
                 f"{type(plain).__name__} cannot be traced by torch.fx ({error}); leave sampled out"
             ) from error
-        return cls(fold_graph(plain, _with_used_inputs(graph)), alive, keys, places, rates)
+        return cls(fold_graph(plain, _with_used_inputs(graph)), alive, keys, places, rates, sampler.coupling)
 
     def coins(self, rows: int) -> dict[str, Tensor]:
         """Inputs of a pass in which every branch and unit has the same draw again and again; for tracing and checks."""
@@ -115,6 +117,7 @@ class SampledGraph:
             facts["alive"] = {
                 "meaning": "float32 [rules, images]: 1 where a branch is present, with the probability of its rule",
                 "probabilities": [self.rates[rule][0] for rule in self.alive],
+                "coupling": self.coupling,
                 "one_coin_per": ["pass" if rule.granularity == "block" else "image" for rule in self.alive],
             }
         if self.keys:

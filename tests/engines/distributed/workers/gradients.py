@@ -304,6 +304,8 @@ def mismatches():
     timed = network()
     residrop.attach(timed, seed=3, timing="warmup(10)" if other else "constant")
     tell("timing", timed)
+    residrop.attach(timed, seed=3, coupling="systematic" if other else "independent")
+    tell("coupling", timed)
     stepped = network()
     wrapped = DistributedDataParallel(stepped, find_unused_parameters=True)
     if other:
