@@ -7,6 +7,7 @@ from residrop.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from residrop.blocks.attach import attach as attach
+    from residrop.blocks.attach import one_draw as one_draw
     from residrop.blocks.attach import sampler_of as sampler_of
     from residrop.blocks.attach import sampling as sampling
     from residrop.blocks.attach import set_survival as set_survival
@@ -66,7 +67,7 @@ _PACKAGES = (
 )
 _PACKAGES += ("subnetworks", "surgery", "theory", "training")
 _NAMES = {
-    "residrop.blocks.attach": ("attach", "sampler_of", "sampling", "set_survival", "using"),
+    "residrop.blocks.attach": ("attach", "one_draw", "sampler_of", "sampling", "set_survival", "using"),
     "residrop.blocks.observe": ("branch_flops", "observe"),
     "residrop.blocks.residual": ("Residual",),
     "residrop.common.errors": ("InactiveWarning", "SharedBlockWarning", "UsageError"),

@@ -245,8 +245,8 @@ def test_expectation_equals_average_of_samples(case, mode):
     attach(block, seed=17)
     x = batch((3,), rows=1)
     rows = 500 if case.granularity == "unit" else 1  # units of different rows are independent samples
-    with torch.no_grad(), sampling(block) if mode == "sampling" else nullcontext():
-        outputs = torch.cat([block(x.expand(rows, 3)) for _ in range(samples // rows)])
+    with sampling(block) if mode == "sampling" else nullcontext():
+        outputs = torch.cat([block(x.expand(rows, 3)).detach() for _ in range(samples // rows)])
     (a, b), (eval_a, eval_b) = case.mean_weights, case.eval_weights
     f = block.branch(x).detach()
     assert outputs.shape == (samples, 3)

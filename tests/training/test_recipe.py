@@ -44,6 +44,7 @@ OTHER = {
     "rescale": "train",
     "survival_timing": "early(0.5)",
     "coupling": "systematic",
+    "at_least": 1,
     "budget": "0.4 of flops",
     "spend": "max_regularization",
     "per_cost": True,

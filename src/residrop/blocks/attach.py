@@ -1,6 +1,7 @@
 """Connecting a model to its draws: `attach` once, then `using` and `sampling` as contexts."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from residrop.blocks.inactive import EvalWatch, warn_if_certain
 from residrop.blocks.modes import evaluating
 from residrop.blocks.skippable import Skippable, fewest_rows, forget_blocks
-from residrop.common.errors import ConfigError, PlanError
+from residrop.common.errors import ConfigError, EmptyStepWarning, PlanError
 from residrop.functional.static_draws import StaticDraws
 from residrop.rules.base import Rule
 from residrop.schedule.coupling import Coupling
@@ -30,6 +31,7 @@ __all__ = [
     "detach",
     "expected_depth_of",
     "in_expectation",
+    "one_draw",
     "rules_of",
     "sampler_of",
     "sampling",
@@ -51,6 +53,7 @@ def attach(
     rank: int | None = None,
     coupling: Coupling = "independent",
     costs: Sequence[float] = (),
+    at_least: int = 0,
 ) -> DepthSampler:
     """Number the rules of `model` and make it draw a fresh plan at each training forward.
 
@@ -66,6 +69,8 @@ def attach(
         coupling: how the presence of a block depends on that of others in the same step, as `DepthSampler` has it:
             `independent`, `systematic`, `balanced` or `apart`.
         costs: for `balanced`, a number for every rule, such as `theory.costs_of(model, "flops", x).branches`.
+        at_least: 1 if every step is to have one block with a coin at least, as where all that is trained lies in blocks
+            (a frozen backbone): block l is then present with probability p_l / (1 - prod_j (1 - p_j)).
 
     Raises:
         ConfigError: the model has no rules, or the coupling is none that they can have.
@@ -73,7 +78,7 @@ def attach(
     Warns:
         InactiveWarning: all rates are 1.
     """
-    sampler = connect(model, seed=seed, timing=timing, rank=rank, coupling=coupling, costs=costs)
+    sampler = connect(model, seed=seed, timing=timing, rank=rank, coupling=coupling, costs=costs, at_least=at_least)
     warn_if_certain(sampler, "residrop.attach")
     return sampler
 
@@ -86,6 +91,7 @@ def connect(
     rank: int | None = None,
     coupling: Coupling = "independent",
     costs: Sequence[float] = (),
+    at_least: int = 0,
 ) -> DepthSampler:
     """`attach` for callers that warn of inactive rules themselves."""
     rules = rules_of(model)
@@ -106,6 +112,7 @@ def connect(
         rank=_current_rank if rank is None else rank,
         coupling=coupling,
         costs=costs,
+        at_least=at_least,
     )
     detach(model)  # an earlier sampler must not go on drawing
     for index, rule in enumerate(rules):
@@ -185,6 +192,7 @@ class _BeforeRoot(_AtRoot):
     checks: tuple[Callable[..., None], ...] = ()  # see `Skippable.residrop_checks`
     handled = id(None)  # the error that is being handled when a pass begins: the caller's own
     rows: int | None = None  # of the batch, for observers
+    learning = True  # whether gradients are recorded, be it in a checkpoint's backward
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         deferred = self.deferred(module)
@@ -205,7 +213,10 @@ class _BeforeRoot(_AtRoot):
             if module.training or force.always:
                 for check in self.checks:
                     check(module, *args, force.given)
-            self.sampler.before_forward(module.training, nested=self.sampler.running and _calls_itself(module))
+            inside = [] if torch.is_grad_enabled() else _reentrant_checkpoints()[0]
+            self.learning = torch.is_grad_enabled() or bool(inside)
+            nested = self.sampler.running and _calls_itself(module)
+            self.sampler.before_forward(module.training, nested=nested, learning=self.learning)
             self.rows = _batch_size(args) if self.sampler.observers else None
         if backward or not torch.is_grad_enabled():
             self.remember()
@@ -280,6 +291,7 @@ class _AfterRoot(_AtRoot):
         super().__init__(before.sampler, before.rules)
         self.before = before
         self.watch = EvalWatch(before.sampler)
+        self.told = False
 
     def __call__(self, module: nn.Module, args: object, output: object) -> None:
         deferred = self.deferred(module)
@@ -290,6 +302,20 @@ class _AfterRoot(_AtRoot):
         elif deferred is not None:
             self.end(module, output)
 
+    def _tell_of_nothing(self, module: nn.Module, plan: Plan, output: object) -> None:
+        """Warn where absent blocks leave nothing that is trained, before backward says that in other words."""
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if not tensors or any(leaf.requires_grad for leaf in tensors) or all(draw.alive for draw in plan.draws):
+            return
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            self.told = True
+            warnings.warn(
+                f"in step {plan.step} no block of {type(module).__name__} is present that is trained, so its output "
+                "needs no gradient (backward says 'does not require grad'); attach or apply it with at_least=1",
+                EmptyStepWarning,
+                stacklevel=2,
+            )
+
     def end(self, module: nn.Module, output: object) -> None:
         self.sampler.graph_draws = None
         if _in_backward():
@@ -299,13 +325,15 @@ class _AfterRoot(_AtRoot):
         self.sampler.after_forward(failed=failed)
         if failed:
             return
-        if module.training and force.plan is not None:
+        if module.training and force.plan is not None and self.before.learning:
             for tell in self.sampler.observers:
                 tell(force.plan, self.before.rows)
         if not torch.is_grad_enabled():
             return
         if not (module.training or force.always):
             self.watch.after_forward(module, output)
+        elif module.training and force.plan is not None and not self.told:
+            self._tell_of_nothing(module, force.plan, output)
         if force.plan is None:
             return
         for leaf in tree_leaves(output):
@@ -383,6 +411,15 @@ def using(model: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     Raises PlanError if the plan was made for other rules. Of nested contexts the innermost counts.
     """
     return sampler_of(model).giving(plan)
+
+
+def one_draw(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, all training forwards of `model` obey one plan, that of the step that comes next: for an update of
+    several forwards (SAM, LBFGS, the two forwards of a preference loss).
+
+    It has been one step when the context ends without an error. Forwards in eval mode are in expectation, as always.
+    """
+    return sampler_of(model).one_draw()
 
 
 @contextmanager

@@ -204,6 +204,7 @@ def _first_names(removed: Sequence[str], recipe: Recipe) -> list[str]:
 _PLAIN: dict[str, Any] = dict.fromkeys(("theta_2", "granularity", "rescale", "rows", "of")) | {
     "survival_timing": "constant",
     "coupling": "independent",
+    "at_least": 0,
     "spend": "uniform",
     "per_cost": False,
     "least": 0.0,

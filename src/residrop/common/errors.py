@@ -65,5 +65,9 @@ class InactiveWarning(UserWarning):
     """Rules are in place but change nothing: all rates are 1, or no training forward ever drew."""
 
 
+class EmptyStepWarning(UserWarning):
+    """A training step in which no block that is trained is present, so that nothing can be learnt from it."""
+
+
 class SpreadWarning(UserWarning):
     """Times were too uncertain for a budget of time, and FLOPs took their place."""

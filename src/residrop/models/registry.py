@@ -160,6 +160,7 @@ def create(
     timing: Timing | str = "constant",
     coupling: Coupling = "independent",
     costs: Sequence[float] = (),
+    at_least: int = 0,
     **options: Any,
 ) -> nn.Module:
     """Build a network by name, give each block its rule, and attach the sampler of their draws.
@@ -186,6 +187,7 @@ def create(
         timing: the share of every drop that is in force at a step, as in `attach`; times are training steps.
         coupling: how the presence of a block depends on that of others in the same step, as in `attach`.
         costs: for "balanced", as in `attach`.
+        at_least: as in `attach`.
         options: further options of the rule (such as `of` of skipforward) and of the network (such as `width`).
 
     Returns:
@@ -208,7 +210,8 @@ def create(
             if rules[index].granularity != "unit":
                 rules[index] = ConstantDepth()
     model = _seeded(lambda: family.build(depth, rules=rules, **settings), seed)
-    warn_if_certain(connect(model, seed=seed, timing=timing, coupling=coupling, costs=costs), "this rule")
+    how: dict[str, Any] = {"coupling": coupling, "costs": costs, "at_least": at_least}
+    warn_if_certain(connect(model, seed=seed, timing=timing, **how), "this rule")
     return model
 
 

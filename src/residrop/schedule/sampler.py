@@ -8,13 +8,14 @@ nothing asks the device.
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import ceil, floor
+from operator import mul
 from struct import unpack
 from typing import Any, Literal, NamedTuple
 
 from residrop.common.checks import check_whole
-from residrop.common.errors import PlanError
+from residrop.common.errors import ConfigError, PlanError
 from residrop.schedule.coupling import (
     Coupling,
     absent_blocks,
@@ -35,7 +36,7 @@ Scope = Literal["shared", "per_rank"]
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of the SplitMix64 sequence
 _UNIT = 2.0**64
-_COINS, _KEYS, _TURN = 1, 2, -1
+_COINS, _KEYS, _TURN, _AGAIN = 1, 2, -1, -3
 _STREAMS = {"train": 3, "sample": 4}
 
 
@@ -165,6 +166,24 @@ class Site:
     fewest: int = 1
 
 
+def _check_at_least(at_least: int, coupling: str, sites: Sequence[Site]) -> int:
+    if at_least not in (0, 1):
+        raise ConfigError(f"at_least is {at_least!r}; give 1 to have one block present in every step, or 0")
+    if at_least and coupling != "independent":
+        raise ConfigError(
+            f"at_least=1 draws steps again that have no block, which coupling={coupling!r} would not survive; under "
+            "'systematic' one is present wherever the rates add up to 1"
+        )
+    coins = [site for site in sites if site.rates and site.granularity == "block"]
+    if at_least and not any(site.rates[0] for site in coins):
+        raise ConfigError("at_least=1 needs a block-level rule with a survival rate above 0")
+    if at_least and len({site.scope for site in coins}) > 1:
+        raise ConfigError(
+            "at_least=1 needs blocks of one scope: those that ranks share would differ where they are drawn again"
+        )
+    return at_least
+
+
 class DepthSampler:
     """Makes the plan of every step for the rules of one model, and hands each rule its draw.
 
@@ -182,9 +201,12 @@ class DepthSampler:
             scope are coupled with one another. Ranks that draw their own (`per_rank`) agree in the number of present
             blocks, or rows of all blocks, under `systematic` and `balanced`.
         costs: for `balanced`, a number for every rule, in any unit.
+        at_least: 1 if in every step one block with a coin is present at least, for models of which little is trained
+            besides. Steps without any are drawn again from the law of independent coins under this condition, so that
+            block l is present with probability p_l / (1 - prod_j (1 - p_j)).
 
     Raises:
-        ConfigError: a coupling that the sites cannot have.
+        ConfigError: a coupling that the sites cannot have; `at_least` where no rate is above 0, or beside a coupling.
 
     The state is two integers, `seed` and `step` (the number of training steps drawn so far).
     """
@@ -198,7 +220,9 @@ class DepthSampler:
         rank: int | Callable[[], int] = 0,
         coupling: Coupling = "independent",
         costs: Sequence[float] = (),
+        at_least: int = 0,
     ) -> None:
+        self.at_least = _check_at_least(at_least, coupling, sites)
         self.seed = check_whole("seed", seed)
         self.step = 0
         self._rank = rank
@@ -275,11 +299,28 @@ class DepthSampler:
         # of each lane, byte 8 is what a subtraction has left of the 2^64 in `limits`: 1 if the word is below the limit
         coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
         draws = [pair[coin] for pair, coin in zip(ready.pairs, coins, strict=True)]
+        if self.at_least and not any(draws[index].alive for index in layout.coins):
+            draws = self._with_one(ready, draws, derive_key(self.seed, code, _COINS, step, _AGAIN))
         if layout.keyed:
             keys = unpack(layout.format, words.to_bytes(layout.size, "little"))
             for index in layout.keyed:
                 draws[index] = Draw(ready.rates[index], None, keys[index], self.sites[index].fewest)
         return Plan(tuple(draws), step)
+
+    def _with_one(self, ready: "_Ready", draws: list[Draw], key: int) -> list[Draw]:
+        """Draws in which no block is present, drawn again: which is the first that is, and independent coins behind."""
+        places = self._layout.coins
+        rates = [ready.rates[place][0] for place in places]
+        before = list(accumulate((1.0 - rate for rate in rates), mul, initial=1.0))  # nothing up to here
+        word = derive_key(key, self.rank) if self.sites[places[0]].scope == "per_rank" else key
+        none = 1.0 - derive_key(word, 0) / _UNIT * (1.0 - before[-1])
+        first = next((number for number, left in enumerate(before[1:]) if left < none), None)
+        if first is None:  # rounded away
+            first = max(range(len(rates)), key=rates.__getitem__)
+        for number, place in enumerate(places[first:]):
+            alive = number == 0 or derive_key(word, number) < ready.arcs[place]
+            draws[place] = ready.pairs[place][alive]
+        return draws
 
     def _coupled(self, ready: "_Ready", words: int, turns: Sequence[int]) -> list[Draw]:
         layout, draws = self._layout, list(ready.present)
@@ -333,12 +374,14 @@ class DepthSampler:
         finally:
             self._resting, self._now = before
 
-    def before_forward(self, training: bool, *, nested: bool = False) -> None:
+    def before_forward(self, training: bool, *, nested: bool = False, learning: bool = True) -> None:
         """Called before every forward of the root module: make the plan of this pass.
 
         Args:
             training: whether the root is in training mode.
             nested: whether the root is running already, and has called itself.
+            learning: whether gradients are recorded. A training forward without looks at the step that comes next, and
+                is none.
         """
         self._recalled = None  # backward passes of earlier forwards name theirs again
         self._called.clear()
@@ -354,7 +397,7 @@ class DepthSampler:
             self._now = _Force(plan, sample=following, always=True)
         elif training:
             self._now = _Force(self.plan())
-            self.step += 1
+            self.step += learning
 
     def after_forward(self, *, failed: bool) -> None:
         """Called after every forward of the root module, whose draw ends with it: methods and inner modules that are
@@ -415,6 +458,14 @@ class DepthSampler:
     def sampling(self, first: int) -> AbstractContextManager[None]:
         """A context in which every forward is a sampled pass, numbered from `first` on."""
         return self._obeying(_Force(sample=first, always=True))
+
+    @contextmanager
+    def one_draw(self) -> Generator[None, None, None]:
+        """A context in which all training forwards obey the plan of the step that comes next; it has been one step when
+        the context ends without an error."""
+        with self._obeying(_Force(self.plan(), given=True)):
+            yield
+        self.step += 1
 
     def in_expectation(self) -> AbstractContextManager[None]:
         """A context without a plan, also inside of the other two: in eval mode coins are their means."""

@@ -49,6 +49,7 @@ def apply(
     timing: Timing | str = "constant",
     coupling: Coupling = "independent",
     costs: Sequence[float] = (),
+    at_least: int = 0,
     whole: Sequence[str] = (),
     cut: Sequence[str] = (),
     unused: Sequence[str] = (),
@@ -83,8 +84,8 @@ def apply(
         rescale: None is "train" for stochastic (and Gaussian) depth, as in these models' own drop modules: a
             pretrained model's eval mode stays as it is. "test" is eq. 5 of Huang et al. 2016.
         seed: seed of all draws.
-        timing: as in `residrop.attach`, as are `coupling` and `costs`. With "balanced" and an example costs may be
-            left out: they are FLOPs then.
+        timing: as in `residrop.attach`, as are `coupling`, `costs` and `at_least`. With "balanced" and an example costs
+            may be left out: they are FLOPs then.
         whole: names of block arguments that all rows share, which row level must not cut.
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
         unused: where, in what blocks or branches return besides the hidden state, there is something that nothing needs
@@ -123,7 +124,7 @@ def apply(
         left += overlooked(model, [one.block for one, _ in todo], [name for name, _ in left])
     unmeasured = coupling == "balanced" and not costs and example is not None
     coupled = ("independent", ()) if unmeasured else (coupling, costs)
-    left += _carried_out(model, todo, drops, *given, seed, timing, *coupled)
+    left += _carried_out(model, todo, drops, *given, seed, timing, *coupled, at_least)
     for block, known in learnt.learnt.items():
         block.__dict__.update(known)
     if unmeasured:
@@ -251,6 +252,7 @@ def _carried_out(
     timing: Timing | str,
     coupling: Coupling,
     costs: Sequence[float],
+    at_least: int,
 ) -> list[LeftAlone]:
     """Change the model, wholly or not at all; returns what turned out to be left alone."""
     blocks = [one.block for one, _ in todo]
@@ -259,7 +261,7 @@ def _carried_out(
         left = end_layer_drop(model, blocks, drops, inherits)
         watch_routers(model, blocks)
         mark_settled(model, [one for one, _ in todo])
-        connect(model, seed=seed, timing=timing, coupling=coupling, costs=costs)
+        connect(model, seed=seed, timing=timing, coupling=coupling, costs=costs, at_least=at_least)
     except BaseException:
         _take_away(model)
         raise

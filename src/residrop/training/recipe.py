@@ -23,7 +23,18 @@ from residrop.theory.costs import read_budget
 __all__ = ["Recipe"]
 
 _LATER = {"weights", "freeze", "without", "optimizer", "warmup_form", "decay_vectors", "layer_decay", "clip_grad"}
-_LATER |= {"coupling", "label_smoothing", "ema", "flips", "crop_area", "policy", "erasing", "mixup", "cutmix"}
+_LATER |= {
+    "label_smoothing",
+    "ema",
+    "flips",
+    "crop_area",
+    "policy",
+    "erasing",
+    "mixup",
+    "cutmix",
+    "coupling",
+    "at_least",
+}
 _MIXING = ("mixup", "cutmix")
 
 
@@ -80,6 +91,8 @@ class Recipe:
     """How the presence of a block depends on that of others in the same step: not at all; systematic: as many blocks
     are present as the rates add up to, rounded up or down; balanced: their FLOPs add up to the mean, within one block;
     apart: of two neighbours one is present at least. Every rate stays exact. For rules of blocks and rows."""
+    at_least: int = 0
+    """1: one block is present in every step at least, as where all else is frozen; steps without are drawn again."""
 
     budget: str | None = None
     """Find the survival rates instead: share of a full step's work that a step may do on average, such as 0.6,
@@ -224,6 +237,8 @@ class Recipe:
         if self.split is not None and not 0.0 < self.split < 1.0:
             raise ConfigError(f"split is {self.split}; it is the share of every class to test on, between 0 and 1")
         parse_timing(self.survival_timing, training=1)
+        if self.at_least not in (0, 1):
+            raise ConfigError(f"at_least is {self.at_least}; give 1 to have one block present in every step, or 0")
         self._check_budget()
         if self.compile and (self.budget is not None or self.watch):
             raise ConfigError(
