@@ -305,7 +305,9 @@ class _AfterRoot(_AtRoot):
     def _tell_of_nothing(self, module: nn.Module, plan: Plan, output: object) -> None:
         """Warn where absent blocks leave nothing that is trained, before backward says that in other words."""
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        if not tensors or any(leaf.requires_grad for leaf in tensors) or all(draw.alive for draw in plan.draws):
+        if not tensors or any(leaf.requires_grad for leaf in tensors):
+            return
+        if not any(draw.alive is False for draw in plan.draws):
             return
         if any(parameter.requires_grad for parameter in module.parameters()):
             self.told = True
@@ -332,7 +334,7 @@ class _AfterRoot(_AtRoot):
             return
         if not (module.training or force.always):
             self.watch.after_forward(module, output)
-        elif module.training and force.plan is not None and not self.told:
+        elif module.training and force.plan is not None and not force.given and not self.told:
             self._tell_of_nothing(module, force.plan, output)
         if force.plan is None:
             return
