@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import residrop
+from residrop.cli.pictures import panels
 from residrop.cli.recalibrate import training_images
 from residrop.research import ledger
 from residrop.training import load_run
@@ -41,6 +42,7 @@ parser.add_argument("--data", help="another source of images with the same class
 parser.add_argument("--repeats", type=int, default=15, help="timed forwards, for times")
 parser.add_argument("--device", default="auto")
 parser.add_argument("--json", type=Path)
+parser.add_argument("--picture", type=Path, help="PNG of errors against FLOPs, for errors")
 UNLIKE = ("seed",)
 
 
@@ -115,6 +117,20 @@ def errors(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return rows
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Error against the share of FLOPs, a panel for every way of training, a line for every way of choosing."""
+    named = [(f"trained with {row['run']['rule']}, survival {row['run']['survival']}", row) for row in rows]
+    kinds = list(dict.fromkeys(name for name, _ in named))
+    data = f"{rows[0]['run']['network']} on {rows[0]['run']['data']}"
+    with panels(path, len(kinds), f"{data}: sub-networks, batch norms recalibrated") as axes:
+        for axis, kind in zip(axes, kinds, strict=True):
+            for by in dict.fromkeys(row["by"] for row in rows):
+                own = [row for name, row in named if name == kind and row["by"] == by]
+                share, error, bars = ([one[name] for one in own] for name in ("share", "error", "error_se"))
+                axis.errorbar(share, error, bars, fmt=".-", capsize=2, label=by)
+            axis.set(title=kind, xlabel="share of FLOPs", ylabel="error on test images (%)", ylim=(0, 100))
 
 
 def models() -> dict[str, tuple[nn.Module, list[Any]]]:
@@ -227,6 +243,8 @@ def main() -> None:
     if (arguments.part == "errors") != bool(arguments.runs):
         parser.error("errors takes runs, times takes none")
     rows = errors(arguments) if arguments.part == "errors" else times(arguments)
+    if arguments.picture and arguments.part == "errors":
+        draw(arguments.picture, rows)
     if arguments.json:
         what = {
             "errors": "Errors of sub-networks of trained runs, by budget and way of choosing",
