@@ -130,3 +130,35 @@ def test_merged_adapters_train_on_once_they_are_attached():
     residrop.attach(merged)
     merged(input_ids=tokens, labels=tokens).loss.backward()
     assert sampler_of(merged).step == 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+def test_adapters_of_absent_branches_have_no_gradient_and_do_not_move(use_reentrant):
+    """All else is frozen, so at_least=1 keeps every step trainable."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64, use_cache=False
+    )
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), adapters).train()
+    assert len(residrop.apply(model, survival=0.3, at_least=1).blocks) == 3
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.1)
+    tokens = torch.randint(64, (2, 5))
+    for step in range(6):
+        present = [draw.alive for draw in sampler_of(model).plan(step).draws]
+        before = {name: one.detach().clone() for name, one in trained.items()}
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        for name, one in trained.items():
+            layer = int(name.split("layers.")[1].split(".")[0])
+            alive = present[2 * layer + ("mlp" in name)]
+            assert (one.grad is not None) == alive
+            assert alive or torch.equal(one, before[name])
+        optimizer.zero_grad()
+    assert sampler_of(model).step == 6
