@@ -5,8 +5,8 @@ from scipy import stats
 from torch import nn
 
 from residrop.blocks.attach import sampler_of, using
-from residrop.common.errors import ConfigError, PlanError
-from residrop.inference import Sampled, predict
+from residrop.common.errors import ConfigError, NotFiniteWarning, PlanError
+from residrop.inference import Sampled, predict, predict_adaptive
 from residrop.models import create
 
 RULES = ["constant", "stochastic-depth", "row", "swapout", "skipforward", "dropout", "depth-dropout"]
@@ -297,3 +297,24 @@ def test_sampled_refuses_bad_numbers(given):
 def test_sampled_refuses_a_model_without_draws():
     with pytest.raises(ConfigError, match=r"no sampler; call residrop\.attach"):
         Sampled(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("how", ["expectation", "samples", "numbers", "adaptive"])
+def test_inputs_without_a_finite_output_are_named(how):
+    """The largest of NaNs is the first of them: class 0, of which all passes would be sure."""
+    model = create("resnet-8", rule="stochastic-depth", survival=0.5)
+    x = torch.randn(5, 3, 32, 32)
+    x[[1, 3], 0, 0, 0] = torch.nan
+    ways = {
+        "expectation": lambda: predict(model, x, 0),
+        "samples": lambda: predict(model, x, 3),
+        "numbers": lambda: predict(model, x, 3, kind="numbers"),
+        "adaptive": lambda: predict_adaptive(model, x, max_samples=8),
+    }
+    with pytest.warns(
+        NotFiniteWarning, match=r"not finite for 2 of 5 inputs \(the first is number 1, counted from 0\)"
+    ):
+        found = ways[how]()
+    values = found.mean if how == "numbers" else found.probabilities
+    assert values[[0, 2, 4]].isfinite().all()
+    assert values[[1, 3]].isnan().all()

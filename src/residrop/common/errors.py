@@ -69,5 +69,9 @@ class EmptyStepWarning(UserWarning):
     """A training step in which no block that is trained is present, so that nothing can be learnt from it."""
 
 
+class NotFiniteWarning(UserWarning):
+    """A model gives NaN or infinity for some inputs, whose predictions mean nothing."""
+
+
 class SpreadWarning(UserWarning):
     """Times were too uncertain for a budget of time, and FLOPs took their place."""

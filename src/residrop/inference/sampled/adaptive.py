@@ -26,6 +26,7 @@ from residrop.common.errors import ConfigError
 from residrop.functional.units import row_normal
 from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.outputs import Kinds, Outputs, Reader
+from residrop.inference.sampled.predictions import warn_if_not_finite
 from residrop.inference.sampled.shared import passes
 from residrop.schedule.sampler import derive_key
 
@@ -235,6 +236,7 @@ def predict_adaptive(
             (found,) = drawn(race.count, count, rows)
             for p in found:
                 race.update(flat(p))
+    warn_if_not_finite(probabilities)
     moved = probabilities.movedim(-1, dim).contiguous()
     return AdaptivePrediction(moved, used, settled, max_samples, float(confidence), dim)
 

@@ -95,6 +95,9 @@ def predict(
     Returns:
         A `Prediction` (classes, tokens, binary), `NumberPrediction` or `DetectionPrediction`; of several heads a dict.
 
+    Warns:
+        NotFiniteWarning: NaN or infinity for some inputs; they are named.
+
     Raises:
         ConfigError: a bad number, a model that is not attached, or an output whose meaning cannot be told.
     """

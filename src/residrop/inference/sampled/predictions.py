@@ -1,6 +1,7 @@
 """What predictions of each kind hold."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
@@ -9,14 +10,33 @@ import torch
 from torch import Tensor
 
 from residrop.common.checks import check_rate, is_number
-from residrop.common.errors import ConfigError
+from residrop.common.errors import ConfigError, NotFiniteWarning
 
-__all__ = ["DetectionPrediction", "Detections", "NumberPrediction", "Prediction", "entropy_of"]
+__all__ = [
+    "DetectionPrediction",
+    "Detections",
+    "NumberPrediction",
+    "Prediction",
+    "entropy_of",
+    "warn_if_not_finite",
+]
 
 
 def entropy_of(probabilities: Tensor, dim: int) -> Tensor:
     """Entropy in nats over the dimension of classes."""
     return -torch.xlogy(probabilities, probabilities).sum(dim=dim)
+
+
+def warn_if_not_finite(mean: Tensor) -> None:
+    """Warn of inputs whose predictions, Tensor[n, ...], hold NaN or infinity: of these the largest would be a class."""
+    if not bool(mean.isfinite().all()):
+        bad = (~mean.isfinite()).reshape(len(mean), -1).any(dim=1).nonzero().flatten().tolist()
+        warnings.warn(
+            f"the model's output is not finite for {len(bad)} of {len(mean)} inputs (the first is number {bad[0]}, "
+            "counted from 0); what is predicted for them, classes included, means nothing",
+            NotFiniteWarning,
+            stacklevel=2,
+        )
 
 
 def _kept(values: Tensor | None, what: str) -> Tensor:
