@@ -529,18 +529,19 @@ class _Ready:
         rates = [self.rates[index] for index in layout.coins]
         for index, dead, alive in zip(layout.coins, _draws(rates, False), _draws(rates, True), strict=True):
             self.pairs[index] = dead, alive
-        self.arcs = [_arc(rate[0]) if rate else 0 for rate in self.rates]
-        self.gaps = [(1 << 64) - arc for arc in self.arcs]
-        limits = [0] * len(layout.spans)
-        for index in layout.coins:
-            limits[index] = self.arcs[index]
+        self.arcs = [0] * len(layout.spans)  # rates times 2^64
+        for index in (*layout.coins, *layout.keyed) if layout.rings else layout.coins:
+            self.arcs[index] = _arc(self.rates[index][0])
+        limits = list(self.arcs)
+        if layout.rings:
+            self.gaps = [(1 << 64) - arc for arc in self.arcs]
+            self.present = [alive for _, alive in self.pairs]
         for places, coin in layout.apart:
             check_apart([self.rates[place][0] for place in places])
             if coin:
                 for place, limit in zip(places, arcs_given_presence([limits[place] for place in places]), strict=True):
                     limits[place] = limit
         self.limits = layout.lanes + int.from_bytes(b"".join(one.to_bytes(16, "little") for one in limits), "little")
-        self.present = [alive for _, alive in self.pairs]
 
 
 def _draws(rates: list[tuple[float, ...]], alive: bool) -> list[Draw]:
