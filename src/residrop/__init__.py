@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from residrop.blocks.observe import branch_flops as branch_flops
     from residrop.blocks.observe import observe as observe
     from residrop.blocks.residual import Residual as Residual
+    from residrop.common.errors import EmptyStepWarning as EmptyStepWarning
     from residrop.common.errors import InactiveWarning as InactiveWarning
+    from residrop.common.errors import NotFiniteWarning as NotFiniteWarning
     from residrop.common.errors import SharedBlockWarning as SharedBlockWarning
     from residrop.common.errors import UsageError as UsageError
     from residrop.engines.compiling import compile as compile
@@ -70,7 +72,13 @@ _NAMES = {
     "residrop.blocks.attach": ("attach", "one_draw", "sampler_of", "sampling", "set_survival", "using"),
     "residrop.blocks.observe": ("branch_flops", "observe"),
     "residrop.blocks.residual": ("Residual",),
-    "residrop.common.errors": ("InactiveWarning", "SharedBlockWarning", "UsageError"),
+    "residrop.common.errors": (
+        "EmptyStepWarning",
+        "InactiveWarning",
+        "NotFiniteWarning",
+        "SharedBlockWarning",
+        "UsageError",
+    ),
     "residrop.engines.compiling": ("compile", "compile_branches"),
     "residrop.inference.deploy.export": ("export",),
     "residrop.inference.deploy.fold": ("fold",),

@@ -58,13 +58,13 @@ def test_neighbours_are_not_absent_at_once():
     model = counting([0.5] * 8, granularity="row")
     residrop.attach(model, coupling="apart")
     seen = []
-    handles = [block.register_forward_hook(lambda _, x, y: seen.append((y - x[0])[:, 0])) for block in model]
+    for block in model:
+        block.register_forward_hook(lambda _, x, y: seen.append((y - x[0])[:, 0]))
     for _ in range(20):
         seen.clear()
         model(torch.zeros(5, 1))
         present = torch.stack(seen)
         assert (present[1:] + present[:-1] >= 1.0).all()
-    assert len(handles) == 8
 
 
 def test_a_compiled_model_obeys_coupled_rows():
@@ -104,6 +104,8 @@ def test_a_model_stays_as_it_was_where_blocks_cannot_be_coupled():
         residrop.apply(layers, survival=0.6, coupling="balanced")
     with pytest.raises(ConfigError, match="add up to 1 at least"):
         residrop.apply(layers, survival=0.3, coupling="apart")
+    with pytest.raises(ConfigError, match="and coupling is 'balanced'"):
+        residrop.apply(layers, survival=0.3, coupling="balanced", at_least=1, example=torch.randn(2, 5, 8))
     residrop.apply(layers, survival=0.5, coupling="apart")
 
 
@@ -202,7 +204,7 @@ def test_a_frozen_backbone_is_trained_in_every_step_or_the_warning_says_why_not(
     [
         ([0.0, 0.0], {"at_least": 1}, "a survival rate above 0"),
         ([0.5, 0.5], {"at_least": 2}, "at_least is 2; give 1"),
-        ([0.5, 0.5], {"at_least": 1, "coupling": "systematic"}, "would not survive"),
+        ([0.5, 0.5], {"at_least": 1, "coupling": "systematic"}, "with independent coins, and coupling is 'systematic'"),
     ],
 )
 def test_what_cannot_be_had_at_least_is_refused(rates, options, message):
@@ -285,10 +287,43 @@ def test_forwards_without_gradients_are_no_steps():
     sampler = residrop.attach(model)
     with observe(model) as seen:
         for _ in range(3):
+            model(torch.zeros(1, 1))
             with torch.no_grad():
-                looked = float(model(torch.zeros(1, 1)))
-            assert looked == float(model(torch.zeros(1, 1)))  # at the step that comes next
+                for _ in range(4):
+                    model(torch.zeros(1, 1))
     assert (sampler.step, seen.steps) == (3, 3)
+
+
+def test_forwards_without_gradients_have_draws_of_their_own():
+    """As `torch.optim.swa_utils.update_bn` makes them."""
+    model, alike = counting([0.5] * 12), counting([0.5] * 12)
+    x = torch.zeros(1, 1)
+    for one in (model, alike):
+        residrop.attach(one, seed=4)
+    with torch.no_grad():
+        looks = [float(model(x)) for _ in range(400)]
+        assert [float(alike(x)) for _ in range(400)] == looks
+    assert_binomial(int(sum(looks)), 400 * 12, 0.5, "presence")
+    assert len(set(looks)) > 4
+    free = counting([0.5] * 12)
+    residrop.attach(free, seed=4)
+    assert [float(model(x)) for _ in range(20)] == [float(free(x)) for _ in range(20)]
+
+
+def test_rates_of_zero_are_refused_where_one_block_is_to_be_present():
+    model = counting([0.5] * 3)
+    residrop.attach(model, at_least=1)
+    with pytest.raises(ConfigError, match="a survival rate above 0"):
+        residrop.set_survival(model, [0.0] * 3)
+    assert [block.rule.rates for block in model] == [(0.5,)] * 3
+
+
+def test_one_draw_inside_of_another_is_one_step():
+    model = counting([0.5] * 3)
+    sampler = residrop.attach(model)
+    with residrop.one_draw(model), residrop.one_draw(model):
+        model(torch.zeros(1, 1))
+    assert sampler.step == 1
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -1,5 +1,6 @@
 """Coupled draws: exact rates, the number, work and neighbours that each coupling promises, and joint probabilities."""
 
+import re
 from fractions import Fraction
 from itertools import combinations, pairwise, permutations, product
 from math import ceil, floor
@@ -213,13 +214,15 @@ def test_rates_that_move_are_obeyed():
         ([Site((0.5,), "number")], {"coupling": "apart"}, "draws of granularity 'number' are independent"),
         ([Site((0.5,))], {"coupling": "balanced"}, "give costs="),
         ([Site((0.5,))], {"coupling": "systematic", "costs": (1.0,)}, "has no use for costs"),
-        ([Site((0.5,))], {"coupling": "balanced", "costs": (1.0, 2.0)}, "give one for each of 1 rules"),
-        ([Site((0.5,))], {"coupling": "balanced", "costs": (-1.0,)}, "finite and not negative"),
+        ([Site((0.5,))], {"coupling": "balanced", "costs": (1.0, 2.0)}, "2 costs were given for 1 rules"),
+        ([Site((0.5,))] * 2, {"coupling": "balanced", "costs": (1.0, -1.0)}, "cost 2 is -1.0; costs are finite"),
         (
             [Site((0.5,)), Site((0.3,)), Site((0.9,))],
             {"coupling": "apart"},
-            r"add up to 1 at least; 0.833 of all drops is the most that does \(the lowest rate is 0.417 then\)",
+            r"add up to 1 at least; take 0.833 of every drop 1 - p_l \(the lowest rate is 0.417 then\)",
         ),
+        ([Site((0.3,))] * 2, {"coupling": "apart", "timing": "early(100)"}, "add up to 1 at least"),
+        ([Site((0.3,))] * 2, {"coupling": "apart", "timing": "points(0:0, 50:1, 100:0.2)"}, "add up to 1 at least"),
     ],
 )
 def test_bad_input(sites, options, message):
@@ -227,11 +230,29 @@ def test_bad_input(sites, options, message):
         DepthSampler(sites, **options)
 
 
-def test_the_rates_that_the_error_names_are_feasible():
-    rates = (0.5, 0.3, 0.9)
-    lowered = [1.0 - (1.0 - rate) / 1.2 for rate in rates]
-    assert min(p + q for p, q in pairwise(lowered)) == pytest.approx(1.0)
-    DepthSampler([Site((min(1.0, rate + 1e-12),)) for rate in lowered], coupling="apart")
+@pytest.mark.parametrize("rates", [(0.5, 0.3, 0.9), (0.2, 0.3), (0.0, 0.0), (0.01, 0.98)])
+def test_the_share_that_the_error_names_is_feasible(rates):
+    with pytest.raises(ConfigError) as caught:
+        sampler_for("apart", rates)
+    share, lowest = map(float, re.findall(r"take ([0-9.]+) of .* rate is ([0-9.]+) then", str(caught.value))[0])
+    lowered = [1.0 - share * (1.0 - rate) for rate in rates]
+    assert min(lowered) == pytest.approx(lowest, abs=6e-4)
+    assert min(p + q for p, q in pairwise(lowered)) < 1.01  # and hardly more
+    sampler_for("apart", lowered)
+
+
+@pytest.mark.parametrize("granularity", ["block", "row"])
+def test_rates_that_add_up_to_one_but_for_rounding_are_apart(granularity):
+    for percent in range(1, 100):
+        rates = (percent / 100, (100 - percent) / 100, percent / 100)
+        plan = sampler_for("apart", rates, granularity=granularity).plan(percent)
+        present = rows_of(plan, 4) if granularity == "row" else np.array([[draw.alive] for draw in plan.draws])
+        assert (present[1:] | present[:-1]).all()
+
+
+def test_costs_may_be_an_array():
+    sampler = sampler_for("balanced", UNEQUAL, np.array(COSTS))
+    assert sampler.costs == COSTS
 
 
 def test_windows_given_by_hand_have_no_place_on_the_circle():

@@ -70,7 +70,8 @@ def attach(
             `independent`, `systematic`, `balanced` or `apart`.
         costs: for `balanced`, a number for every rule, such as `theory.costs_of(model, "flops", x).branches`.
         at_least: 1 if every step is to have one block with a coin at least, as where all that is trained lies in blocks
-            (a frozen backbone): block l is then present with probability p_l / (1 - prod_j (1 - p_j)).
+            (a frozen backbone): block l is then present with probability p_l / (1 - prod_j (1 - p_j)), while rescaling
+            and expectation stay those of p_l.
 
     Raises:
         ConfigError: the model has no rules, or the coupling is none that they can have.
@@ -311,9 +312,11 @@ class _AfterRoot(_AtRoot):
             return
         if any(parameter.requires_grad for parameter in module.parameters()):
             self.told = True
+            alone = self.sampler.coupling == "independent" and not self.sampler.at_least
+            what = "attach or apply it with at_least=1" if alone else "raise the rates of blocks that are trained"
             warnings.warn(
                 f"in step {plan.step} no block of {type(module).__name__} is present that is trained, so its output "
-                "needs no gradient (backward says 'does not require grad'); attach or apply it with at_least=1",
+                f"needs no gradient (backward says 'does not require grad'); {what}",
                 EmptyStepWarning,
                 stacklevel=2,
             )

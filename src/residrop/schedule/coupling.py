@@ -9,6 +9,7 @@ exact. A coupling says how they lie. Positions are whole numbers modulo 2^64, so
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby, pairwise
+from math import floor, isfinite
 from typing import Literal
 
 from residrop.common.checks import check_choice
@@ -28,6 +29,7 @@ __all__ = [
 Coupling = Literal["independent", "systematic", "balanced", "apart"]
 
 _FULL = 1 << 64
+_ROUNDED = 1e-9  # by which sums of rates such as 0.7 and 0.3 may miss 1
 
 
 def check_coupling(coupling: str, kinds: Iterable[str], costs: Sequence[float], blocks: int) -> Coupling:
@@ -50,10 +52,11 @@ def check_coupling(coupling: str, kinds: Iterable[str], costs: Sequence[float], 
             if found == "balanced"
             else f"coupling={found!r} has no use for costs; leave them out, or use coupling='balanced'"
         )
-    if costs and (len(costs) != blocks or not all(0.0 <= cost < float("inf") for cost in costs)):
-        raise ConfigError(
-            f"costs are {len(costs)} numbers; give one for each of {blocks} rules, finite and not negative"
-        )
+    if costs and len(costs) != blocks:
+        raise ConfigError(f"{len(costs)} costs were given for {blocks} rules; give one for each")
+    for number, cost in enumerate(costs, start=1):
+        if not (isfinite(cost) and cost >= 0.0):
+            raise ConfigError(f"cost {number} is {cost}; costs are finite and not negative")
     return found
 
 
@@ -107,7 +110,8 @@ def positions(
         for (place,) in order:
             if before is not None:
                 gap = _FULL - arcs[place]
-                at = (at - gap - ((arcs[before] - gap) * words[place] >> 64)) % _FULL
+                left = max(0, arcs[before] - gap)  # rates that add up to 1 may be rounded to less
+                at = (at - gap - (left * words[place] >> 64)) % _FULL
             found[place] = at
             before = place
         return found
@@ -121,7 +125,7 @@ def positions(
 def arcs_given_presence(arcs: Sequence[int]) -> list[int]:
     """For `apart` blocks: how often each is present where the one before is, times 2^64. Where that is absent it is
     present always, which makes it present as often as its rate says."""
-    behind = [_FULL - ((_FULL - arc) << 64) // before if before else _FULL for before, arc in pairwise(arcs)]
+    behind = [max(0, _FULL - ((_FULL - arc) << 64) // before) if before else _FULL for before, arc in pairwise(arcs)]
     return [*arcs[:1], *behind]
 
 
@@ -137,12 +141,13 @@ def one_of_two(order: Sequence[Sequence[int]], coins: Sequence[int]) -> list[int
     return found
 
 
-def check_apart(rates: Sequence[float]) -> None:
-    """ConfigError if neighbours with these rates would have to be absent at once."""
-    worst = max((2.0 - p - q for p, q in pairwise(rates)), default=0.0)
-    if worst > 1.0:
-        lowest = min(1.0 - (1.0 - rate) / worst for rate in rates)
+def check_apart(rates: Sequence[float], share: float) -> None:
+    """ConfigError if neighbours with these rates would have to be absent at once, where so much of their drops is in
+    force."""
+    worst = max((share * (2.0 - p - q) for p, q in pairwise(rates)), default=0.0)
+    if worst > 1.0 + _ROUNDED:
+        less = floor(1000.0 / worst) / 1000.0
         raise ConfigError(
-            "coupling='apart' keeps one of two neighbours, so their survival rates must add up to 1 at least; "
-            f"{1.0 / worst:.3g} of all drops is the most that does (the lowest rate is {lowest:.3g} then)"
+            "coupling='apart' keeps one of two neighbours, so their survival rates must add up to 1 at least; take "
+            f"{less:g} of every drop 1 - p_l (the lowest rate is {1.0 - less * (1.0 - min(rates)):.3f} then), or others"
         )

@@ -38,6 +38,7 @@ _GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of the SplitMi
 _UNIT = 2.0**64
 _COINS, _KEYS, _TURN, _AGAIN = 1, 2, -1, -3
 _STREAMS = {"train": 3, "sample": 4}
+_LOOKS = 5
 
 
 def _mix(z: int, lanes: int = _MASK) -> int:
@@ -171,8 +172,8 @@ def _check_at_least(at_least: int, coupling: str, sites: Sequence[Site]) -> int:
         raise ConfigError(f"at_least is {at_least!r}; give 1 to have one block present in every step, or 0")
     if at_least and coupling != "independent":
         raise ConfigError(
-            f"at_least=1 draws steps again that have no block, which coupling={coupling!r} would not survive; under "
-            "'systematic' one is present wherever the rates add up to 1"
+            f"at_least=1 draws steps without a block again, with independent coins, and coupling is {coupling!r}; "
+            "leave one of them out"
         )
     coins = [site for site in sites if site.rates and site.granularity == "block"]
     if at_least and not any(site.rates[0] for site in coins):
@@ -198,12 +199,14 @@ class DepthSampler:
             as many blocks are present as the sum of their rates, rounded up or down at random; `balanced`: their costs
             add up to the mean, up to the cost of one block; `apart`: of two neighbours one is present at least. Rows
             likewise: each row of a batch has so many blocks. Every rate stays exact. Blocks of one granularity and
-            scope are coupled with one another. Ranks that draw their own (`per_rank`) agree in the number of present
+            scope are coupled with one another. Windows that would leave one row to a norm that needs two have two rows
+            or none, whatever the others have. Ranks that draw their own (`per_rank`) agree in the number of present
             blocks, or rows of all blocks, under `systematic` and `balanced`.
         costs: for `balanced`, a number for every rule, in any unit.
         at_least: 1 if in every step one block with a coin is present at least, for models of which little is trained
             besides. Steps without any are drawn again from the law of independent coins under this condition, so that
-            block l is present with probability p_l / (1 - prod_j (1 - p_j)).
+            block l is present with probability p_l / (1 - prod_j (1 - p_j)). Rescaling and expectation stay those of
+            p_l.
 
     Raises:
         ConfigError: a coupling that the sites cannot have; `at_least` where no rate is above 0, or beside a coupling.
@@ -222,13 +225,14 @@ class DepthSampler:
         costs: Sequence[float] = (),
         at_least: int = 0,
     ) -> None:
-        self.at_least = _check_at_least(at_least, coupling, sites)
+        self.at_least = at_least
         self.seed = check_whole("seed", seed)
         self.step = 0
         self._rank = rank
+        self._looks = 0  # training forwards without gradients since the last step
         kinds = (site.granularity for site in sites if site.rates)
-        self.coupling: Coupling = check_coupling(coupling, kinds, costs, len(sites))
-        self.costs = tuple(costs)
+        self.costs = tuple(map(float, costs))
+        self.coupling: Coupling = check_coupling(coupling, kinds, self.costs, len(sites))
         self._place(sites, parse(timing))
         self._now = _Force()
         self._resting = self._now  # what is in force between forwards of the root: what a context asks for
@@ -242,8 +246,11 @@ class DepthSampler:
 
     def _place(self, sites: Sequence[Site], timing: Timing) -> None:
         placed = tuple(sites)
+        _check_at_least(self.at_least, self.coupling, placed)
         schedule = Schedule(tuple(rate for site in placed for rate in site.rates), timing)
         layout = _Layout(placed, self.coupling, self.costs)
+        for ring, _ in layout.apart:
+            check_apart([placed[place].rates[0] for place in ring], timing.most)
         final = _Ready(layout, schedule, timing.final)
         self.sites, self.schedule, self._layout, self._final = placed, schedule, layout, final
         self._current = final
@@ -285,8 +292,10 @@ class DepthSampler:
             stream: `train`, or `sample` for stochastic inference, which uses the rates that the timing ends with.
         """
         step = self.step if step is None else step
-        ready = self._ready_at(step) if stream == "train" else self._final
-        layout, code = self._layout, _STREAMS[stream]
+        return self._plan(self._ready_at(step) if stream == "train" else self._final, step, part, _STREAMS[stream])
+
+    def _plan(self, ready: "_Ready", step: int, part: int, code: int) -> Plan:
+        layout = self._layout
         words, turns = layout.counters, list[int]()
         for ones, coin, own in layout.groups:
             base = derive_key(self.seed, code, _COINS, step) if coin else derive_key(self.seed, code, _KEYS, step, part)
@@ -380,8 +389,8 @@ class DepthSampler:
         Args:
             training: whether the root is in training mode.
             nested: whether the root is running already, and has called itself.
-            learning: whether gradients are recorded. A training forward without looks at the step that comes next, and
-                is none.
+            learning: whether gradients are recorded. A training forward without is no step: it has a draw of its own,
+                at the rates of the step that comes next.
         """
         self._recalled = None  # backward passes of earlier forwards name theirs again
         self._called.clear()
@@ -395,9 +404,13 @@ class DepthSampler:
             plan, following = self.plan(self._resting.sample, stream="sample"), self._resting.sample + 1
             self._resting = replace(self._resting, sample=following)
             self._now = _Force(plan, sample=following, always=True)
-        elif training:
+        elif training and learning:
             self._now = _Force(self.plan())
-            self.step += learning
+            self.step, self._looks = self.step + 1, 0
+        elif training:
+            code = derive_key(_LOOKS, self._looks)
+            self._now = _Force(self._plan(self._ready_at(self.step), self.step, 0, code))
+            self._looks += 1
 
     def after_forward(self, *, failed: bool) -> None:
         """Called after every forward of the root module, whose draw ends with it: methods and inner modules that are
@@ -463,9 +476,10 @@ class DepthSampler:
     def one_draw(self) -> Generator[None, None, None]:
         """A context in which all training forwards obey the plan of the step that comes next; it has been one step when
         the context ends without an error."""
+        step = self.step
         with self._obeying(_Force(self.plan(), given=True)):
             yield
-        self.step += 1
+        self.step = step + 1
 
     def in_expectation(self) -> AbstractContextManager[None]:
         """A context without a plan, also inside of the other two: in eval mode coins are their means."""
@@ -537,7 +551,6 @@ class _Ready:
             self.gaps = [(1 << 64) - arc for arc in self.arcs]
             self.present = [alive for _, alive in self.pairs]
         for places, coin in layout.apart:
-            check_apart([self.rates[place][0] for place in places])
             if coin:
                 for place, limit in zip(places, arcs_given_presence([limits[place] for place in places]), strict=True):
                     limits[place] = limit

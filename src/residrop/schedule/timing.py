@@ -86,6 +86,11 @@ class Timing:
         """The share at the end: the last point's, or 1 where `progressive` has none (its limit)."""
         return self.points[-1][1] if self.points else 1.0
 
+    @property
+    def most(self) -> float:
+        """The largest share, or its limit."""
+        return max([1.0 if self.gamma is not None else 0.0, *(share for _, share in self.points)])
+
     def __str__(self) -> str:
         """A string that `parse` reads back as an equal timing."""
         if self.gamma is None:

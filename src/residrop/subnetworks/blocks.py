@@ -257,5 +257,5 @@ def without_extras(model: nn.Module) -> Iterator[bool]:
     try:
         yield bool(asked)
     finally:
-        for config, name in asked:
+        for config, name in sorted(asked, key=lambda one: extras.index(one[1])):  # last what its setter may refuse
             setattr(config, name, True)

@@ -128,7 +128,7 @@ def apply(
     for block, known in learnt.learnt.items():
         block.__dict__.update(known)
     if unmeasured:
-        _balance(model, example, seed, timing)
+        _balance(model, example, seed, timing, at_least)
     return _reported(model, todo, left, learnt)
 
 
@@ -268,12 +268,12 @@ def _carried_out(
     return left
 
 
-def _balance(model: nn.Module, example: Any, seed: int, timing: Timing | str) -> None:
+def _balance(model: nn.Module, example: Any, seed: int, timing: Timing | str, at_least: int) -> None:
     """Couple the blocks of a changed model by their FLOPs."""
     args, kwargs = called_with(example)
     try:
         costs = branch_flops(model, *args, **kwargs)
-        connect(model, seed=seed, timing=timing, coupling="balanced", costs=costs)
+        connect(model, seed=seed, timing=timing, coupling="balanced", costs=costs, at_least=at_least)
     except BaseException:
         _take_away(model)
         raise

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from residrop.blocks.attach import sampler_of
 from residrop.cli.analyze.targets import Analysis, Target, find_target
+from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
 from residrop.theory import Costs, costs_of
-from residrop.theory.gates import check_independent
 
 __all__ = ["Found", "Unit", "analyze", "costs_with_bar", "progress"]
 
@@ -34,7 +35,7 @@ def analyze(
     options.check()
     target = find_target(options)
     if instrument != "survival":
-        check_independent(target.model)
+        _check_independent(target)
     picture = options.picture or (target.run.path if target.run else Path()) / f"analyze-{instrument}.png"
     check_target(picture, "--picture")
     found = measure(options, target)
@@ -45,6 +46,15 @@ def analyze(
     draw(found, picture)
     console.print(f"drawn: {picture}")
     return 0
+
+
+def _check_independent(target: Target) -> None:
+    coupling = sampler_of(target.model).coupling
+    if coupling != "independent":
+        raise ConfigError(
+            f"the draws of {target.name} are coupled ({coupling}), and this instrument is of independent coins; "
+            "analyze its network by name, or a run without --coupling"
+        )
 
 
 @contextmanager
