@@ -1,14 +1,18 @@
-"""Sub-networks: python benchmarks/subnetworks.py errors RUN ... | times [--json FILE].
+"""Sub-networks: python benchmarks/subnetworks.py errors RUN ... | heal RUN ... | times [--json FILE].
 
 errors: what sub-networks of trained runs lose, by budget (shares of FLOPs) and way of choosing, before and after batch
 norms were recalibrated, on the test images. Blocks are chosen on training images. Runs that differ in the seed alone
 are one row: means and standard errors over seeds, of a single run the standard error over images.
+
+heal: what a few epochs of training, plainly and with a learning rate that falls from --heal-lr, give back to
+sub-networks that `residrop shrink --by greedy` makes of trained runs.
 
 times: for a ResNet-110, a ViT-S of timm and a Llama of transformers with random weights, what budgets of time promise
 and what the plain sub-networks take, all in turns; and the same of their ONNX files in onnxruntime.
 """
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -24,21 +28,24 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import residrop
+from residrop.cli import main as command_line
 from residrop.cli.pictures import panels
 from residrop.cli.recalibrate import training_images
 from residrop.research import ledger
-from residrop.training import load_run
+from residrop.training import load_run, train
 from residrop.training.presets import train_command
 from residrop.training.run import Run
 from residrop.training.setup import choose_device, loader_of_run, precision_context
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("part", choices=("errors", "times"))
-parser.add_argument("runs", nargs="*", type=Path, help="run directories, for errors")
+parser.add_argument("part", choices=("errors", "heal", "times"))
+parser.add_argument("runs", nargs="*", type=Path, help="run directories, for errors and heal")
 parser.add_argument("--by", nargs="+", default=["removal", "greedy", "sensitivity", "every_other", "first", "random"])
 parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.8, 0.6, 0.4])
 parser.add_argument("--batches", type=int, default=16, help="of training images")
 parser.add_argument("--data", help="another source of images with the same classes")
+parser.add_argument("--heal-epochs", type=int, default=2)
+parser.add_argument("--heal-lr", type=float, default=0.02)
 parser.add_argument("--repeats", type=int, default=15, help="timed forwards, for times")
 parser.add_argument("--device", default="auto")
 parser.add_argument("--json", type=Path)
@@ -115,6 +122,34 @@ def errors(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             f"{row['error_before']:.2f} ± {row['error_before_se']:.2f}",
             f"{row['error']:.2f} ± {row['error_se']:.2f}",
         )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return rows
+
+
+def heal(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for every run and budget below the whole."""
+    rows: list[dict[str, Any]] = []
+    table = Table("run", "budget", "blocks", "whole, %", "smaller, %", f"after {arguments.heal_epochs} epochs, %")
+    for run in arguments.runs:
+        for budget in (one for one in arguments.budgets if one < 1.0):
+            with tempfile.TemporaryDirectory() as folder:
+                small, told = Path(folder) / "small", Path(folder) / "told.json"
+                options = ["--budget", f"{budget} of flops", "--by", "greedy", "--out", str(small), "--json", str(told)]
+                if code := command_line(["shrink", str(run), *options]):
+                    raise SystemExit(code)
+                found, recipe = json.loads(told.read_text()), Run(small).recipe()
+                schedule = {"epochs": arguments.heal_epochs, "lr": arguments.heal_lr, "lr_schedule": "cosine"}
+                again = recipe.replace(weights=str(small), warmup=0.0, eval_every=arguments.heal_epochs, **schedule)
+                outcome = train(again, Path(folder) / "healed")
+            whole = Run(run).recipe()
+            about = {"network": whole.network, "rule": whole.rule, "survival": whole.survival, "epochs": whole.epochs}
+            row: dict[str, Any] = {"run": about, "budget": budget, "blocks": len(found["kept"])}
+            row |= {"of": len(found["kept"]) + len(found["removed"]), "error_whole": found["error"][0]}
+            row |= {"error_small": found["error"][1], "heal_epochs": arguments.heal_epochs, "lr": arguments.heal_lr}
+            row["error_healed"] = outcome.evaluation.deterministic.error
+            rows.append(row)
+            errors = (f"{row[name]:.2f}" for name in ("error_whole", "error_small", "error_healed"))
+            table.add_row(str(run), f"{budget} of flops", f"{row['blocks']} of {row['of']}", *errors)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return rows
 
@@ -240,14 +275,15 @@ def times(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure one of the two parts."""
     arguments = parser.parse_args()
-    if (arguments.part == "errors") != bool(arguments.runs):
-        parser.error("errors takes runs, times takes none")
-    rows = errors(arguments) if arguments.part == "errors" else times(arguments)
+    if (arguments.part == "times") == bool(arguments.runs):
+        parser.error("errors and heal take runs, times takes none")
+    rows = {"errors": errors, "heal": heal, "times": times}[arguments.part](arguments)
     if arguments.picture and arguments.part == "errors":
         draw(arguments.picture, rows)
     if arguments.json:
         what = {
             "errors": "Errors of sub-networks of trained runs, by budget and way of choosing",
+            "heal": "Errors of sub-networks before and after further training",
             "times": "What budgets of time promise, and what plain sub-networks take",
         }[arguments.part]
         command = f"python benchmarks/subnetworks.py {arguments.part}" + " RUN ..." * bool(arguments.runs)

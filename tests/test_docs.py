@@ -359,6 +359,21 @@ def test_sub_networks_are_quoted_as_they_are(data, before):
         assert f"{whole} ({name}" in page or kind == "error_before"
 
 
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_adaptive_sampling_is_quoted_as_measured(data):
+    page = (DOCS / "inference.md").read_text()
+    for row in json.loads((ROOT / "results" / f"adaptive_{data}_cpu_202611.json").read_text())["entries"]:
+        cells = f"{row['confidence']:g} | {row['mean_passes']:.2f} ± {row['passes_sd']:.2f} | {row['agreement']:.2f}%"
+        assert f"| {cells} | {row['time_of_loop']:.2f} | {row['time_of_all']:.2f} |" in page
+
+
+def test_healed_sub_networks_are_quoted_as_they_are():
+    page = " ".join((DOCS / "shrink.md").read_text().split())
+    rows = json.loads((ROOT / "results" / "subnetworks_healed_cifar10_cpu_202611.json").read_text())["entries"]
+    constant, random_depth = (f"from {row['error_small']:.2f} to {row['error_healed']:.2f}%" for row in rows)
+    assert f"{constant} for constant depth and {random_depth} for stochastic depth" in page
+
+
 def test_times_of_sub_networks_are_quoted_as_they_are():
     page = (DOCS / "shrink.md").read_text()
     rows = json.loads((ROOT / "results" / "subnetworks_times_cpu_202611.json").read_text())["entries"]
