@@ -72,7 +72,7 @@ def test_a_row_that_lacks_a_part_of_the_title_is_shown_all_the_same():
         ("tax", "model, batch", "relative_to_plain"),
         ("throughput", "loop, rule, precision", "relative_to_plain"),
         ("wirings", "network, wiring", "relative_to_none"),
-        ("draw", "granularity, timing", "microseconds"),
+        ("draw", "granularity, timing, coupling", "microseconds"),
         ("adaptive_digits", "confidence", "agreement"),
     ],
 )

@@ -12,7 +12,7 @@ from residrop.blocks.modes import evaluating
 from residrop.common.checks import check_whole
 from residrop.inference.sampled.batch import Batch
 from residrop.inference.sampled.outputs import Kinds, Outputs, Reader
-from residrop.inference.sampled.predictions import NumberPrediction, Prediction
+from residrop.inference.sampled.predictions import NumberPrediction, Prediction, warn_if_not_finite
 from residrop.inference.sampled.shared import passes
 from residrop.inference.sampled.sums import sums_of
 
@@ -101,7 +101,7 @@ def predict(
     Raises:
         ConfigError: a bad number, a model that is not attached, or an output whose meaning cannot be told.
     """
-    return predicted(
+    found = predicted(
         model,
         x,
         default_samples(model, dropout) if samples is None else samples,
@@ -113,6 +113,12 @@ def predict(
         dropout=dropout,
         flips=flips,
     )
+    for one in found.values() if isinstance(found, dict) else (found,):
+        if isinstance(one, Prediction):
+            warn_if_not_finite(one.probabilities)
+        elif isinstance(one, NumberPrediction):
+            warn_if_not_finite(one.mean)
+    return found
 
 
 @torch.no_grad()

@@ -8,13 +8,7 @@ from torch import Tensor
 from residrop.common.errors import ConfigError
 from residrop.inference.sampled.detections import merge_detections
 from residrop.inference.sampled.outputs import Head
-from residrop.inference.sampled.predictions import (
-    DetectionPrediction,
-    NumberPrediction,
-    Prediction,
-    entropy_of,
-    warn_if_not_finite,
-)
+from residrop.inference.sampled.predictions import DetectionPrediction, NumberPrediction, Prediction, entropy_of
 
 __all__ = ["Sums", "sums_of"]
 
@@ -81,7 +75,6 @@ class _ClassSums:
         self.votes.scatter_add_(self.dim, decided, torch.ones_like(decided, dtype=torch.int32))
 
     def result(self, samples: int) -> Prediction:
-        warn_if_not_finite(self.moments.mean)
         return Prediction(
             probabilities=self.moments.mean,
             standard_error=(self.moments.variance(samples) / max(1, samples)).sqrt(),
@@ -114,7 +107,6 @@ class _NumberSums:
                 f"the second of the pair is a variance, but holds {float(self.least):.3g}; give it as one (of a "
                 "logarithm: outputs=lambda o: (o[:, 0], o[:, 1].exp()))"
             )
-        warn_if_not_finite(self.moments.mean)
         noise = self.noise if self.has_variance else None
         return NumberPrediction(
             self.moments.mean, self.moments.variance(samples), noise, samples, self.moments.kept(samples)
