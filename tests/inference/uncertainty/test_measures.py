@@ -5,6 +5,7 @@ import torch
 
 from residrop.common.errors import ConfigError
 from residrop.inference import evaluate, score
+from residrop.inference.scores import counted, scores_of
 from residrop.inference.uncertainty import (
     Collector,
     Estimate,
