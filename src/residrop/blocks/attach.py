@@ -214,8 +214,8 @@ class _BeforeRoot(_AtRoot):
             if module.training or force.always:
                 for check in self.checks:
                     check(module, *args, force.given)
-            inside = [] if torch.is_grad_enabled() else _reentrant_checkpoints()[0]
-            self.learning = torch.is_grad_enabled() or bool(inside)
+            # in eval mode nobody asks, and looking for checkpoints takes a walk through the stack
+            self.learning = torch.is_grad_enabled() or (module.training and bool(_reentrant_checkpoints()[0]))
             nested = self.sampler.running and _calls_itself(module)
             self.sampler.before_forward(module.training, nested=nested, learning=self.learning)
             self.rows = _batch_size(args) if self.sampler.observers else None

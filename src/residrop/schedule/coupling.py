@@ -76,10 +76,7 @@ def absent_blocks(order: Sequence[Sequence[int]], gaps: Sequence[int], words: Se
     Arcs that lie end to end have their gaps end to end, too (a whole turn further each); so point 0 is looked up in the
     gaps, whose lengths are 1 less those of the arcs. Of `words` only the order matters.
     """
-    rank = words.__getitem__
-    places = (
-        sorted(order[0], key=rank) if len(order) == 1 else [one for group in order for one in sorted(group, key=rank)]
-    )
+    places = [place for group in order for place in sorted(group, key=words.__getitem__)]
     ends = list(accumulate(map(gaps.__getitem__, places)))
     return [places[bisect_left(ends, at)] for at in range(_FULL - turn, ends[-1] + 1, _FULL)]
 

@@ -167,7 +167,7 @@ class Site:
     fewest: int = 1
 
 
-def _check_at_least(at_least: int, coupling: str, sites: Sequence[Site]) -> int:
+def _check_at_least(at_least: int, coupling: str, sites: Sequence[Site]) -> None:
     if at_least not in (0, 1):
         raise ConfigError(f"at_least is {at_least!r}; give 1 to have one block present in every step, or 0")
     if at_least and coupling != "independent":
@@ -182,7 +182,6 @@ def _check_at_least(at_least: int, coupling: str, sites: Sequence[Site]) -> int:
         raise ConfigError(
             "at_least=1 needs blocks of one scope: those that ranks share would differ where they are drawn again"
         )
-    return at_least
 
 
 class DepthSampler:
