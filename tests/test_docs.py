@@ -299,9 +299,11 @@ def test_quoted_numbers_are_those_measured(page, words, file, rows, name):
     assert words.format(*values) in text
 
 
-def test_the_record_board_is_quoted_as_it_is():
-    page = (DOCS / "train.md").read_text()
-    rows = json.loads((ROOT / "results" / "board_cpu_202611.json").read_text())["entries"]
+@pytest.mark.parametrize(("document", "network"), [("board", "ResNet-20"), ("board_resnet-32", "ResNet-32")])
+def test_the_record_board_is_quoted_as_it_is(document, network):
+    page = (DOCS / "train.md").read_text().partition(f"| {network} |")[2].partition("\n\n")[0]
+    rows = json.loads((ROOT / "results" / f"{document}_cpu_202611.json").read_text())["entries"]
+    assert {row["depth"] for row in rows} == {int(network.removeprefix("ResNet-"))}
     for paper, today in zip(rows[::2], rows[1::2], strict=True):
         assert paper["rule"] == today["rule"]
         survival = {"linear_decay(0.9)": ", linear decay to 0.9", "linear(1, 0.5)": ", Linear(1, 0.5)", None: ""}
