@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from residrop.inference.sampled.predictions import Prediction as Prediction
     from residrop.models.registry import create as create
     from residrop.models.registry import list_models as list_models
+    from residrop.rules.backward import BackwardDepth as BackwardDepth
     from residrop.rules.base import Rule as Rule
     from residrop.rules.catalogue import RULES as RULES
     from residrop.rules.catalogue import make_rule as make_rule
@@ -88,6 +89,7 @@ _NAMES = {
     "residrop.inference.sampled.predict": ("Sampled", "predict"),
     "residrop.inference.sampled.predictions": ("DetectionPrediction", "NumberPrediction", "Prediction"),
     "residrop.models.registry": ("create", "list_models"),
+    "residrop.rules.backward": ("BackwardDepth",),
     "residrop.rules.base": ("Rule",),
     "residrop.rules.catalogue": ("RULES", "make_rule"),
     "residrop.rules.depth": ("ConstantDepth", "DepthDropout", "StochasticDepth"),

@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import residrop
-from residrop import Plan, Residual, StochasticDepth, Swapout, attach, sampler_of, sampling, using
+from residrop import BackwardDepth, Plan, Residual, StochasticDepth, Swapout, attach, sampler_of, sampling, using
 
 RULES = {
     "block": lambda: StochasticDepth(0.5, rescale="train"),
     "row": lambda: StochasticDepth(0.55, granularity="row", rescale="train"),
     "bernoulli": lambda: StochasticDepth(0.55, granularity="row", rows="bernoulli"),
     "unit": lambda: Swapout(0.6, 0.5),
+    "backward": lambda: BackwardDepth(0.5, rescale="train"),
+    "backward rows": lambda: BackwardDepth(0.55, granularity="row"),
 }
 every_rule = pytest.mark.parametrize("kind", RULES)
 both_kinds = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])

@@ -334,3 +334,56 @@ def test_checkpointed_forwards_of_a_root_are_steps(use_reentrant):
         x = torch.randn(2, 4, requires_grad=True)
         checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
         assert sampler.step == step + 1
+
+
+def test_coins_last_and_rows_do_not():
+    """Of blocks for `draw_every` steps; at every step all the same for rows, and for what is sampled."""
+    sites = [Site((0.5,)), Site((0.5,)), Site((0.5,), "row"), Site((0.5,))]
+    held, free = DepthSampler(sites, seed=5, draw_every=4), DepthSampler(sites, seed=5)
+    for step in range(40):
+        plan, first, own = held.plan(step), free.plan(step - step % 4), free.plan(step)
+        assert plan.step == step
+        assert [plan.draws[i] for i in (0, 1, 3)] == [first.draws[i] for i in (0, 1, 3)]
+        assert plan.draws[2] == own.draws[2]
+        assert held.plan(step, stream="sample") == free.plan(step, stream="sample")
+    assert len({tuple(d.alive for d in held.plan(step).draws) for step in range(0, 40, 4)}) > 2
+
+
+def test_coins_last_while_rates_move():
+    """A block goes when its rate falls below its number, and stays away until the next draw."""
+    sampler = DepthSampler([Site((0.0,))] * 20, seed=1, timing="warmup(50)", draw_every=50)
+    alive = [[draw.alive for draw in sampler.plan(step).draws] for step in range(50)]
+    for before, after in itertools.pairwise(alive):
+        assert all(b or not a for b, a in zip(before, after, strict=True))
+    assert sum(alive[0]) == 20
+    assert sum(alive[-1]) < 5
+
+
+def test_a_fixed_number_of_layers_is_trained_for_some_steps():
+    """LISA's form (Pan et al. 2024): 2 of 6 layers for 5 steps; the others have no gradient and do not move, what lies
+    outside of blocks is always trained, and with time every layer is."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(6)]
+    blocks = [residrop.Residual(layer, rule=residrop.BackwardDepth(2 / 6)) for layer in layers]
+    model = nn.Sequential(nn.Linear(4, 4), *blocks, nn.Linear(4, 2))
+    residrop.attach(model, seed=2, coupling="systematic", draw_every=5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    trained = []
+    for step in range(60):
+        before = [layer[0].weight.detach().clone() for layer in layers]
+        optimizer.zero_grad()
+        model(torch.randn(3, 4)).square().sum().backward()
+        assert model[0].weight.grad is not None
+        optimizer.step()
+        moved = [not torch.equal(layer[0].weight, old) for layer, old in zip(layers, before, strict=True)]
+        assert moved == [layer[0].weight.grad is not None for layer in layers]
+        assert sum(moved) == 2
+        trained.append(moved)
+        assert moved == trained[step - step % 5]
+    assert all(any(column) for column in zip(*trained, strict=True))
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_draws_that_never_last_are_refused(every):
+    with pytest.raises(ConfigError, match=r"draw_every is .*; give a whole number of at least 1"):
+        DepthSampler([Site((0.5,))], draw_every=every)

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import residrop
 from conformance import CASES, Affine, tower
-from residrop import Plan, Residual, Rule, StochasticDepth, attach, sampler_of, sampling, using
+from residrop import BackwardDepth, Plan, Residual, Rule, StochasticDepth, attach, sampler_of, sampling, using
 from residrop.common.errors import ConfigError
 from residrop.schedule.sampler import Draw
 
@@ -112,7 +112,8 @@ def compiled_by(way, model, backend):
 BLOCK = {"rule": "stochastic-depth", "survival": 0.5}
 UNIT = {"rule": "swapout"}
 ROW = {"rule": "stochastic-depth", "survival": "linear_decay(0.4)", "granularity": "row"}
-KINDS = {"block": BLOCK, "row": ROW, "unit": UNIT}
+BACKWARD = {"rule": "backward-depth", "survival": 0.5}
+KINDS = {"block": BLOCK, "row": ROW, "unit": UNIT, "backward": BACKWARD}
 
 
 # Training
@@ -126,12 +127,32 @@ def test_training_equals_eager_and_is_compiled_once(way, kind):
     check_training(plain, model, compiled_by(way, model, "eager"), warm=6)
 
 
-@pytest.mark.parametrize("options", [BLOCK, ROW], ids=["block", "row"])
+@pytest.mark.parametrize("options", [BLOCK, ROW, BACKWARD], ids=["block", "row", "backward"])
 @pytest.mark.parametrize("way", ["torch.compile", "residrop.compile"])
 def test_moving_rates_are_not_compiled_in(way, options):
     """With rates and the factors 1/p that change at every step; batches of 6 are down to 3 rows, and back at 6."""
     plain, model = twins(**options, rescale="train", timing="points(0:0.1, 25:1, 50:0)")
     check_training(plain, model, compiled_by(way, model, "eager"), warm=6)
+
+
+def by_rows(rescale):
+    """Blocks without batch norm, of which rows are differentiated or not."""
+    blocks = [Residual(Affine((4,), i), None, BackwardDepth(0.45, "row", rescale), nn.Tanh()) for i in range(3)]
+    model = nn.Sequential(*blocks)
+    attach(model, seed=4)
+    return model
+
+
+@pytest.mark.parametrize("rescale", ["none", "train"])
+@pytest.mark.parametrize("way", ["torch.compile", "residrop.compile"])
+def test_rows_present_in_backward_only(way, rescale):
+    plain, model = by_rows(rescale), by_rows(rescale)
+    check_training(plain, model, compiled_by(way, model, "eager"), warm=12, shape=(4,), rows=9)
+
+
+def test_backward_only_is_not_one_graph():
+    with pytest.raises(ConfigError, match="leave out fullgraph=True"):
+        residrop.compile(by_rows("none"), fullgraph=True)
 
 
 ONE_OF_EACH = (

@@ -45,6 +45,7 @@ OTHER = {
     "survival_timing": "early(0.5)",
     "coupling": "systematic",
     "at_least": 1,
+    "draw_every": 5,
     "budget": "0.4 of flops",
     "spend": "max_regularization",
     "per_cost": True,

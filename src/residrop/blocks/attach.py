@@ -54,6 +54,7 @@ def attach(
     coupling: Coupling = "independent",
     costs: Sequence[float] = (),
     at_least: int = 0,
+    draw_every: int = 1,
 ) -> DepthSampler:
     """Number the rules of `model` and make it draw a fresh plan at each training forward.
 
@@ -72,14 +73,16 @@ def attach(
         at_least: 1 if every step is to have one block with a coin at least, as where all that is trained lies in blocks
             (a frozen backbone): block l is then present with probability p_l / (1 - prod_j (1 - p_j)), while rescaling
             and expectation stay those of p_l.
+        draw_every: for how many training steps the coins of blocks stay as they are (rows and units never do).
 
     Raises:
-        ConfigError: the model has no rules, or the coupling is none that they can have.
+        ConfigError: the model has no rules, one that does not suit its branch, or a coupling that they cannot have.
 
     Warns:
         InactiveWarning: all rates are 1.
     """
-    sampler = connect(model, seed=seed, timing=timing, rank=rank, coupling=coupling, costs=costs, at_least=at_least)
+    how = {"coupling": coupling, "costs": costs, "at_least": at_least, "draw_every": draw_every}
+    sampler = connect(model, seed=seed, timing=timing, rank=rank, **how)
     warn_if_certain(sampler, "residrop.attach")
     return sampler
 
@@ -91,10 +94,9 @@ def connect(
     timing: Timing | str = "constant",
     rank: int | None = None,
     coupling: Coupling = "independent",
-    costs: Sequence[float] = (),
-    at_least: int = 0,
+    **how: Any,
 ) -> DepthSampler:
-    """`attach` for callers that warn of inactive rules themselves."""
+    """`attach` for callers that warn of inactive rules themselves; `how` is handed on to `DepthSampler`."""
     rules = rules_of(model)
     if not rules:
         raise ConfigError(
@@ -105,15 +107,14 @@ def connect(
             f"coupling is {coupling!r}, and with rows='bernoulli' every row has a coin of its own; use rows='window'"
         )
     blocks = [module for module in model.modules() if isinstance(module, Skippable)]
-    _ask_for_rows(rules, blocks)
+    _look_at_parts(rules, blocks)
     sampler = DepthSampler(
         [rule.site for rule in rules],
         seed=seed,
         timing=timing,
         rank=_current_rank if rank is None else rank,
         coupling=coupling,
-        costs=costs,
-        at_least=at_least,
+        **how,
     )
     detach(model)  # an earlier sampler must not go on drawing
     for index, rule in enumerate(rules):
@@ -126,10 +127,13 @@ def connect(
     return sampler
 
 
-def _ask_for_rows(rules: Sequence[Rule], blocks: Sequence[Skippable]) -> None:
+def _look_at_parts(rules: Sequence[Rule], blocks: Sequence[Skippable]) -> None:
+    branches = [branch for block in blocks for branch in block.residrop_branches()]
+    for rule, parts in branches:
+        rule.check_parts(parts)
     for rule in rules:
         rule.fewest = 1
-    for rule, parts in (branch for block in blocks for branch in block.residrop_branches()):
+    for rule, parts in branches:
         if rule.granularity == "row" and rule.rows == "window":
             rule.fewest = max(rule.fewest, fewest_rows(parts))
 

@@ -102,11 +102,12 @@ class Observation:
     def skipped_flops(self) -> float | None:
         """Share in [0, 1] of the FLOPs of all branches that was not computed; None without `flops` or before a step.
 
-        What is multiplied is computed all the same: unit-level rules and `GaussianDepth` skip nothing.
+        What is multiplied is computed all the same: unit-level rules and `GaussianDepth` skip nothing. `BackwardDepth`
+        skips backward alone, which counts as two of the three parts of a branch.
         """
         if self._flops is None or self._steps == 0:
             return None
-        computed = [s if _droppable(r.site) else 1.0 for r, s in zip(self._rules, self.survival, strict=True)]
+        computed = [_computed(rule, share) for rule, share in zip(self._rules, self.survival, strict=True)]
         done = sum(cost * share for cost, share in zip(self._flops, computed, strict=True))
         return 1.0 - done / total if (total := sum(self._flops)) > 0 else 0.0
 
@@ -140,6 +141,13 @@ class Observation:
             for block in found["blocks"]
         ]
         return "\n".join(lines)
+
+
+def _computed(rule: Rule, share: float) -> float:
+    """Of a branch that was present so often, how much of its forward and backward was computed."""
+    if not _droppable(rule.site):
+        return 1.0
+    return (1.0 + 2.0 * share) / 3.0 if rule.runs_absent else share
 
 
 def _share(rule: Rule, draw: Draw, rows: int | None) -> float:

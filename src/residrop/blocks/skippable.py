@@ -55,7 +55,10 @@ class Skippable(nn.Module):
 
     def residrop_absent(self) -> bool:
         """Whether the coming forward computes no branch of this block, on any rank."""
-        return all(rule.scope == "shared" and rule.draw().alive is False for rule, _ in self.residrop_branches())
+        return all(
+            rule.scope == "shared" and rule.draw().alive is False and not rule.runs_absent
+            for rule, _ in self.residrop_branches()
+        )
 
     def residrop_unchecked(self) -> bool:
         """Whether the next training forward compares what rows give by themselves with what they give in a batch."""

@@ -205,6 +205,7 @@ _PLAIN: dict[str, Any] = dict.fromkeys(("theta_2", "granularity", "rescale", "ro
     "survival_timing": "constant",
     "coupling": "independent",
     "at_least": 0,
+    "draw_every": 1,
     "spend": "uniform",
     "per_cost": False,
     "least": 0.0,

@@ -16,6 +16,7 @@ from residrop.blocks.skippable import Skippable
 from residrop.common.errors import ConfigError
 from residrop.engines.decompositions import inductor
 from residrop.functional.static_draws import StaticDraws
+from residrop.rules.base import Rule
 
 __all__ = ["compile", "compile_branches", "replays", "with_forward"]
 
@@ -27,7 +28,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
       with `fullgraph=True`. Its draw is made before the graph and enters it as data, so no draw and no rate is
       compiled in. The number of live rows is static where p * n is whole and the timing constant, and symbolic
       elsewhere. Unit masks are arithmetic of the graph. Forward hooks of the model itself stay outside.
-    - Any block-level rule, or rows by one coin each: as `compile_branches`.
+    - Any block-level rule, rows by one coin each, or presence in backward only: as `compile_branches`.
 
     Parameters keep their names. Copies and pickles of the model are not compiled.
 
@@ -51,7 +52,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
         )
     options = _with_backend(model, options)
     random = [rule for rule in rules_of(model) if rule.rates]
-    if all(rule.granularity == "unit" or (rule.rows == "window" and rule.granularity == "row") for rule in random):
+    if all(_fits_one_graph(rule) for rule in random):
         hook.feeds_graph = True
         if options.get("mode") in ("reduce-overhead", "max-autotune"):
             hook.static_draws = StaticDraws()  # these record CUDA graphs, anew whenever such a tensor has moved
@@ -60,11 +61,15 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     elif options.get("fullgraph"):
         raise ConfigError(
             f"{type(model).__name__} has rules that Python decides between graphs; leave out fullgraph=True, or use "
-            "unit-level rules, or granularity='row' with rows='window'"
+            "unit-level rules, or stochastic depth with granularity='row' and rows='window'"
         )
     else:
         compile_branches(model, **options)
     return model
+
+
+def _fits_one_graph(rule: Rule) -> bool:
+    return rule.granularity == "unit" or (rule.rows == "window" and rule.granularity == "row" and not rule.runs_absent)
 
 
 def _check_module(model: object) -> None:

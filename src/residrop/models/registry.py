@@ -161,6 +161,7 @@ def create(
     coupling: Coupling = "independent",
     costs: Sequence[float] = (),
     at_least: int = 0,
+    draw_every: int = 1,
     **options: Any,
 ) -> nn.Module:
     """Build a network by name, give each block its rule, and attach the sampler of their draws.
@@ -188,6 +189,7 @@ def create(
         coupling: how the presence of a block depends on that of others in the same step, as in `attach`.
         costs: for "balanced", as in `attach`.
         at_least: as in `attach`.
+        draw_every: as in `attach`.
         options: further options of the rule (such as `of` of skipforward) and of the network (such as `width`).
 
     Returns:
@@ -210,7 +212,7 @@ def create(
             if rules[index].granularity != "unit":
                 rules[index] = ConstantDepth()
     model = _seeded(lambda: family.build(depth, rules=rules, **settings), seed)
-    how: dict[str, Any] = {"coupling": coupling, "costs": costs, "at_least": at_least}
+    how: dict[str, Any] = {"coupling": coupling, "costs": costs, "at_least": at_least, "draw_every": draw_every}
     warn_if_certain(connect(model, seed=seed, timing=timing, **how), "this rule")
     return model
 

@@ -1,5 +1,6 @@
 """Rules: what a block does with its shortcut and its branch, under a draw."""
 
+from residrop.rules.backward import BackwardDepth as BackwardDepth
 from residrop.rules.base import Rule as Rule
 from residrop.rules.depth import ConstantDepth as ConstantDepth
 from residrop.rules.depth import DepthDropout as DepthDropout

@@ -6,7 +6,7 @@ draw: coins in training (and inside `residrop.sampling`), expectation in `eval()
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,11 @@ Rescale = Literal["test", "train", "none"]
 _IDENTITY = nn.Identity()
 
 
+def is_recomputed() -> bool:
+    """Whether this forward is run inside a backward pass, for which it must repeat the draw of its original."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class Rule(nn.Module, ABC):
     """Base of all rules: `forward(x, shortcut, branch)` reads the draw and combines.
 
@@ -37,6 +42,7 @@ class Rule(nn.Module, ABC):
         fewest: number of rows that live at least where any do; `residrop.attach` makes it 2 where the branch has a norm
             that one row may be too few for.
         rescale: who multiplies the branch by p or 1/p, see `StochasticDepth`.
+        runs_absent: whether a training forward computes absent branches, too (`BackwardDepth`).
     """
 
     earlier: int = 0
@@ -44,6 +50,7 @@ class Rule(nn.Module, ABC):
     rows: Literal["window", "bernoulli"] | None = None
     fewest: int = 1
     rescale: Rescale = "none"
+    runs_absent: bool = False
 
     def __init__(
         self, rates: tuple[float, ...], granularity: Granularity = "block", scope: Scope | None = None
@@ -112,9 +119,7 @@ class Rule(nn.Module, ABC):
 
             return tracing.draw(self)
         if self._sampler is not None:
-            # inside a backward pass this forward is a recomputation, which must repeat the draw of its original
-            recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-            draw = self._sampler.draw(self._index, self.training, recomputing)
+            draw = self._sampler.draw(self._index, self.training, is_recomputed())
             if draw is not None:
                 return draw if draw.rates else draw._replace(rates=self.rates)
         elif self.training and self.rates:
@@ -122,6 +127,9 @@ class Rule(nn.Module, ABC):
                 f"{type(self).__name__} has no coins: call residrop.attach(model, seed=...) once the model is built"
             )
         return Draw(self.rates)
+
+    def check_parts(self, parts: Iterable[object]) -> None:
+        """ConfigError if the rule is not right for a branch with these modules and parameters (called by `attach`)."""
 
     def branch_rate(self, rates: tuple[float, ...]) -> float:
         """Probability that the branch (or a unit of it) is present under these rates of the rule."""

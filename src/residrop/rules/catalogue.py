@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from residrop.common.checks import check_rate
 from residrop.common.errors import ConfigError
+from residrop.rules.backward import BackwardDepth
 from residrop.rules.base import Rule
 from residrop.rules.depth import ConstantDepth, DepthDropout, StochasticDepth
 from residrop.rules.gaussian import GaussianDepth
@@ -46,6 +47,12 @@ RULES: dict[str, _Entry] = {
         "uniform(0.5)",
         ("scope",),
         "uniform dropping over trainable shortcuts, for speed (Guo & Gould 2016)",
+    ),
+    "backward-depth": _Entry(
+        BackwardDepth,
+        "uniform(0.5)",
+        ("granularity", "rescale", "scope"),
+        "whole forward, branches dropped in backward only (DropBP, Woo et al. 2024)",
     ),
     "gaussian-depth": _Entry(
         GaussianDepth,

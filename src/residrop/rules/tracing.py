@@ -25,6 +25,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
+from residrop.functional.backward_only import Piece, without_gradients
 from residrop.functional.call import BranchCall, Map
 from residrop.functional.rows import keep_index
 from residrop.functional.static_draws import StaticDraws
@@ -37,6 +38,7 @@ from residrop.schedule.sampler import Draw, Rows
 __all__ = [
     "CompiledParts",
     "GraphDraws",
+    "backward_only",
     "compiled_parts",
     "draw",
     "graph_draws",
@@ -164,10 +166,14 @@ def _coin(rule: Any, call: BranchCall) -> tuple[bool, Tensor | None, CompiledPar
     """Whether a block is present, the factor of its branch, and its compiled parts."""
     draw = rule.draw()
     scale = rule.scale(draw)
+    present = bool(draw.alive) or (draw.expected and scale != 0.0)
+    return present, scalar(scale), _parts_of(rule, call)
+
+
+def _parts_of(rule: Any, call: BranchCall) -> CompiledParts:
     if rule not in _OF_RULE:
         _OF_RULE[rule] = compiled_parts(structure(call.branch, call.shortcut, call.post))
-    present = bool(draw.alive) or (draw.expected and scale != 0.0)
-    return present, scalar(scale), _OF_RULE[rule]
+    return _OF_RULE[rule]
 
 
 @skip  # runs by itself, and lets the compiler see what it calls; `torch.compiler.disable(recursive=False)` does, too,
@@ -185,6 +191,41 @@ def _decided(  # but looks for the frame of its caller at every call, which take
 @_disable(reason=_REASON)
 def _with_zero_gradients(rule: Any, x: Tensor, skip: Tensor, call: BranchCall) -> Tensor:
     return with_zero_gradients(x, skip, call) if rule.may_live_on_other_ranks() else skip
+
+
+@_disable(reason=_REASON)
+def _pieces(rule: Any, x: Tensor, call: BranchCall) -> tuple[list[Piece] | None, CompiledParts]:
+    return rule.pieces(x, call), _parts_of(rule, call)
+
+
+@_disable(reason=_REASON)
+def _joined(rule: Any, x: Tensor, call: BranchCall, pieces: list[Piece], outs: list[Tensor]) -> Tensor:
+    return rule.joined(x, call, pieces, outs)
+
+
+@skip
+def _in_pieces(
+    rule: Any, x: Tensor, shortcut: Map, branch: Map, includes_input: bool, post: Map | None, along: Sequence[Any]
+) -> Tensor:
+    call = BranchCall(shortcut, branch, post, along, includes_input)
+    pieces, parts = _pieces(rule, x, call)
+    if pieces is None:
+        return parts.whole(x, shortcut, branch, None, includes_input, post, along)
+    outs: list[Tensor] = []
+    for piece in pieces:
+        if piece.window is not None:
+            maybe_mark_dynamic(piece.x, 0)
+        if piece.present:
+            outs.append(parts.alone(branch, piece.x, piece.along))
+        else:
+            with without_gradients():
+                outs.append(parts.alone(branch, piece.x, piece.along))
+    return _joined(rule, x, call, pieces, outs)
+
+
+def backward_only(rule: Any, x: Tensor, call: BranchCall) -> Tensor:
+    """`BackwardDepth` in a training pass, traced: Python decides between graphs what is differentiated."""
+    return _in_pieces(rule, x, call.shortcut, call.branch, call.includes_input, call.post, call.along)
 
 
 def present(rule: Any, x: Tensor, call: BranchCall) -> Tensor:

@@ -206,9 +206,14 @@ class DepthSampler:
             besides. Steps without any are drawn again from the law of independent coins under this condition, so that
             block l is present with probability p_l / (1 - prod_j (1 - p_j)). Rescaling and expectation stay those of
             p_l.
+        draw_every: for how many training steps the coins of blocks stay as they are; rows and units are drawn anew in
+            every step. With coupling="systematic" and presence in backward only, so many blocks are trained for that
+            long, and then others (after LISA, Pan et al. 2024, arXiv 2403.17919). Where rates move in between, a block
+            goes or comes when its own rate passes its number.
 
     Raises:
-        ConfigError: a coupling that the sites cannot have; `at_least` where no rate is above 0, or beside a coupling.
+        ConfigError: a coupling that the sites cannot have; `at_least` where no rate is above 0, or beside a coupling;
+            `draw_every` that is no whole number of at least 1.
 
     The state is two integers, `seed` and `step` (the number of training steps drawn so far).
     """
@@ -223,8 +228,10 @@ class DepthSampler:
         coupling: Coupling = "independent",
         costs: Sequence[float] = (),
         at_least: int = 0,
+        draw_every: int = 1,
     ) -> None:
         self.at_least = at_least
+        self.draw_every = check_whole("draw_every", draw_every, least=1)
         self.seed = check_whole("seed", seed)
         self.step = 0
         self._rank = rank
@@ -296,8 +303,9 @@ class DepthSampler:
     def _plan(self, ready: "_Ready", step: int, part: int, code: int) -> Plan:
         layout = self._layout
         words, turns = layout.counters, list[int]()
+        toss = step - step % self.draw_every if code == _STREAMS["train"] else step
         for ones, coin, own in layout.groups:
-            base = derive_key(self.seed, code, _COINS, step) if coin else derive_key(self.seed, code, _KEYS, step, part)
+            base = derive_key(self.seed, code, _COINS, toss) if coin else derive_key(self.seed, code, _KEYS, step, part)
             words += ones * (derive_key(base, self.rank) if own else base)
             if layout.rings:
                 turns.append(derive_key(base, _TURN - own))  # the same on all ranks
@@ -308,7 +316,7 @@ class DepthSampler:
         coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
         draws = [pair[coin] for pair, coin in zip(ready.pairs, coins, strict=True)]
         if self.at_least and not any(draws[index].alive for index in layout.coins):
-            draws = self._with_one(ready, draws, derive_key(self.seed, code, _COINS, step, _AGAIN))
+            draws = self._with_one(ready, draws, derive_key(self.seed, code, _COINS, toss, _AGAIN))
         if layout.keyed:
             keys = unpack(layout.format, words.to_bytes(layout.size, "little"))
             for index in layout.keyed:
@@ -445,7 +453,7 @@ class DepthSampler:
             over: whether the forward that is meant is over: a backward pass runs it again (activation checkpointing),
                 or an engine asks what it has used.
         """
-        force = (self._recalled or (self._last if self._now.plan is None else self._now)) if over else self._now
+        force = self._obeyed(over)
         if not (training or force.always):
             return None if self._final.share == 1.0 else Draw(self._final.rates[index])
         if force.plan is None:
@@ -456,6 +464,13 @@ class DepthSampler:
                 "create_feature_extractor or torch.fx), or give a plan with residrop.using(model, plan)"
             )
         return force.plan.draws[index]
+
+    def is_sampled(self, over: bool = False) -> bool:
+        """Whether a pass, or one that is `over`, is a sampled one."""
+        return self._obeyed(over).sample is not None
+
+    def _obeyed(self, over: bool) -> "_Force":
+        return (self._recalled or (self._last if self._now.plan is None else self._now)) if over else self._now
 
     def giving(self, plan: Plan) -> AbstractContextManager[None]:
         """A context in which all forwards obey `plan`; PlanError, at once, if it was made for other rules."""

@@ -18,7 +18,7 @@ from residrop.blocks.skippable import Skippable
 from residrop.common.errors import ConfigError
 from residrop.inference.deploy.folding import without_hooks
 from residrop.inference.sampled.batch import Batch
-from residrop.rules.depth import ConstantDepth, DepthDropout, StochasticDepth
+from residrop.rules.depth import ConstantDepth, StochasticDepth
 from residrop.schedule.sampler import Plan
 from residrop.subnetworks.shortcuts import shortcut_of
 from residrop.surgery.apply import apply, remove
@@ -187,7 +187,7 @@ def put_rules(model: nn.Module, blocks: Any, inputs: Any) -> None:
     With rescale="test" a present branch counts in full; an absent one is always left out of what is traced, too.
     """
     rules = rules_of(model)
-    other = next((rule for rule in rules if type(rule) not in (ConstantDepth, StochasticDepth, DepthDropout)), None)
+    other = next((rule for rule in rules if not isinstance(rule, (ConstantDepth, StochasticDepth))), None)
     if other is not None:
         raise ConfigError(
             f"{type(model).__name__} has blocks under {type(other).__name__}, of which none is absent as a whole; "

@@ -50,6 +50,7 @@ def apply(
     coupling: Coupling = "independent",
     costs: Sequence[float] = (),
     at_least: int = 0,
+    draw_every: int = 1,
     whole: Sequence[str] = (),
     cut: Sequence[str] = (),
     unused: Sequence[str] = (),
@@ -84,8 +85,8 @@ def apply(
         rescale: None is "train" for stochastic (and Gaussian) depth, as in these models' own drop modules: a
             pretrained model's eval mode stays as it is. "test" is eq. 5 of Huang et al. 2016.
         seed: seed of all draws.
-        timing: as in `residrop.attach`, as are `coupling`, `costs` and `at_least`. With "balanced" and an example costs
-            may be left out: they are FLOPs then.
+        timing: as in `residrop.attach`, as are `coupling`, `costs`, `at_least` and `draw_every`. With "balanced" and an
+            example costs may be left out: they are FLOPs then.
         whole: names of block arguments that all rows share, which row level must not cut.
         cut: names of block arguments whose first dimension is the batch, where sizes do not tell.
         unused: where, in what blocks or branches return besides the hidden state, there is something that nothing needs
@@ -123,12 +124,13 @@ def apply(
     if blocks is None:
         left += overlooked(model, [one.block for one, _ in todo], [name for name, _ in left])
     unmeasured = coupling == "balanced" and not costs and example is not None
-    coupled = ("independent", ()) if unmeasured else (coupling, costs)
-    left += _carried_out(model, todo, drops, *given, seed, timing, *coupled, at_least)
+    how = {"seed": seed, "timing": timing, "at_least": at_least, "draw_every": draw_every}
+    coupled = {} if unmeasured else {"coupling": coupling, "costs": costs}
+    left += _carried_out(model, todo, drops, *given, {**how, **coupled})
     for block, known in learnt.learnt.items():
         block.__dict__.update(known)
     if unmeasured:
-        _balance(model, example, seed, timing, at_least)
+        _balance(model, example, how)
     return _reported(model, todo, left, learnt)
 
 
@@ -248,32 +250,27 @@ def _carried_out(
     arguments: tuple[frozenset[str], frozenset[str]],
     unused: frozenset[str],
     inherits: bool,
-    seed: int,
-    timing: Timing | str,
-    coupling: Coupling,
-    costs: Sequence[float],
-    at_least: int,
+    how: dict[str, Any],
 ) -> list[LeftAlone]:
-    """Change the model, wholly or not at all; returns what turned out to be left alone."""
+    """Change the model, wholly or not at all; returns what turned out to be left alone. `how` is of `connect`."""
     blocks = [one.block for one, _ in todo]
     try:
         _put(todo, arguments, unused, inherits)
         left = end_layer_drop(model, blocks, drops, inherits)
         watch_routers(model, blocks)
         mark_settled(model, [one for one, _ in todo])
-        connect(model, seed=seed, timing=timing, coupling=coupling, costs=costs, at_least=at_least)
+        connect(model, **how)
     except BaseException:
         _take_away(model)
         raise
     return left
 
 
-def _balance(model: nn.Module, example: Any, seed: int, timing: Timing | str, at_least: int) -> None:
+def _balance(model: nn.Module, example: Any, how: dict[str, Any]) -> None:
     """Couple the blocks of a changed model by their FLOPs."""
     args, kwargs = called_with(example)
     try:
-        costs = branch_flops(model, *args, **kwargs)
-        connect(model, seed=seed, timing=timing, coupling="balanced", costs=costs, at_least=at_least)
+        connect(model, coupling="balanced", costs=branch_flops(model, *args, **kwargs), **how)
     except BaseException:
         _take_away(model)
         raise

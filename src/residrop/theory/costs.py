@@ -172,6 +172,13 @@ def _groups(model: nn.Module, x: Batch) -> list[list[int]]:
     return list(found.values())
 
 
+def _with_whole_forwards(model: nn.Module, costs: Costs) -> Costs:
+    """The FLOPs of training in units of a forward, where absent branches are left out of backward alone."""
+    forward = [flops / 3.0 * rule.runs_absent for rule, flops in zip(rules_of(model), costs.branches, strict=True)]
+    branches = tuple(flops - own for flops, own in zip(costs.branches, forward, strict=True))
+    return costs._replace(branches=branches, fixed=costs.fixed + sum(forward))
+
+
 _Rounds = Sequence[Sequence[tuple[float, float]]]
 
 
@@ -243,6 +250,7 @@ def survival_for(
             here, forward and backward, on the first batch), "0.6 of flops", "0.6 of blocks", or a number of the latter.
         rule: how the budget is spent: "uniform"; "linear" decay; "sensitivity" (SenseMode, `theory.sensitivity`);
             "max_regularization" (Lemma 2, `theory.discrepancy`).
+            Under `BackwardDepth` a step runs every branch forward, which is a third of the branch's FLOPs in training.
         batches: pairs of input and target, for all but shares of blocks with "uniform" or "linear".
         loss: for "sensitivity" and "max_regularization".
         least: smallest rate, for "sensitivity".
@@ -268,6 +276,8 @@ def survival_for(
     except SpreadError as error:
         warnings.warn(f"{error}; the budget is {share:g} of flops now", SpreadWarning, stacklevel=2)
         unit, costs = "flops", costs_of(model, "flops", x)
+    if unit == "flops":
+        costs = _with_whole_forwards(model, costs)
     left = share * costs.total - costs.fixed
     if left < 0.0:
         raise ConfigError(

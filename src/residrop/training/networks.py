@@ -47,11 +47,11 @@ def build_network(recipe: Recipe, dataset: dict[str, Any]) -> nn.Module:
     for name in ("theta_2", "granularity", "rescale", "rows", "of"):
         options |= {name: getattr(recipe, name)} if getattr(recipe, name) is not None else {}
     model = _changed(recipe, dataset, options) if is_foreign(recipe.network) else _ours(recipe, dataset, options)
-    if recipe.coupling != "independent" or recipe.at_least:
+    if recipe.coupling != "independent" or recipe.at_least or recipe.draw_every > 1:
         images = torch.zeros(2, dataset["channels"], dataset["size"], dataset["size"])
         costs = branch_flops(model, images) if recipe.coupling == "balanced" else ()
-        how: dict[str, Any] = {"coupling": recipe.coupling, "costs": costs, "at_least": recipe.at_least}
-        connect(model, seed=recipe.seed, timing=options["timing"], **how)
+        how: dict[str, Any] = {name: getattr(recipe, name) for name in ("coupling", "at_least", "draw_every")}
+        connect(model, seed=recipe.seed, timing=options["timing"], costs=costs, **how)
     return model
 
 

@@ -34,6 +34,7 @@ _LATER |= {
     "cutmix",
     "coupling",
     "at_least",
+    "draw_every",
 }
 _MIXING = ("mixup", "cutmix")
 
@@ -67,7 +68,8 @@ class Recipe:
     # --- presence of the blocks ---
     rule: str = "stochastic-depth"
     """How shortcut and branch are combined. One of: constant, stochastic-depth, layer-dropout, depth-dropout,
-    gaussian-depth, Swapout's rules swapout, skipforward, dropout (no skip), dropout-residual, dropout-sum."""
+    backward-depth (whole forwards, absent in backward only), gaussian-depth, Swapout's rules swapout, skipforward,
+    dropout (no skip), dropout-residual, dropout-sum."""
     survival: str | None = None
     """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)",
     "linear(1, 0.5)" or "exponential(0.5)", or from_model for those of another library's own drop path (None: the
@@ -75,9 +77,10 @@ class Recipe:
     theta_2: str | None = None
     """Swapout only: rates of the branch if they differ from those of the shortcut. Same forms as survival."""
     granularity: Literal["block", "row"] | None = None
-    """Stochastic depth only: one coin per mini-batch (block) or per image (row)."""
+    """Stochastic and backward depth only: one coin per mini-batch (block) or per image (row)."""
     rescale: Literal["test", "train", "none"] | None = None
-    """Stochastic depth only: multiply the branch by p at test, divide it by p in training, or neither."""
+    """Stochastic depth only: multiply the branch by p at test, divide it by p in training, or neither. Backward depth:
+    divide its gradient by p in training, or not."""
     rows: Literal["window", "bernoulli"] | None = None
     """Stochastic depth per row only: live rows as one random window, or by one coin each."""
     of: Literal["branch", "shortcut"] | None = None
@@ -93,6 +96,9 @@ class Recipe:
     apart: of two neighbours one is present at least. Every rate stays exact. For rules of blocks and rows."""
     at_least: int = 0
     """1: one block is present in every step at least, as where all else is frozen; steps without are drawn again."""
+    draw_every: int = 1
+    """Updates for which the coins of blocks stay as they are. With backward-depth and systematic coupling, so many
+    blocks are trained for that long, and then others (LISA)."""
 
     budget: str | None = None
     """Find the survival rates instead: share of a full step's work that a step may do on average, such as 0.6,
@@ -225,6 +231,7 @@ class Recipe:
         for name in ("validation", "samples", "workers", "refresh"):
             check_whole(name, getattr(self, name), least=0)
         check_whole("seed", self.seed)
+        check_whole("draw_every", self.draw_every, least=1)
         if self.limit is not None:
             check_whole("limit", self.limit, least=1)
         for name, kind in get_type_hints(type(self)).items():

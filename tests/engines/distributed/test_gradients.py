@@ -23,6 +23,11 @@ QUICK = [
     "own_rows_untouched",
     "own_blocks_untouched",
     "stock_own_rows",
+    "backward",
+    "stock_backward",
+    "backward_checkpointed",
+    "backward_rows",
+    "backward_own_blocks",
     "early",
     "unused",
     "join",
@@ -108,6 +113,24 @@ def test_checkpointing_does_not_send_twice(found):
     """Reentrant checkpoints run nested backward passes; only the end of the outermost one is the end."""
     assert found["checkpointed_reentrant"]["collectives"] == found["ours"]["collectives"]
     assert found["checkpointed_reentrant"]["bytes"] == found["ours"]["bytes"]
+
+
+@pytest.mark.parametrize("name", ["backward", "stock_backward", "backward_checkpointed"])
+def test_presence_in_backward_only(found, assert_follows, name):
+    """Parameters of a block that is not differentiated have no gradient on any rank."""
+    assert_follows(found[name])
+
+
+def test_what_is_not_differentiated_is_not_sent(found):
+    backward, ours = found["backward"], found["ours"]
+    assert backward["bytes"] == ours["bytes"]
+    assert backward["collectives"] == ours["collectives"]
+
+
+@pytest.mark.parametrize("name", ["backward_rows", "backward_own_blocks"])
+def test_presence_in_backward_only_by_rows_and_by_rank(found, name):
+    assert found[name]["error"] <= 1e-6
+    assert found[name]["grad_error"] <= 1e-6
 
 
 def test_tied_weights_whose_gradient_comes_in_parts(found, assert_follows):

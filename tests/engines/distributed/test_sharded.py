@@ -17,6 +17,10 @@ CHECKS = [
     "rows",
     "own_rows",
     "own_blocks",
+    "backward",
+    "backward_checkpointed",
+    "backward_rows",
+    "backward_own_blocks",
     "precision",
     "dtypes",
     "accumulation",
@@ -26,12 +30,14 @@ CHECKS = [
     "traffic_live",
     "traffic_fixed",
     "traffic_wrapped",
+    "traffic_backward",
     "saved",
     "loaded",
     "refusals",
 ]
 
 FORMS = ["block", "branch", "kept", "fixed", "live", "live_kept", "wrapped", "checkpointed", "accumulation"]
+FORMS += ["backward", "backward_checkpointed"]
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +60,18 @@ def test_training_equals_one_process(found, assert_follows, name):
     assert_follows(found[name])
 
 
-@pytest.mark.parametrize("name", ["rows", "own_rows", "own_blocks"])
+@pytest.mark.parametrize("name", ["rows", "own_rows", "own_blocks", "backward_rows", "backward_own_blocks"])
 def test_rows_and_draws_per_rank(found, name):
     assert found[name]["error"] <= 1e-6
     assert found[name]["grad_error"] <= 1e-6
+
+
+def test_only_present_blocks_are_reduced_where_all_run_forward(found):
+    """Presence in backward only: all 8 blocks are gathered for the forward, as many reduced as are present."""
+    traffic = found["traffic_backward"]
+    none = traffic["0"]
+    for live in (0, 1, 4, 8):
+        assert traffic[str(live)][2] == none[2] + live
 
 
 @pytest.mark.parametrize("name", ["traffic", "traffic_kept", "traffic_branch", "traffic_live", "traffic_wrapped"])

@@ -56,7 +56,7 @@ def check_ranks(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> 
         _digest(_shape(name, parameter) for name, parameter in model.named_parameters()),
         _digest((type(rule).__name__, _options(rule)) for rule in rules),
         _digest(site.rates for site in sampler.sites),
-        _digest([sampler.schedule.timing, sampler.coupling, sampler.costs, sampler.at_least]),
+        _digest([sampler.schedule.timing, sampler.coupling, sampler.costs, sampler.at_least, sampler.draw_every]),
         sampler.seed if abs(sampler.seed) < 1 << 63 else _digest([sampler.seed]),
         sampler.step,
         sampler.rank,

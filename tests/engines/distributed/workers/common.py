@@ -25,7 +25,18 @@ ROWS, WIDTH, CLASSES = 8, 16, 5
 class Tokens(nn.Module):
     """Stem, residual blocks, head; every third block's shortcut has parameters."""
 
-    def __init__(self, depth=8, *, survival=0.5, checkpointing="", tied=False, norm=nn.LayerNorm, every=3, **options):
+    def __init__(
+        self,
+        depth=8,
+        *,
+        survival=0.5,
+        checkpointing="",
+        tied=False,
+        norm=nn.LayerNorm,
+        every=3,
+        rule=residrop.StochasticDepth,
+        **options,
+    ):
         super().__init__()
         self.stem = nn.Linear(WIDTH, WIDTH)
         branches = [
@@ -39,7 +50,7 @@ class Tokens(nn.Module):
             residrop.Residual(
                 branch,
                 nn.Linear(WIDTH, WIDTH) if every and number % every == 1 else None,
-                residrop.StochasticDepth(rates[number], **options),
+                rule(rates[number], **options),
             )
             for number, branch in enumerate(branches)
         )

@@ -25,6 +25,7 @@ from common import (
     share,
     untouched,
 )
+from residrop import BackwardDepth
 from residrop.blocks.attach import sampler_of
 from residrop.common.errors import RankError, UsageError
 from residrop.engines.distributed import check_ranks, data_parallel
@@ -353,6 +354,11 @@ CHECKS = {
     "own_rows_untouched": lambda: follow(ours_untouched, rows=dist.get_world_size(), **PER_RANK),
     "own_blocks_untouched": lambda: follow(ours_untouched, scope="per_rank"),
     "stock_own_rows": lambda: follow(stock, rows=dist.get_world_size(), fill=True, **PER_RANK),
+    "backward": lambda: follow(ours, rule=BackwardDepth, rescale="train"),
+    "stock_backward": lambda: follow(stock, 20, rule=BackwardDepth),
+    "backward_checkpointed": lambda: follow(ours, 20, rule=BackwardDepth, checkpointing="reentrant"),
+    "backward_rows": lambda: follow(ours, 20, rule=BackwardDepth, granularity="row", scope="shared"),
+    "backward_own_blocks": lambda: follow(ours, 20, fill=True, rule=BackwardDepth, scope="per_rank"),
     "early": early,
     "unused": unused,
     "join": join,

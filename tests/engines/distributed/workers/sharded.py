@@ -27,6 +27,7 @@ from common import (
     share,
     whole,
 )
+from residrop import BackwardDepth
 from residrop.blocks.attach import sampler_of
 from residrop.common.errors import ConfigError, RankError
 from residrop.engines.distributed import check_ranks, complete_state, data_parallel, prefetch
@@ -56,9 +57,9 @@ def sharded(*, target="block", lists="none", wrapper=False, **options):
     return wrap
 
 
-def traffic_of_plans(**options):
+def traffic_of_plans(rule=residrop.StochasticDepth, **options):
     """Collectives and bytes of one training step by the number of live blocks; the blocks are all alike."""
-    model, _ = sharded(**options)(network(every=0))
+    model, _ = sharded(**options)(network(every=0, rule=rule))
     x, y = batch(0)
     found = {}
     for live in (8, 0, 1, 4, 8):  # the first one initialises
@@ -222,6 +223,16 @@ GRID = {
         sharded(), steps, depth=DEPTH, rows=dist.get_world_size(), fill=True, granularity="row", survival=0.4
     ),
     "own_blocks": lambda steps: follow(sharded(), steps, depth=DEPTH, fill=True, scope="per_rank"),
+    "backward": lambda steps: follow(sharded(), steps, depth=DEPTH, rule=BackwardDepth, rescale="train"),
+    "backward_checkpointed": lambda steps: follow(
+        sharded(), steps, depth=DEPTH, rule=BackwardDepth, checkpointing="plain"
+    ),
+    "backward_rows": lambda steps: follow(
+        sharded(), steps, depth=DEPTH, rule=BackwardDepth, granularity="row", scope="shared"
+    ),
+    "backward_own_blocks": lambda steps: follow(
+        sharded(), steps, depth=DEPTH, fill=True, rule=BackwardDepth, scope="per_rank"
+    ),
     "precision": lambda steps: mixed_precision(steps),
     "accumulation": lambda steps: accumulation(steps),
 }
@@ -236,6 +247,7 @@ CHECKS = {
     "traffic_live": lambda: traffic_of_plans(lists="live"),
     "traffic_fixed": lambda: traffic_of_plans(lists="fixed"),
     "traffic_wrapped": lambda: traffic_of_plans(lists="live", wrapper=True),
+    "traffic_backward": lambda: traffic_of_plans(rule=BackwardDepth),
     "saved": saved,
     "loaded": loaded,
     "refusals": refusals,
