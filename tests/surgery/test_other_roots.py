@@ -134,7 +134,8 @@ def test_merged_adapters_train_on_once_they_are_attached():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
-def test_adapters_of_absent_branches_have_no_gradient_and_do_not_move(use_reentrant):
+@pytest.mark.parametrize("rule", ["stochastic-depth", "backward-depth"])
+def test_adapters_of_absent_branches_have_no_gradient_and_do_not_move(rule, use_reentrant):
     """All else is frozen, so at_least=1 keeps every step trainable."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -143,7 +144,7 @@ def test_adapters_of_absent_branches_have_no_gradient_and_do_not_move(use_reentr
     )
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), adapters).train()
-    assert len(residrop.apply(model, survival=0.3, at_least=1).blocks) == 3
+    assert len(residrop.apply(model, rule, 0.3, at_least=1).blocks) == 3
     if use_reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         model.enable_input_require_grads()

@@ -115,20 +115,46 @@ def _branches(model, report):
     return [pair for entry in report.blocks for pair in model.get_submodule(entry.name).residrop_branches()]
 
 
-@every_family
-def test_rows_multiply_rows_of_branches(family):
-    plain, inputs = family.model().train(), family.inputs()
-    model, report = applied(without_dropout(plain), survival=RATE, rescale="train", granularity="row")
-    layers = ends_of(family, report)
-    draws = [Draw((RATE,), key=derived) for derived in range(1, 1 + sum(map(len, layers.values())))]
+def _rows(count: int) -> tuple[Plan, list[torch.Tensor]]:
+    """Draws of rows, and 1 / RATE where a row is present."""
+    draws = [Draw((RATE,), key=derived) for derived in range(1, 1 + count)]
     masks = []
     for draw in draws:
         rows, mask = draw.rows(ROWS), torch.zeros(ROWS)
         mask[[(rows.start + place) % ROWS for place in range(rows.live)]] = 1 / RATE
         masks.append(mask)
-    with residrop.using(model, Plan(tuple(draws))):
+    return Plan(tuple(draws)), masks
+
+
+@every_family
+def test_rows_multiply_rows_of_branches(family):
+    plain, inputs = family.model().train(), family.inputs()
+    model, report = applied(without_dropout(plain), survival=RATE, rescale="train", granularity="row")
+    layers = ends_of(family, report)
+    plan, masks = _rows(sum(map(len, layers.values())))
+    with residrop.using(model, plan):
         ours = step(model, inputs)
     assert_same(ours, step(tossed(plain, layers, masks), inputs), CLOSE)
+
+
+@every_family
+@pytest.mark.parametrize("level", ["block", "row"])
+def test_presence_in_backward_only(family, level):
+    """The loss is that of the whole model; of absent branches, or rows of them, there is no gradient."""
+    plain, inputs = family.model().train(), family.inputs()
+    how = {"rule": "backward-depth", "survival": RATE, "rescale": "train", "granularity": level}
+    norms = [one for one in plain.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    if level == "row" and norms:
+        pytest.skip("batch norm needs the whole batch")
+    model, report = applied(without_dropout(plain), **how)
+    layers = ends_of(family, report)
+    plan, factors = _rows(sum(map(len, layers.values())))
+    if level == "block":
+        coins = [number % 3 != 1 for number in range(len(factors))]
+        plan, factors = Plan.of(coins), [coin / RATE for coin in coins]
+    with residrop.using(model, plan):
+        ours = step(model, inputs)
+    assert_same(ours, step(tossed(plain, layers, factors, backward=True), inputs), CLOSE)
 
 
 def test_layers_that_call_their_base_class_are_whole_blocks():

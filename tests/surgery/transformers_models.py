@@ -62,8 +62,11 @@ def step(model: nn.Module, inputs: Mapping[str, Any], seed: int = 3) -> tuple[Te
     return out.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def tossed(model: nn.Module, layers: Mapping[str, Sequence[str]], factors: Sequence[float | Tensor]) -> nn.Module:
-    """A copy of a plain model that multiplies branches by these factors, in the order of layers and their ends."""
+def tossed(
+    model: nn.Module, layers: Mapping[str, Sequence[str]], factors: Sequence[float | Tensor], backward: bool = False
+) -> nn.Module:
+    """A copy of a plain model that multiplies branches, or only their gradients (`backward`), by these factors, in the
+    order of layers and their ends."""
     model = without_dropout(copy.deepcopy(model))
     left = iter(factors)
     for name, ends in layers.items():
@@ -74,15 +77,16 @@ def tossed(model: nn.Module, layers: Mapping[str, Sequence[str]], factors: Seque
             if hasattr(module, "drop_prob"):
                 module.drop_prob = 0.0
             turns = itertools.cycle([factor for one, factor in zip(ends, mine, strict=True) if one == end])
-            module.register_forward_hook(lambda module, args, out, turns=turns: _scaled(out, next(turns)))
+            module.register_forward_hook(lambda module, args, out, turns=turns: _scaled(out, next(turns), backward))
     assert next(left, None) is None
     return model
 
 
-def _scaled(out: Any, factor: float | Tensor) -> Any:
+def _scaled(out: Any, factor: float | Tensor, backward: bool) -> Any:
     if isinstance(out, tuple):
-        return _scaled(out[0], factor), *out[1:]
-    return out * (factor.view(-1, *[1] * (out.ndim - 1)) if isinstance(factor, Tensor) else factor)
+        return _scaled(out[0], factor, backward), *out[1:]
+    factor = factor.view(-1, *[1] * (out.ndim - 1)) if isinstance(factor, Tensor) else factor
+    return out.detach() + factor * (out - out.detach()) if backward else out * factor
 
 
 def _random(*shape: int) -> Tensor:

@@ -49,8 +49,8 @@ def pieces_of(x: Tensor, call: BranchCall, rows: Rows) -> list[Piece]:
 def without_gradients() -> Iterator[None]:
     """Nothing is kept for backward inside.
 
-    Nor does autocast keep the half-precision weights that it makes: they have no gradient, and calls outside that find
-    them would have none, either.
+    Nor does autocast keep the half-precision weights that it makes: in older torch they have no gradient, and calls
+    outside that found them would have none, either (pytorch/pytorch#112583).
     """
     cached = torch.is_autocast_cache_enabled()
     try:
