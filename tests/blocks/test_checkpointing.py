@@ -245,8 +245,17 @@ def test_private_generators_are_wrong_without_an_error(use_reentrant):
 # Compiled
 
 
-@every_rule
-@both_kinds
+quick = pytest.mark.parametrize(
+    ("kind", "use_reentrant"),
+    [
+        pytest.param(kind, way, marks=() if kind in ("block", "row", "unit") and not way else pytest.mark.slow)
+        for kind in RULES
+        for way in (False, True)
+    ],
+)
+
+
+@quick
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("way", [residrop.compile, residrop.compile_branches])
 def test_compiled_with_checkpointed_blocks(kind, use_reentrant, way, compiler):
@@ -263,8 +272,7 @@ def test_compiled_with_checkpointed_blocks(kind, use_reentrant, way, compiler):
         check_equal(*results, exact=False)
 
 
-@every_rule
-@both_kinds
+@quick
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_checkpointed_compiled_root(kind, use_reentrant, compiler):
     plain, model = make(kind), make(kind)

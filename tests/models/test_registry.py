@@ -7,7 +7,7 @@ from residrop import RULES, ConstantDepth, DepthDropout, StochasticDepth, Swapou
 from residrop.blocks.attach import depth_of, expected_depth_of, rules_of
 from residrop.common.errors import ConfigError
 from residrop.models import create, group_starts, list_models, num_blocks
-from residrop.schedule.survival import linear, linear_decay
+from residrop.schedule.survival import linear, linear_decay, uniform
 from residrop.schedule.timing import early
 
 
@@ -35,7 +35,12 @@ def test_listing_names_the_papers():
 
 @pytest.mark.parametrize("rule", [name for name in RULES if name not in {"constant", "depth-dropout"}])
 def test_default_survival_is_the_papers(rule):
-    expected = linear_decay(9, 0.5) if rule in ("stochastic-depth", "gaussian-depth") else linear(9, 1.0, 0.5)
+    own = {
+        "stochastic-depth": linear_decay(9, 0.5),
+        "gaussian-depth": linear_decay(9, 0.5),
+        "backward-depth": uniform(9, 0.5),
+    }
+    expected = own.get(rule, linear(9, 1.0, 0.5))
     rates = rates_of(create("resnet-20", rule=rule))
     assert [rate[0] for rate in rates] == list(expected)
 
