@@ -284,6 +284,24 @@ QUOTED = [  # page, its words, file in results/, what tells each row, the value'
         ("train", " | {:.2f} | 1.00 |", "finetune_times", [{"model": model, "drop_path": 0.0}], "relative_to_timm")
         for _, model in (VIT, RESNET)
     ),
+    *(
+        (
+            "train",
+            words,
+            "skip_finetune",
+            [
+                {"model": model, "survival": survival, "variant": variant, "granularity": "row"}
+                for survival in ("linear(1, 0.8)", "linear(1, 0.5)")
+            ],
+            "relative_to_constant",
+        )
+        for words, model, variant in (
+            ("{:.2f} and {:.2f} for ViT-Tiny", "timm/vit_tiny_patch16_224", "residrop"),
+            ("and {:.2f} and {:.2f} for ResNet-18 at", "torchvision/resnet18", "residrop"),
+            ("the ideal, takes {:.2f} and {:.2f},", "timm/vit_tiny_patch16_224", "ideal"),
+            (", and {:.2f} and {:.2f}. ## A record", "torchvision/resnet18", "ideal"),
+        )
+    ),
     ("distributed", "{:.2f} MiB of gradients instead of {:.2f}", "wirings", WIRED, "bytes"),
 ]
 
