@@ -313,6 +313,12 @@ def test_a_budget_of_flops_counts_the_forward_of_absent_branches():
         residrop.survival_for(model, "0.3 of flops", batches=[(x, x)])
 
 
+def test_theory_of_forwards_that_leave_branches_out_refuses_whole_ones():
+    model, x = network(dtype=torch.float32), batch(dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"are whole \(BackwardDepth\), and this is derived for those that leave"):
+        residrop.theory.gradient_growth(model, [(x, x)], loss=torch.nn.functional.mse_loss)
+
+
 def test_at_least_one_block_is_differentiated():
     """A frozen backbone at a low rate: without `at_least` most steps would have no gradient at all."""
     model, x = network(survival=0.1, dtype=torch.float32), batch(dtype=torch.float32).detach()

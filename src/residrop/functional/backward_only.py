@@ -11,7 +11,7 @@ from residrop.functional.call import BranchCall, scaled
 from residrop.functional.cut import Window, cut, take_rows
 from residrop.schedule.sampler import Rows
 
-__all__ = ["Piece", "joined", "pieces_of", "without_gradients"]
+__all__ = ["Piece", "joined", "pieces_of", "recorded"]
 
 
 class Piece(NamedTuple):
@@ -46,12 +46,15 @@ def pieces_of(x: Tensor, call: BranchCall, rows: Rows) -> list[Piece]:
 
 
 @contextmanager
-def without_gradients() -> Iterator[None]:
-    """Nothing is kept for backward inside.
+def recorded(present: bool) -> Iterator[None]:
+    """Inside, nothing is kept for backward but for what is `present`.
 
     Nor does autocast keep the half-precision weights that it makes: in older torch they have no gradient, and calls
     outside that found them would have none, either (pytorch/pytorch#112583).
     """
+    if present:
+        yield
+        return
     cached = torch.is_autocast_cache_enabled()
     try:
         torch.set_autocast_cache_enabled(False)
@@ -104,10 +107,7 @@ class _Sum(torch.autograd.Function):
             if not present:
                 outs.append(None)
                 continue
-            if window is None:
-                outs.append(scaled(grad, ctx.weight))
-            else:
-                outs.append(scaled(torch.cat([grad[there] for there in window.there]), ctx.weight))
+            outs.append(scaled(grad if window is None else cut(grad, window, own=False), ctx.weight))
             if ctx.includes_input:  # through `out` the input has a share already, that of a shortcut inside of it
                 skip = _less(grad, window, ctx.weight)
         return skip, None, None, None, *outs

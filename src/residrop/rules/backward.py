@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from residrop.common.checks import check_choice
 from residrop.common.errors import ConfigError
-from residrop.functional.backward_only import Piece, joined, pieces_of, without_gradients
+from residrop.functional.backward_only import Piece, joined, pieces_of, recorded
 from residrop.functional.call import BranchCall
 from residrop.functional.zero_gradients import with_zero_gradients
 from residrop.rules.base import is_recomputed
@@ -102,15 +102,10 @@ class BackwardDepth(StochasticDepth):
         return None if rows.live == total > 0 and self.scale(draw) == 1.0 else pieces_of(x, call, rows)
 
     def _out(self, x: Tensor, call: BranchCall, piece: Piece) -> Tensor:
-        if not piece.present:
-            with without_gradients():
-                return self._branch_of(x, call, piece)
-        return self._branch_of(x, call, piece)
-
-    def _branch_of(self, x: Tensor, call: BranchCall, piece: Piece) -> Tensor:
-        if piece.window is None:
-            return self.executor.part(call.branch, piece.x, piece.along)
-        return self.executor.on_rows(call.branch, self.fixed(x.shape[0]))(piece.x, *piece.along)
+        with recorded(piece.present):
+            if piece.window is None:
+                return self.executor.part(call.branch, piece.x, piece.along)
+            return self.executor.on_rows(call.branch, self.fixed(x.shape[0]))(piece.x, *piece.along)
 
     def joined(self, x: Tensor, call: BranchCall, pieces: Sequence[Piece], outs: Sequence[Tensor]) -> Tensor:
         """The block's result, from what its branch gave for the pieces."""

@@ -25,7 +25,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.decorators import skip
 from torch.utils._pytree import tree_leaves
 
-from residrop.functional.backward_only import Piece, without_gradients
+from residrop.functional.backward_only import Piece, recorded
 from residrop.functional.call import BranchCall, Map
 from residrop.functional.rows import keep_index
 from residrop.functional.static_draws import StaticDraws
@@ -215,11 +215,8 @@ def _in_pieces(
     for piece in pieces:
         if piece.window is not None:
             maybe_mark_dynamic(piece.x, 0)
-        if piece.present:
+        with recorded(piece.present):
             outs.append(parts.alone(branch, piece.x, piece.along))
-        else:
-            with without_gradients():
-                outs.append(parts.alone(branch, piece.x, piece.along))
     return _joined(rule, x, call, pieces, outs)
 
 

@@ -248,9 +248,9 @@ def survival_for(
         model: a model with rules (any rates), as `residrop.create` and `residrop.apply` give it.
         budget: a share in [0, 1] of what a step at full depth costs, stem and head included: "0.6 of time" (measured
             here, forward and backward, on the first batch), "0.6 of flops", "0.6 of blocks", or a number of the latter.
+            Under `BackwardDepth` a step runs every branch forward, which is a third of the branch's FLOPs in training.
         rule: how the budget is spent: "uniform"; "linear" decay; "sensitivity" (SenseMode, `theory.sensitivity`);
             "max_regularization" (Lemma 2, `theory.discrepancy`).
-            Under `BackwardDepth` a step runs every branch forward, which is a third of the branch's FLOPs in training.
         batches: pairs of input and target, for all but shares of blocks with "uniform" or "linear".
         loss: for "sensitivity" and "max_regularization".
         least: smallest rate, for "sensitivity".

@@ -45,8 +45,14 @@ class _Gate(Rule):
 
 
 def check_independent(model: nn.Module) -> None:
-    """ConfigError if the model's draws are coupled, for what is derived for independent coins."""
+    """ConfigError if the model's draws are coupled, or its forwards whole: for what is derived for independent coins
+    and forwards that leave branches out."""
     for rule in rules_of(model):
+        if rule.runs_absent:
+            raise ConfigError(
+                f"forwards of {type(model).__name__} are whole ({type(rule).__name__}), and this is derived for those "
+                "that leave branches out; give rates=... to have it for stochastic depth"
+            )
         if rule.sampler is not None and rule.sampler.coupling != "independent":
             raise ConfigError(
                 f"the draws of {type(model).__name__} are coupled ({rule.sampler.coupling}), and this is derived for "

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from residrop.blocks.attach import sampler_of
+from residrop.blocks.attach import rules_of, sampler_of
 from residrop.cli.analyze.targets import Analysis, Target, find_target
 from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, write
@@ -49,6 +49,11 @@ def analyze(
 
 
 def _check_independent(target: Target) -> None:
+    if any(rule.runs_absent for rule in rules_of(target.model)):
+        raise ConfigError(
+            f"forwards of {target.name} are whole, and this instrument is of those that leave branches out; analyze "
+            "its network by name"
+        )
     coupling = sampler_of(target.model).coupling
     if coupling != "independent":
         raise ConfigError(
