@@ -291,6 +291,23 @@ def test_measurements_see_branches_left_out():
     assert torch.equal(model(x), model[2](model[1](model[0](x))))
 
 
+def test_sampled_passes_are_whole():
+    """Random sub-networks of a network that was never trained without its branches would say nothing."""
+    model, x = network(dtype=torch.float32), batch(dtype=torch.float32).detach()
+    with torch.no_grad():
+        whole = model.eval()(x)
+        with residrop.sampling(model):
+            assert all(torch.equal(model(x), whole) for _ in range(8))
+    found = residrop.predict(model, x, samples=8)
+    torch.testing.assert_close(found.probabilities, whole.softmax(1))
+    assert float(found.standard_error.max()) < 1e-6
+
+
+def test_no_graph_of_sampled_passes(tmp_path):
+    with pytest.raises(ConfigError, match="no rule that draws"):
+        residrop.export(network(dtype=torch.float32), tmp_path / "model.pt2", batch(dtype=torch.float32), sampled=True)
+
+
 def test_skipped_flops_are_those_of_backward():
     model, x = network(dtype=torch.float32), batch(dtype=torch.float32)
     with observe(model, branch_flops(model, x)) as seen:

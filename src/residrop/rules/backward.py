@@ -11,7 +11,6 @@ from residrop.common.errors import ConfigError
 from residrop.functional.backward_only import Piece, joined, pieces_of, recorded
 from residrop.functional.call import BranchCall
 from residrop.functional.zero_gradients import with_zero_gradients
-from residrop.rules.base import is_recomputed
 from residrop.rules.depth import StochasticDepth
 from residrop.schedule.sampler import Draw, Rows, Scope
 
@@ -24,7 +23,7 @@ class BackwardDepth(StochasticDepth):
     - Training: shortcut(x) + branch(x), whatever is drawn, so that the loss is that of the whole network. An absent
       branch keeps nothing for backward, and the gradient goes past it through the shortcut alone. Its parameters get
       none (`grad is None`), so optimizers leave them alone. Batch norm takes statistics in every forward.
-    - Test: shortcut(x) + branch(x).
+    - Test, and sampled passes (`residrop.sampling`): shortcut(x) + branch(x). There is nothing random to average.
     - Cost: a branch costs its forward in every step, and with probability p its backward, which is about twice that,
       and the memory that it keeps for it.
     - Draws: as `StochasticDepth` has them; rows live in windows.
@@ -35,8 +34,8 @@ class BackwardDepth(StochasticDepth):
     are damped so. Under `rescale="train"` the gradient for a present branch is multiplied by 1/p_l: then the mean is
     the gradient of the whole network, exactly, while the variance grows with 1/p. Coupled coins have other means.
 
-    In eval mode under a plan that was given (`residrop.using`) or drawn (`residrop.sampling`) an absent branch is left
-    out, as one of stochastic depth is, never rescaled: for measurements of what a branch does, costs and loss.
+    In eval mode under a plan that is given (`residrop.using`) an absent branch is left out, as one of stochastic depth
+    is, never rescaled: for measurements of what a branch does, costs and loss.
 
     Args:
         survival: p in [0, 1], the probability that the branch is differentiated.
@@ -74,14 +73,10 @@ class BackwardDepth(StochasticDepth):
 
     def scale(self, draw: Draw) -> float:
         """Factor of the gradient of a branch that is present; forwards are never rescaled."""
-        return super().scale(draw) if self._trains() else 1.0
-
-    def _trains(self) -> bool:
-        """Whether this pass is one of training; of a sampled one that backward runs again it is not, in either mode."""
-        return self.training and (self.sampler is None or not self.sampler.is_sampled(is_recomputed()))
+        return super().scale(draw) if self.training else 1.0
 
     def _present(self, x: Tensor, call: BranchCall) -> Tensor:
-        if not self._trains():
+        if not self.training:
             return super()._present(x, call)
         if self.is_traced():
             from residrop.rules import tracing

@@ -24,11 +24,6 @@ Rescale = Literal["test", "train", "none"]
 _IDENTITY = nn.Identity()
 
 
-def is_recomputed() -> bool:
-    """Whether this forward is run inside a backward pass, for which it must repeat the draw of its original."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class Rule(nn.Module, ABC):
     """Base of all rules: `forward(x, shortcut, branch)` reads the draw and combines.
 
@@ -78,7 +73,7 @@ class Rule(nn.Module, ABC):
     @property
     def site(self) -> Site:
         """What the sampler needs to know of this rule."""
-        return Site(self.rates, self.granularity, self.scope, self.fewest)
+        return Site(self.rates, self.granularity, self.scope, self.fewest, self.runs_absent)
 
     def join(self, sampler: DepthSampler, index: int) -> None:
         """Take draws from place `index` of `sampler`'s plans (called by `residrop.attach`)."""
@@ -119,7 +114,9 @@ class Rule(nn.Module, ABC):
 
             return tracing.draw(self)
         if self._sampler is not None:
-            draw = self._sampler.draw(self._index, self.training, is_recomputed())
+            # inside a backward pass this forward is a recomputation, which must repeat the draw of its original
+            recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            draw = self._sampler.draw(self._index, self.training, recomputing)
             if draw is not None:
                 return draw if draw.rates else draw._replace(rates=self.rates)
         elif self.training and self.rates:

@@ -159,12 +159,14 @@ class Site:
         granularity: what one coin decides; `number` is a key per block in place of a coin (`residrop.rules.gaussian`).
         scope: `shared` ranks draw the same, `per_rank` ranks draw their own.
         fewest: see `Draw`; for row-level sites.
+        in_backward: whether absence is a matter of backward passes only, so that nothing is to be sampled.
     """
 
     rates: tuple[float, ...]
     granularity: Granularity = "block"
     scope: Scope = "shared"
     fewest: int = 1
+    in_backward: bool = False
 
 
 def _check_at_least(at_least: int, coupling: str, sites: Sequence[Site]) -> None:
@@ -298,7 +300,13 @@ class DepthSampler:
             stream: `train`, or `sample` for stochastic inference, which uses the rates that the timing ends with.
         """
         step = self.step if step is None else step
-        return self._plan(self._ready_at(step) if stream == "train" else self._final, step, part, _STREAMS[stream])
+        if stream == "train":
+            return self._plan(self._ready_at(step), step, part, _STREAMS[stream])
+        plan = self._plan(self._final, step, part, _STREAMS[stream])
+        if not any(site.in_backward for site in self.sites):
+            return plan
+        pairs = zip(self.sites, plan.draws, self._final.rates, strict=True)
+        return plan._replace(draws=tuple(Draw(rates) if site.in_backward else draw for site, draw, rates in pairs))
 
     def _plan(self, ready: "_Ready", step: int, part: int, code: int) -> Plan:
         layout = self._layout
@@ -453,7 +461,7 @@ class DepthSampler:
             over: whether the forward that is meant is over: a backward pass runs it again (activation checkpointing),
                 or an engine asks what it has used.
         """
-        force = self._obeyed(over)
+        force = (self._recalled or (self._last if self._now.plan is None else self._now)) if over else self._now
         if not (training or force.always):
             return None if self._final.share == 1.0 else Draw(self._final.rates[index])
         if force.plan is None:
@@ -464,13 +472,6 @@ class DepthSampler:
                 "create_feature_extractor or torch.fx), or give a plan with residrop.using(model, plan)"
             )
         return force.plan.draws[index]
-
-    def is_sampled(self, over: bool = False) -> bool:
-        """Whether a pass, or one that is `over`, is a sampled one."""
-        return self._obeyed(over).sample is not None
-
-    def _obeyed(self, over: bool) -> "_Force":
-        return (self._recalled or (self._last if self._now.plan is None else self._now)) if over else self._now
 
     def giving(self, plan: Plan) -> AbstractContextManager[None]:
         """A context in which all forwards obey `plan`; PlanError, at once, if it was made for other rules."""

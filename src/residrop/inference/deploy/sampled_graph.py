@@ -65,7 +65,7 @@ class SampledGraph:
         places = {rule: rule.index for rule in rules_of(plain)}
         final = sampler.plan(0, stream="sample").draws
         rates = {rule: final[place].rates or rule.rates for rule, place in places.items()}
-        drawn = [rule for rule in rules_of(plain) if rule.rates]
+        drawn = [rule for rule in rules_of(plain) if rule.rates and not rule.runs_absent]
         alive = tuple(rule for rule in drawn if isinstance(rule, StochasticDepth))
         keys = tuple(rule for rule in drawn if isinstance(rule, Mix | SkipForward | Swapout | UnitDropout))
         if not drawn or len(alive) + len(keys) < len(drawn):
