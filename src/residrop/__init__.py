@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from residrop.rules.units import SkipForward as SkipForward
     from residrop.rules.units import Swapout as Swapout
     from residrop.rules.units import UnitDropout as UnitDropout
+    from residrop.schedule.methods import METHODS as METHODS
+    from residrop.schedule.methods import method as method
     from residrop.schedule.sampler import DepthSampler as DepthSampler
     from residrop.schedule.sampler import Plan as Plan
     from residrop.subnetworks.frontier import frontier as frontier
@@ -95,6 +97,7 @@ _NAMES = {
     "residrop.rules.depth": ("ConstantDepth", "DepthDropout", "StochasticDepth"),
     "residrop.rules.gaussian": ("GaussianDepth",),
     "residrop.rules.units": ("Mix", "SkipForward", "Swapout", "UnitDropout"),
+    "residrop.schedule.methods": ("METHODS", "method"),
     "residrop.schedule.sampler": ("DepthSampler", "Plan"),
     "residrop.subnetworks.frontier": ("frontier",),
     "residrop.subnetworks.shrink": ("shrink",),

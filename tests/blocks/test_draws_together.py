@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -280,6 +281,44 @@ def test_optimizers_of_several_forwards_see_one_function(optimizer):
     assert sampler.step == 3
     assert [plan.step for plan in dict.fromkeys(seen)] == [0, 1, 2]
     assert len(seen) >= 6
+
+
+@pytest.mark.parametrize("level", ["block", "row"])
+def test_both_forwards_of_a_preference_loss_see_one_network(level):
+    """The answers to be preferred and the others in two forwards, as for a DPO loss: the gradient is that of the two
+    under one plan, and answers that are the same differ in nothing."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=6)).train()
+    residrop.apply(model, survival=0.5, granularity=level)
+    sampler = sampler_of(model)
+    chosen, rejected = torch.randint(64, (2, 4, 10))
+
+    def log_probability(tokens):
+        found = model(input_ids=tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+        return found.gather(-1, tokens[:, 1:, None]).sum((1, 2))
+
+    def gradients(other, context):
+        model.zero_grad()
+        with context:
+            margin = log_probability(chosen) - log_probability(other)
+            nn.functional.softplus(-margin).sum().backward()
+        return margin.detach(), [one.grad for one in model.parameters()]
+
+    for step in range(3):
+        plan = sampler.plan(step)
+        ours = gradients(rejected, residrop.one_draw(model))
+        assert sampler.step == step + 1
+        theirs = gradients(rejected, residrop.using(model, plan))
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+        assert torch.equal(ours[0], theirs[0])
+        sampler.step = step
+        same, _ = gradients(chosen, residrop.one_draw(model))
+        assert not same.any()
+    sampler.step = 0
+    apart = [gradients(chosen, nullcontext())[0] for _ in range(3)]
+    assert all(one.any() for one in apart)  # without it the two are of different networks
 
 
 def test_forwards_without_gradients_are_no_steps():

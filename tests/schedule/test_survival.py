@@ -13,6 +13,7 @@ import residrop.schedule.survival as survival
 from residrop.common.checks import check_rate
 from residrop.common.errors import ConfigError, UsageError
 from residrop.schedule.survival import (
+    blocks,
     expected_depth,
     explicit,
     exponential,
@@ -256,7 +257,7 @@ def test_schedules_refuse_rates(call, name, rate, message):
 
 
 @pytest.mark.parametrize("depth", [0, -1, 2.0, True, "3", None, float("nan")])
-@pytest.mark.parametrize("function", [uniform, linear_decay, linear, exponential])
+@pytest.mark.parametrize("function", [uniform, blocks, linear_decay, linear, exponential])
 def test_schedules_refuse_depth(function, depth):
     with pytest.raises(ConfigError, match=r"depth .*is .*; give"):
         function(depth, 0.5)
@@ -298,6 +299,9 @@ def test_refusals_are_value_errors():
         ("linear(1, 0.5)", linear(3, 1, 0.5)),
         (" linear ( 1 , 0.5 ) ", linear(3, 1, 0.5)),
         ("exponential(0.5)", exponential(3, 0.5)),
+        ("blocks(2)", (2 / 3,) * 3),
+        ("blocks(0)", (0.0,) * 3),
+        ("blocks(3)", (1.0,) * 3),
         ("linear(0.5,1)", linear(3, 0.5, 1)),
     ],
 )
@@ -321,6 +325,9 @@ def test_parse_reads(spec, rates):
         ("linear(0.5)", r"has 1 numbers; linear takes 2, as in linear\(1, 0.5\)"),
         ("linear(1, 0.5, 3)", "has 3 numbers"),
         ("exponential(1, 0.5)", r"has 2 numbers; exponential takes 1, as in exponential\(0.5\)"),
+        ("blocks(4)", "4.0 of 3 residual blocks cannot be present; give a number from 0 to 3"),
+        ("blocks(-1)", "-1.0 of 3 residual blocks"),
+        ("blocks(nan)", "nan of 3 residual blocks"),
         ("uniform(1.5)", "rate is 1.5"),
         ("linear(1.5, 0.5)", "first is 1.5"),
         ("linear_decay(-0.5)", "last is -0.5"),

@@ -16,6 +16,7 @@ from residrop.schedule.timing import (
     Timing,
     constant,
     early,
+    exponential,
     late,
     parse,
     plateau,
@@ -34,6 +35,7 @@ TIMINGS = st.one_of(
     st.builds(late, STEPS),
     st.builds(plateau, STEPS, STEPS),
     st.builds(progressive, st.floats(1e-9, 10.0), st.one_of(st.none(), STEPS)),
+    st.builds(exponential, STEPS),
     CURVES,
 )
 
@@ -70,6 +72,9 @@ def course(timing, first, last):
         (plateau(3, 1), "plateau(3, 1)", 2, [1, 1, 0, 0]),
         (plateau(3, 2), "plateau(3, 2)", 2, [1, 1, 0.5, 0, 0]),
         (plateau(100, 4), "plateau(100, 4)", 99, [1, 1, 0.75, 0.5, 0.25, 0, 0]),
+        (exponential(0), "exponential(0)", 0, [1, 1]),
+        (exponential(1), "exponential(1)", 0, [0, 1, 1]),
+        (exponential(2), "exponential(2)", 0, [0, 2**0.5 - 1, 1, 1]),
         (points((0, 0.5)), "points(0:0.5)", 0, [0.5, 0.5]),
         (points((3, 0.5)), "points(3:0.5)", 0, [0.5] * 5),
         (points((2, 0), (4, 1)), "points(2:0, 4:1)", 0, [0, 0, 0, 0.5, 1, 1]),
@@ -134,6 +139,13 @@ def test_progressive_at_its_corners():
     )  # 1 - exp(-1e-12) would lose four digits
 
 
+def test_exponential_is_layer_skips_curriculum():
+    """S(t) = e^(t ln 2 / (T - 1)) - 1 over the steps t = 0..T-1."""
+    training = 1000
+    law = [math.exp(step * math.log(2) / (training - 1)) - 1 for step in range(training)]
+    assert course(exponential(training - 1), 0, training - 1) == pytest.approx(law, abs=1e-14)
+
+
 # Properties
 
 
@@ -165,9 +177,9 @@ def test_string_reads_back(made, step):
     assert again.share(step) == made.share(step)
 
 
-@pytest.mark.parametrize("name", ["warmup", "late", "progressive"])
-def test_rising_kinds_rise_and_falling_kinds_fall(name):
-    rising = course({"warmup": warmup(30), "late": late(30), "progressive": progressive(0.1, 30)}[name], 0, 40)
+@pytest.mark.parametrize("made", [warmup(30), late(30), progressive(0.1, 30), exponential(30)], ids=str)
+def test_rising_kinds_rise_and_falling_kinds_fall(made):
+    rising = course(made, 0, 40)
     assert all(a <= b for a, b in pairwise(rising))
     assert rising[0] < rising[-1]
     falling = course(early(10, 20), 0, 40)
@@ -188,6 +200,7 @@ def test_rising_kinds_rise_and_falling_kinds_fall(name):
         lambda steps: plateau(steps, 5),
         lambda steps: plateau(5, steps),
         lambda steps: progressive(0.5, steps) if steps is not None else progressive(0.5, "x"),
+        exponential,
         lambda steps: points((steps, 0.5)),
     ],
 )
@@ -217,6 +230,10 @@ def test_falling_steps_and_empty_curves_are_refused():
         Timing(((0, 0.0), (1, 1.0)), gamma=0.5)
     with pytest.raises(ConfigError, match="gamma is -1"):
         Timing((), gamma=-1.0)
+    wrong = [{"points": ((1, 0.0), (4, 1.0))}, {"points": ((0, 0.0), (4, 0.5))}, {}, {"points": (), "gamma": 1.0}]
+    for fields in wrong:
+        with pytest.raises(ConfigError, match=r"an exponential timing has the points \(0, 0\) and \(steps, 1\)"):
+            Timing(**fields, exponential=True)
 
 
 def test_timing_and_schedule_are_frozen():
@@ -241,6 +258,7 @@ def test_timing_and_schedule_are_frozen():
         ("plateau(10,5)", plateau(10, 5)),
         ("progressive(0.001)", progressive(0.001)),
         ("progressive(1e-3, 500)", progressive(0.001, 500)),
+        ("exponential(500)", exponential(500)),
         ("points( 0 : 0.5 ,10: 1 )", points((0, 0.5), (10, 1.0))),
         (early(3), early(3)),
     ],
@@ -254,6 +272,7 @@ def test_parse_reads_steps(spec, made):
     "spec",
     ["", "half", "0.5", "warmup", "warmup()", "warmup(x)", "warmup(1, 2)", "warmup(1", "warmup(1) more", "warm-up(1)",
      "constant(1)", "early(1, 2, 3)", "late(1, 2)", "plateau(1)", "progressive()", "progressive(1, 2, 3)", "points()",
+     "exponential()", "exponential(1, 2)",
      "points(1)", "points(1:2:3)", "points(0:0, 1)", "warmup(1:2)", "warmup(1,)", 4, None, 0.5, True,
      ["warmup(1)"]],
 )  # fmt: skip
@@ -301,6 +320,7 @@ def test_parse_refuses_steps(spec, message):
         ("late(0.75)", late(150)),
         ("plateau(0.7, 0.1)", plateau(140, 20)),
         ("plateau(0.9, 0.1)", plateau(180, 20)),
+        ("exponential(0.5)", exponential(100)),
         ("points(0:0, 0.1:1, 1:0.5)", points((0, 0.0), (20, 1.0), (200, 0.5))),
     ],
 )
@@ -332,7 +352,7 @@ def test_progressive_gamma_is_per_training(steps, gamma):
 @pytest.mark.parametrize(
     "spec",
     ["constant", "warmup(0.3)", "early(0.5)", "early(0.5, 0.1)", "late(0.5)", "plateau(0.5, 0.1)", "progressive(3)",
-     "progressive(3, 0.5)", "points(0:1, 0.5:0.25)"],
+     "progressive(3, 0.5)", "exponential(1)", "points(0:1, 0.5:0.25)"],
 )  # fmt: skip
 def test_training_of_no_steps_is_over(spec):
     ended = parse(spec, training=0)

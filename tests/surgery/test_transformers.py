@@ -312,6 +312,18 @@ def test_training_fills_no_cache(name, level):
     assert without.past_key_values is None
 
 
+@pytest.mark.parametrize("branches", [True, False])
+def test_a_layer_that_is_always_present_keeps_its_cache_at_row_level(branches):
+    """Whole batches go through it, so its part of the cache is right, and the comparison of rows leaves it alone."""
+    model = FAMILIES["llama"].model().train()
+    count = len(model.model.layers)
+    rates = [1.0] + [0.5] * (count - 1)
+    residrop.apply(model, survival=rates, granularity="row", branches=branches)
+    for _ in range(3):
+        cache = model(input_ids=ids(), use_cache=True).past_key_values
+        assert [cache.get_seq_length(layer) for layer in range(count)] == [ids().shape[1]] + [0] * (count - 1)
+
+
 def test_a_cache_of_states_is_left_out_while_it_is_empty():
     """Mamba's cache counts no tokens."""
     torch.manual_seed(0)

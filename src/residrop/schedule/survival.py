@@ -18,6 +18,7 @@ from residrop.common.checks import check_rate, check_whole, is_number
 from residrop.common.errors import ConfigError
 
 __all__ = [
+    "blocks",
     "expected_depth",
     "explicit",
     "exponential",
@@ -35,6 +36,17 @@ def _check_depth(depth: int) -> int:
 def uniform(depth: int, rate: float) -> tuple[float, ...]:
     """p_l = rate for all `depth` blocks (depth dropout, Guo & Gould; uniform mode of Huang et al.)."""
     return (check_rate("rate", rate),) * _check_depth(depth)
+
+
+def blocks(depth: int, number: float) -> tuple[float, ...]:
+    """p_l = number / L for all L blocks: so many are present in expectation, and with systematic draws in every step.
+
+    >>> blocks(8, 2)
+    (0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25)
+    """
+    if not (is_number(number) and 0.0 <= number <= _check_depth(depth)):
+        raise ConfigError(f"{number!r} of {depth} residual blocks cannot be present; give a number from 0 to {depth}")
+    return uniform(depth, float(number) / depth)
 
 
 def linear_decay(depth: int, last: float = 0.5) -> tuple[float, ...]:
@@ -99,6 +111,7 @@ def expected_depth(rates: Sequence[float]) -> float:
 _CALL = re.compile(r"\s*([a-z_]+)\s*\(([^()]*)\)\s*")
 _SCHEDULES = {
     "uniform": (uniform, 1, "uniform(0.5)"),
+    "blocks": (blocks, 1, "blocks(2)"),
     "linear_decay": (linear_decay, 1, "linear_decay(0.5)"),
     "linear": (linear, 2, "linear(1, 0.5)"),
     "exponential": (exponential, 1, "exponential(0.5)"),
@@ -109,7 +122,7 @@ def parse(spec: str | float | Sequence[float], depth: int) -> tuple[float, ...]:
     """Read survival rates for `depth` blocks from what a user writes.
 
     A number is uniform; a sequence, or numbers joined by commas, is one rate per block; a string names a schedule:
-    `"uniform(0.5)"`, `"linear_decay(0.5)"`, `"linear(1, 0.5)"` or `"exponential(0.5)"`.
+    `"uniform(0.5)"`, `"blocks(2)"`, `"linear_decay(0.5)"`, `"linear(1, 0.5)"` or `"exponential(0.5)"`.
 
     Raises:
         ConfigError: anything else, or a rate outside [0, 1].

@@ -7,7 +7,8 @@ and the same name in the strings that `parse` reads:
 - `constant`: p_l throughout;
 - `warmup(steps)`: linearly from full depth to p_l;
 - `early(steps, fade)`, `late(steps)`: p_l at first only, or from then on (Liu et al. 2023, arXiv 2303.01500);
-- `progressive(gamma)`: exponentially from full depth to p_l (Zhang & He 2020, arXiv 2010.13369);
+- `progressive(gamma)`: exponentially from full depth to p_l, ever slower (Zhang & He 2020, arXiv 2010.13369);
+- `exponential(steps)`: exponentially from full depth to p_l, ever faster (Elhoushi et al. 2024, arXiv 2404.16710);
 - `plateau(hold, fade)`: p_l, then back to full depth, where it stays ("Don't Drop Dropout", arXiv 2609.05275);
 - `points(0:0, 100:1, 500:0.5)`: straight lines through any points.
 
@@ -23,7 +24,19 @@ from dataclasses import dataclass
 from residrop.common.checks import check_rate, check_whole, is_number
 from residrop.common.errors import ConfigError
 
-__all__ = ["Schedule", "Timing", "constant", "early", "late", "parse", "plateau", "points", "progressive", "warmup"]
+__all__ = [
+    "Schedule",
+    "Timing",
+    "constant",
+    "early",
+    "exponential",
+    "late",
+    "parse",
+    "plateau",
+    "points",
+    "progressive",
+    "warmup",
+]
 
 
 @dataclass(frozen=True)
@@ -35,13 +48,17 @@ class Timing:
             between two it is a straight line, from the last one on it is the last one's. Of two points at one step
             the latter counts from that step on.
         gamma: None, or a number > 0: then the share is 1 - exp(-gamma t), held from the one point on if there is one.
+        exponential: whether the share rises from 0 at step 0 to 1 at the second point as 2^u - 1, u being the share of
+            the way, and not on a straight line. There are these two points then, and no gamma.
 
     Raises:
-        ConfigError: steps that fall, a share outside [0, 1], a gamma that is not positive, no points and no gamma.
+        ConfigError: steps that fall, a share outside [0, 1], a gamma that is not positive, no points and no gamma,
+            other points of an exponential curve.
     """
 
     points: tuple[tuple[int, float], ...] = ((0, 1.0),)
     gamma: float | None = None
+    exponential: bool = False
 
     def __post_init__(self) -> None:
         before, pairs = 0, tuple(self.points)
@@ -62,6 +79,9 @@ class Timing:
                 raise ConfigError(
                     f"the timing has a gamma and {len(pairs)} points; give at most one, the end of its curve"
                 )
+        rise = [share for _, share in self.points] == [0.0, 1.0] and self.points[0][0] == 0
+        if self.exponential and (self.gamma is not None or not rise):
+            raise ConfigError("an exponential timing has the points (0, 0) and (steps, 1), and no gamma")
 
     def share(self, step: int) -> float:
         """s(step): 0 is full depth, 1 the survival rates. A step below 0 counts as 0."""
@@ -74,7 +94,8 @@ class Timing:
         if after == 0:
             return points[0][1]
         (start, low), (end, high) = points[after - 1], points[after]
-        return low + (high - low) * ((step - start) / (end - start))
+        way = (step - start) / (end - start)
+        return low + (high - low) * (math.exp2(way) - 1.0 if self.exponential else way)
 
     @property
     def steady(self) -> bool:
@@ -93,6 +114,8 @@ class Timing:
 
     def __str__(self) -> str:
         """A string that `parse` reads back as an equal timing."""
+        if self.exponential:
+            return f"exponential({self.points[-1][0]})"
         if self.gamma is None:
             return f"points({', '.join(f'{step}:{share!r}' for step, share in self.points)})"
         return f"progressive({self.gamma!r}{''.join(f', {step}' for step, _ in self.points)})"
@@ -164,6 +187,15 @@ def progressive(gamma: float, until: int | None = None) -> Timing:
     return Timing(((check_whole("until", until, least=0), _approach(gamma, until)),), gamma)
 
 
+def exponential(steps: int) -> Timing:
+    """s(t) = 2^(t / steps) - 1 up to step `steps`, then 1: LayerSkip's curriculum for training from scratch.
+
+    Elhoushi et al. 2024, arXiv 2404.16710, S(t) with `steps` = T - 1, the last step. 0 is no curriculum.
+    """
+    check_whole("steps of the exponential rise", steps, least=0)
+    return Timing(((0, 0.0), (steps, 1.0)), exponential=True)
+
+
 def points(*pairs: tuple[int, float]) -> Timing:
     """Straight lines through pairs (step, share); see `Timing.points`."""
     return Timing(tuple(pairs))
@@ -177,11 +209,12 @@ _COUNTS = {  # fewest and most entries between the brackets
     "late": (1, 1),
     "plateau": (2, 2),
     "progressive": (1, 2),
+    "exponential": (1, 1),
     "points": (1, math.inf),
 }
 _FORMS = (
     "constant, warmup(steps), early(steps), early(steps, fade), late(steps), plateau(hold, fade), progressive(gamma), "
-    "progressive(gamma, until) or points(step:share, step:share, ...)"
+    "progressive(gamma, until), exponential(steps) or points(step:share, step:share, ...)"
 )
 
 
@@ -222,7 +255,7 @@ def parse(spec: str | Timing, training: int | None = None) -> Timing:
     first, *_ = [step(length) for length in numbers]  # refuses each by itself
     if name in ("early", "plateau"):
         return early(first, step(sum(numbers)) - first)  # ends are rounded, not lengths
-    return warmup(first) if name == "warmup" else late(first)
+    return {"warmup": warmup, "late": late, "exponential": exponential}[name](first)
 
 
 def _read(spec: str) -> tuple[str, list[list[float]]]:

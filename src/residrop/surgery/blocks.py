@@ -17,7 +17,7 @@ from residrop.blocks.skippable import Skippable, left_whole
 from residrop.common.errors import ConfigError, SharedBlockWarning
 from residrop.functional.layout import relu_by_signs
 from residrop.rules.base import Rule
-from residrop.surgery.arguments import Cutting, Signature, call, pack, refuse_caches, settle_caches
+from residrop.surgery.arguments import Cutting, Signature, call, pack, refuse_caches, settle_caches, without_new_caches
 from residrop.surgery.containers import RULES, Container
 from residrop.surgery.forms import form_of
 
@@ -76,12 +76,14 @@ class AppliedBlock(Skippable):
             self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
         if any(rule.tosses() for rule in self.residrop_rules) and self.residrop_unchecked(args, kwargs):  # pyright: ignore
+            # a block whose rate is 1 keeps its cache, which the comparison must not fill
+            compared = without_new_caches(self, args, kwargs)
             if torch.compiler.is_compiling():
                 from residrop.rules import tracing
 
-                tracing.in_python(self._residrop_checked, args, kwargs)
+                tracing.in_python(self._residrop_checked, *compared)
             else:
-                self._residrop_checked(args, kwargs)
+                self._residrop_checked(*compared)
         for rule in self.residrop_rules:
             if not rule.is_plain_sum():  # pyright: ignore[reportCallIssue]
                 return self.residrop_forward(*args, **kwargs)

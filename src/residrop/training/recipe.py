@@ -71,9 +71,9 @@ class Recipe:
     backward-depth (whole forwards, absent in backward only), gaussian-depth, Swapout's rules swapout, skipforward,
     dropout (no skip), dropout-residual, dropout-sum."""
     survival: str | None = None
-    """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "linear_decay(0.5)",
-    "linear(1, 0.5)" or "exponential(0.5)", or from_model for those of another library's own drop path (None: the
-    schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
+    """Survival rates: a number, one number per block (1,0.9,0.8), "uniform(0.5)", "blocks(6)" (6 of L),
+    "linear_decay(0.5)", "linear(1, 0.5)" or "exponential(0.5)", or from_model for those of another library's own drop
+    path (None: the schedule of the rule's paper). Theta_1 and theta_2 of swapout."""
     theta_2: str | None = None
     """Swapout only: rates of the branch if they differ from those of the shortcut. Same forms as survival."""
     granularity: Literal["block", "row"] | None = None
@@ -87,8 +87,8 @@ class Recipe:
     """Skipforward only: whether survival is the probability of the branch (default) or of the shortcut."""
     survival_timing: str = "constant"
     """How much of every drop is in force over the training: constant, warmup(0.1), early(0.5), early(0.5, 0.1) with a
-    fade, late(0.5), plateau(0.7, 0.1), progressive(5) or points(0:0, 0.1:1). Times are shares of the training; gamma of
-    progressive is per training."""
+    fade, late(0.5), plateau(0.7, 0.1), progressive(5), exponential(1) or points(0:0, 0.1:1). Times are shares of the
+    training; gamma of progressive is per training."""
 
     coupling: Literal["independent", "systematic", "balanced", "apart"] = "independent"
     """How the presence of a block depends on that of others in the same step: not at all; systematic: as many blocks

@@ -1,5 +1,6 @@
 """The examples for transformers, Accelerate and Lightning run and show what they say."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,3 +51,18 @@ def test_lightning_digits():
     text = printed("lightning_digits.py")
     assert "steps drawn in all: 144, after the resume: 72" in text
     assert number(r"test error ([\d.]+)%", text) < 20.0
+
+
+@pytest.mark.slow
+def test_language_model(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    size = ["--steps", "200", "--seeds", "1", "--layers", "4", "--width", "32"]
+    text = printed("language_model.py", *size, "--out", str(tmp_path))
+    assert number(r"constant: ([\d.]+) bits", text) < 4.0  # of characters as frequent as these without context: 4.6
+    assert number(r"constant@0.79: .* ([\d.]+) of the FLOPs", text) == 0.79
+    assert number(r"dont-drop-dropout: .* ([\d.]+) of the FLOPs", text) < 0.9
+    assert number(r"growth: .* ([\d.]+) of the FLOPs", text) < 0.5
+    curves = json.loads((tmp_path / "curves.json").read_text())["curves"]
+    assert all(len(run) >= 20 for (run,) in curves.values())
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
