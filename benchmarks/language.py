@@ -4,9 +4,13 @@ A Llama of transformers with random weights learns the characters of Python's re
 with Python; the last tenth of every text is held out), at constant depth and with random depth. Then its sub-networks:
 the held-out loss in bits a character by budget and way of choosing, means and standard errors over seeds; blocks are
 chosen on training text.
+
+--curves FILE: instead, of the trainings with and without random depth of examples/language_model.py, which leaves that
+file: held-out loss at their end, FLOPs and seconds.
 """
 
 import argparse
+import json
 import math
 import sys
 from functools import partial
@@ -92,6 +96,30 @@ def bits(model: nn.Module, text: Tensor) -> float:
     return sum(losses) / len(pieces) / math.log(2)
 
 
+def curves(path: Path) -> list[dict[str, Any]]:
+    """One row for every method: means over the seeds, and shares of the first method."""
+    found = json.loads(path.read_text())
+    rows: list[dict[str, Any]] = []
+    for name, runs in found["curves"].items():
+        ends = [run[-1] for run in runs]
+        flops, seconds, bits = (list(values) for values in zip(*ends, strict=True))
+        row: dict[str, Any] = {"method": name, "seeds": len(ends)}
+        row |= {key: int(found["settings"][key]) for key in ("steps", "layers", "width")}
+        row |= {"training_flops": fmean(flops), "training_seconds": fmean(seconds), "final_bits": fmean(bits)}
+        if len(bits) > 1:
+            row["final_bits_se"] = stdev(bits) / math.sqrt(len(bits))
+        base = rows[0] if rows else row
+        row |= {f"{key}_of_first": row[key] / base[key] for key in ("training_flops", "training_seconds")}
+        rows.append(row)
+    table = Table("method", "bits a character", "x FLOPs", "x seconds")
+    for row in rows:
+        spread = f" ± {row['final_bits_se']:.3f}" if "final_bits_se" in row else ""
+        shares = (f"{row[f'training_{unit}_of_first']:.3f}" for unit in ("flops", "seconds"))
+        table.add_row(row["method"], f"{row['final_bits']:.3f}{spread}", *shares)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -106,8 +134,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--work", type=Path, default=Path("runs/language"), help="folder of the trained models")
+    parser.add_argument("--curves", type=Path, help="of examples/language_model.py")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.curves:
+        rows = curves(arguments.curves)
+        if arguments.json:
+            what = "Small language models by published methods: loss, FLOPs and seconds of the training"
+            command = "python examples/language_model.py; python benchmarks/language.py --curves"
+            ledger.save(arguments.json, what, f"{command} runs/language_model/curves-1000-8-128.json", rows)
+        return
     text, held_out, characters = texts()
     arguments.work.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, str, float], list[dict[str, Any]]] = {}

@@ -115,7 +115,7 @@ def errors(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     table = Table("run", "by", "budget", "blocks", "error, %", "recalibrated, %")
     for row in rows:
         table.add_row(
-            f"{row['run']['rule']} {row['run']['network']}",
+            f"{row['run']['rule']} {row['run']['survival']}, {row['run']['network']}",
             row["by"],
             row["budget"],
             f"{row['blocks']:.1f} of {row['of']}",

@@ -31,7 +31,7 @@ parser.add_argument("--steps", type=int, default=1000, help="20 at least")
 parser.add_argument("--seeds", type=int, default=2)
 parser.add_argument("--layers", type=int, default=8)
 parser.add_argument("--width", type=int, default=128)
-parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="for curves.json and curves.png")
+parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="folder of curves and picture")
 given = parser.parse_args()
 BATCH, LENGTH, POINTS = 16, 128, 20
 
@@ -86,22 +86,27 @@ def train(name, text, held_out, characters, seed):
         rate.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - started
-        if (step + 1) % (steps // POINTS) == 0:  # while a network grows, the model is the one without its layers
+        if (step + 1) % (steps // POINTS) == 0 or step + 1 == steps:  # while it grows, a network is what it has so far
             loss = bits(model, held_out, sampler.plan(step) if method == "growth" else None)
             flops = 3 * (step + 1) * (whole.get_total_flops() - seen.skipped_flops * sum(layers))  # backward is 2 of 3
             points.append((flops, seconds, loss))
     return points
 
 
-data = texts()
-curves = {method: [train(method, *data, seed) for seed in range(given.seeds)] for method in given.methods}
+given.out.mkdir(parents=True, exist_ok=True)
+settings = {name: getattr(given, name) for name in ("steps", "layers", "width")}
+file = given.out / f"curves-{given.steps}-{given.layers}-{given.width}.json"
+found = json.loads(file.read_text()) if file.exists() else {"settings": settings, "curves": {}}  # of a stopped run
+data, curves = texts(), found["curves"]
+for method in given.methods:
+    for seed in range(len(curves.setdefault(method, [])), given.seeds):
+        curves[method].append(train(method, *data, seed))
+        file.write_text(json.dumps(found))
 for method, runs in curves.items():
     ends, base = [run[-1] for run in runs], [run[-1] for run in curves[given.methods[0]]]
     flops, seconds = (sum(end[place] for end in ends) / sum(end[place] for end in base) for place in (0, 1))
     losses = ", ".join(f"{end[2]:.3f}" for end in ends)
     print(f"{method}: {losses} bits a character, {flops:.2f} of the FLOPs and {seconds:.2f} of the time of the first")
-given.out.mkdir(parents=True, exist_ok=True)
-(given.out / "curves.json").write_text(json.dumps({"settings": vars(given), "curves": curves}, default=str))
 figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
 for place, unit in enumerate(("training FLOPs", "training seconds")):
     for color, (method, runs) in enumerate(curves.items()):

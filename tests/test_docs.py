@@ -330,6 +330,52 @@ def test_the_record_board_is_quoted_as_it_is(document, network):
         assert f"| {name} | {cells} |" in page
 
 
+def test_presence_in_backward_only_is_quoted_as_it_was_measured():
+    page = (DOCS / "draws.md").read_text()
+    rows = json.loads((ROOT / "results" / "backward_cpu_202611.json").read_text())["entries"]
+    names = {
+        "transf": "Llama, 8 layers",
+        "timm/v": "timm ViT-S, 64 pixels",
+        "torchv": "torchvision ResNet-50, 96 pixels",
+    }
+    keys = ["backward_relative_to_constant", "backward_relative_to_ideal", "step_relative_to_constant"]
+    keys += ["saved_relative_to_constant", "peak_relative_to_constant"]
+    ours = [row for row in rows if row["rule"] == "backward-depth"]
+    assert len(ours) == 5
+    for row in ours:
+        numbers = " | ".join(f"{row[key]:.2f}" for key in keys)
+        assert f"| {names[row['model'][:6]]} | {row['granularity']} | {numbers} |" in page
+        assert row["backward_relative_to_ideal"] < 1.05
+
+
+def test_language_models_are_quoted_as_they_were_measured():
+    page = (DOCS / "language.md").read_text()
+    rows = json.loads((ROOT / "results" / "language_model_cpu_202611.json").read_text())["entries"]
+    names = ["constant depth", "constant depth, 790 steps", "`dont-drop-dropout`", "`growth`"]
+    for name, row in zip(names, rows, strict=True):
+        shares = (f"{row[f'training_{unit}_of_first']:.2f}" for unit in ("flops", "seconds"))
+        loss = f"{row['final_bits']:.3f} ± {row['final_bits_se']:.3f}"
+        assert f"| {name} | {loss} | {' | '.join(shares)} |" in page
+        assert row["seeds"] == 2
+    constant, shorter, dropout, growth = (row["final_bits"] for row in rows)
+    differences = {"higher, and": dropout - constant, "better than": dropout - shorter, "higher. At": growth - constant}
+    assert all(f"{value:.2f} bits {words}" in page for words, value in differences.items())
+    saved = {words: 1 - row["training_flops_of_first"] for words, row in (("fewer", rows[2]), ("of the", rows[3]))}
+    assert all(f"{100 * value:.0f}% {words}" in page for words, value in saved.items())
+
+
+def test_coupled_draws_are_quoted_as_they_were_measured():
+    page = (DOCS / "draws.md").read_text()
+    rows = json.loads((ROOT / "results" / "coupling_steps_cpu_202611.json").read_text())["entries"]
+    names = {"resnet-20": "ResNet-20", "transformers/llama, 8 layers": "Llama, 8 layers"}
+    quoted = [row for row in rows if row["granularity"] == "block" or row["model"] == "resnet-20"]
+    assert len(quoted) == 12
+    for row in quoted:
+        first = f"| {names[row['model']]} | {row['granularity']} | `{row['coupling']}` |"
+        variance = f"{row['gradient_variance_ratio']:.2f} ± {row['gradient_variance_ratio_se']:.2f}"
+        assert f"{first} {100 * row['flops_spread']:.1f}% | {100 * row['time_spread']:.0f}% | {variance} |" in page
+
+
 def _cells(row, *names, digits=2):
     return " | ".join(f"{row[name]:.{digits}f} ± {row[f'{name}_se']:.{digits}f}" for name in names)
 

@@ -1,6 +1,7 @@
 """Published methods by name: the rates of every step as the papers write them, and one training step of each."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +124,14 @@ def test_timings_are_in_steps_of_the_training():
 def test_what_it_cannot_make_is_refused(name, steps, message):
     with pytest.raises(ConfigError, match=message):
         residrop.method(name, steps)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_the_documentation_has_the_same_options(name):
+    page = (Path(__file__).parents[2] / "docs" / "language.md").read_text("utf-8")
+    line = next(one for one in page.splitlines() if one.startswith(f"| `{name}` |"))
+    method = residrop.METHODS[name]
+    assert f"`{method.options['survival']}`" in line
+    assert method.options.get("timing", "throughout") in line
+    assert ("a row of a layer" in line) == (method.options["granularity"] == "row")
+    assert method.source.removeprefix("arXiv ") in line or "the same" in line

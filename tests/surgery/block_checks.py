@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import residrop
 from residrop.blocks.skippable import parameters_of
-from residrop.common.errors import InactiveWarning
+from residrop.common.errors import ConfigError, InactiveWarning
 from residrop.schedule.sampler import Draw, Plan
 
 ROWS, RATE = 4, 0.4
@@ -34,6 +35,7 @@ class Case:
         given: further arguments, as functions of the number of rows.
         signed: whether its input may be negative.
         exact: whether sums are made in the block's own order (the generic rule rounds differently).
+        last: for every branch the child whose output is added, if parameters come behind its end.
         digits: that agree between a batch and a part of it; fewer if the block computes in float32 inside.
     """
 
@@ -43,6 +45,7 @@ class Case:
     given: Mapping[str, Callable[[int], Any]] = field(default_factory=dict)
     signed: bool = True
     exact: bool = True
+    last: Sequence[str] = ()
     digits: int = 9
 
     def block(self) -> nn.Module:
@@ -69,21 +72,24 @@ class Case:
         return (x if self.signed else x.relu()).requires_grad_(), given
 
 
-def tossed(block: nn.Module, ends: Sequence[str], factors: Sequence[float | Tensor]) -> "Root":
-    """A plain block that multiplies its branches by these factors, where their drop modules stand."""
+def tossed(block: nn.Module, ends: Sequence[str], factors: Sequence[float | Tensor], backward: bool = False) -> "Root":
+    """A plain block that multiplies its branches, or only their gradients (`backward`), by these factors, where their
+    drop modules stand."""
     root = Root(copy.deepcopy(block)).train()
-    for end in dict.fromkeys(ends):
-        module = root.block.get_submodule(end)
+    for module in root.modules():
         for name in ("p", "drop_prob"):
             if hasattr(module, name) and not isinstance(module, nn.Dropout):
                 setattr(module, name, 0.0)
+    for end in dict.fromkeys(ends):
+        module = root.block.get_submodule(end)
         turns = itertools.cycle([factor for name, factor in zip(ends, factors, strict=True) if name == end])
-        module.register_forward_hook(lambda module, args, out, turns=turns: out * _beside(next(turns), out))
+        module.register_forward_hook(lambda module, args, out, turns=turns: _scaled(out, next(turns), backward))
     return root
 
 
-def _beside(factor: float | Tensor, x: Tensor) -> float | Tensor:
-    return factor.view(-1, *[1] * (x.ndim - 1)) if isinstance(factor, Tensor) else factor
+def _scaled(x: Tensor, factor: float | Tensor, backward: bool) -> Tensor:
+    factor = factor.view(-1, *[1] * (x.ndim - 1)) if isinstance(factor, Tensor) else factor
+    return x.detach() + factor * (x - x.detach()) if backward else x * factor
 
 
 class Root(nn.Module):
@@ -204,6 +210,17 @@ def draw_of(start: int, live: int) -> Draw:
     return next(draw for draw in draws if draw.rows(ROWS) == (start if live else draw.rows(ROWS).start, live))
 
 
+def draws_of(case: Case, windows: Sequence[tuple[int, int]]) -> tuple[list[Draw], list[Tensor]]:
+    """For every branch a draw that leaves a window alive, and 1 where a row is."""
+    draws = [draw_of(*window) for window in windows[: len(case.ends)]]
+    masks = []
+    for draw in draws:
+        rows, mask = draw.rows(ROWS), torch.zeros(ROWS, dtype=torch.float64)
+        mask[[(rows.start + i) % ROWS for i in range(rows.live)]] = 1.0
+        masks.append(mask)
+    return draws, masks
+
+
 def check_rows(case: Case) -> None:
     """Row level: a mask of rows, where rows are independent."""
     block = norms_in_eval(case.block())
@@ -211,13 +228,39 @@ def check_rows(case: Case) -> None:
     for rescale in ("train", "none"):
         model = norms_in_eval(applied(block, survival=RATE, granularity="row", rescale=rescale))
         for windows in TRIALS:
-            draws = [draw_of(*window) for window in windows[: len(case.ends)]]
-            masks = []
-            for draw in draws:
-                rows, mask = draw.rows(ROWS), torch.zeros(ROWS, dtype=torch.float64)
-                mask[[(rows.start + i) % ROWS for i in range(rows.live)]] = (
-                    1 / draw.rates[0] if rescale == "train" else 1
-                )
-                masks.append(mask)
+            draws, masks = draws_of(case, windows)
+            factors = [
+                mask / draw.rates[0] if rescale == "train" else mask for draw, mask in zip(draws, masks, strict=True)
+            ]
             with residrop.using(model, Plan(tuple(draws))):
-                assert_same_step(model, norms_in_eval(tossed(block, case.ends, masks)), x, given, case.digits)
+                assert_same_step(model, norms_in_eval(tossed(block, case.ends, factors)), x, given, case.digits)
+
+
+def check_backward(case: Case) -> None:
+    """Presence in backward only: outputs and statistics are those of the plain block, and absent branches, or rows of
+    them, have no gradient. Batch norm is for blocks alone."""
+    block = case.block()
+    x, given = case.inputs()
+    for rescale, present in (("train", 1 / RATE), ("none", 1.0)):
+        model = applied(block, rule="backward-depth", survival=RATE, rescale=rescale)
+        for coins in itertools.product((True, False), repeat=len(case.ends)):
+            reference = tossed(block, case.last or case.ends, [present * coin for coin in coins], backward=True)
+            model.load_state_dict(reference.state_dict())
+            with residrop.using(model, Plan.of(coins)):
+                assert_same_step(model, reference, x, given, 9)
+                torch.testing.assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+                model.load_state_dict(reference.state_dict())
+                # attention has other kernels where nothing is recorded
+                with torch.set_grad_enabled(any(coins)):
+                    ours, theirs = model(x, **given), reference(x, **given)
+                if case.exact and any(coins) == all(coins):
+                    assert torch.equal(ours, theirs)
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules()):
+        with pytest.raises(ConfigError, match="takes statistics of the whole batch"):
+            applied(block, rule="backward-depth", survival=RATE, granularity="row")
+        return
+    model = applied(block, rule="backward-depth", survival=RATE, granularity="row")
+    for windows in TRIALS:
+        draws, masks = draws_of(case, windows)
+        with residrop.using(model, Plan(tuple(draws))):
+            assert_same_step(model, tossed(block, case.last or case.ends, masks, backward=True), x, given, case.digits)

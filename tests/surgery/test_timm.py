@@ -7,7 +7,7 @@ import pytest
 timm = pytest.importorskip("timm")
 
 import torch  # noqa: E402
-from block_checks import check_coins, check_modes, check_parts, check_rows  # noqa: E402
+from block_checks import check_backward, check_coins, check_modes, check_parts, check_rows  # noqa: E402
 from timm.layers import DropPath  # noqa: E402
 from timm.models.metaformer import MetaFormer  # noqa: E402
 from timm.models.mlp_mixer import MlpMixer  # noqa: E402
@@ -40,6 +40,12 @@ def test_block_tells_what_a_dead_branch_leaves_out(case):
 @every_block
 def test_block_with_some_rows(case):
     check_rows(case)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if name != "iformer"])
+def test_block_present_in_backward_only(case):
+    """iFormer multiplies by a parameter behind its drop module, where the reference has no place for a coin."""
+    check_backward(case)
 
 
 # Whole models

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from block_checks import check_coins, check_modes, check_parts, check_rows
+from block_checks import check_backward, check_coins, check_modes, check_parts, check_rows
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -36,6 +36,11 @@ def test_block_tells_what_a_dead_branch_leaves_out(case):
 @every_block
 def test_block_with_some_rows(case):
     check_rows(case)
+
+
+@every_block
+def test_block_present_in_backward_only(case):
+    check_backward(case)
 
 
 # Row level with batch norm, which sees the live rows only

@@ -185,6 +185,7 @@ MIXERS = {
         IMAGE,
         TWO,
         exact=False,
+        last=("layer_scale1", "layer_scale2"),
     ),
     "caformer": Case(
         partial(

@@ -361,7 +361,7 @@ class DepthSampler:
                 numbers = (words & layout.fractions | layout.units).to_bytes(layout.size, "little")
                 absent = absent_blocks(order, ready.gaps, unpack(layout.doubles, numbers), turn)
             for index in absent:
-                draws[index] = ready.pairs[index][False]
+                draws[index] = ready.absent[index]
         return draws
 
     def expectation(self, step: int | None = None) -> Plan:
@@ -564,7 +564,7 @@ class _Ready:
         limits = list(self.arcs)
         if layout.rings:
             self.gaps = [(1 << 64) - arc for arc in self.arcs]
-            self.present = [alive for _, alive in self.pairs]
+            self.absent, self.present = zip(*self.pairs, strict=True)
         for places, coin in layout.apart:
             if coin:
                 for place, limit in zip(places, arcs_given_presence([limits[place] for place in places]), strict=True):

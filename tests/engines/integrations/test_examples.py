@@ -63,6 +63,6 @@ def test_language_model(tmp_path):
     assert number(r"constant@0.79: .* ([\d.]+) of the FLOPs", text) == 0.79
     assert number(r"dont-drop-dropout: .* ([\d.]+) of the FLOPs", text) < 0.9
     assert number(r"growth: .* ([\d.]+) of the FLOPs", text) < 0.5
-    curves = json.loads((tmp_path / "curves.json").read_text())["curves"]
+    curves = json.loads((tmp_path / "curves-200-4-32.json").read_text())["curves"]
     assert all(len(run) >= 20 for (run,) in curves.values())
     assert (tmp_path / "curves.png").stat().st_size > 10_000
