@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import StochasticDepth
 
 import residrop
 from residrop.blocks.skippable import parameters_of
@@ -77,9 +78,10 @@ def tossed(block: nn.Module, ends: Sequence[str], factors: Sequence[float | Tens
     drop modules stand."""
     root = Root(copy.deepcopy(block)).train()
     for module in root.modules():
-        for name in ("p", "drop_prob"):
-            if hasattr(module, name) and not isinstance(module, nn.Dropout):
-                setattr(module, name, 0.0)
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0
+        elif hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
     for end in dict.fromkeys(ends):
         module = root.block.get_submodule(end)
         turns = itertools.cycle([factor for name, factor in zip(ends, factors, strict=True) if name == end])
