@@ -8,8 +8,7 @@ exact. A coupling says how they lie. Positions are whole numbers modulo 2^64, so
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from functools import partial
-from itertools import accumulate, chain, groupby, pairwise, repeat
+from itertools import accumulate, groupby, pairwise
 from math import floor, isfinite
 from typing import Literal
 
@@ -77,10 +76,9 @@ def absent_blocks(order: Sequence[Sequence[int]], gaps: Sequence[int], words: Se
     Arcs that lie end to end have their gaps end to end, too (a whole turn further each); so point 0 is looked up in the
     gaps, whose lengths are 1 less those of the arcs. Of `words` only the order matters.
     """
-    # loops in C, as a plan is made in every step
-    places = [*chain.from_iterable(map(partial(sorted, key=words.__getitem__), order))]
-    ends = [*accumulate(map(gaps.__getitem__, places))]
-    return [*map(places.__getitem__, map(bisect_left, repeat(ends), range(_FULL - turn, ends[-1] + 1, _FULL)))]
+    places = [place for group in order for place in sorted(group, key=words.__getitem__)]
+    ends = list(accumulate(map(gaps.__getitem__, places)))
+    return [places[bisect_left(ends, at)] for at in range(_FULL - turn, ends[-1] + 1, _FULL)]
 
 
 def positions(
