@@ -42,6 +42,7 @@ parser.add_argument("--survival", default="linear_decay(0.5)")
 parser.add_argument("--draws", type=int, default=200, help="for steps; a multiple of 10")
 parser.add_argument("--seeds", type=int, default=3, help="for errors")
 parser.add_argument("--epochs", type=int, default=20)
+parser.add_argument("--couplings", nargs="+", choices=COUPLINGS, default=list(COUPLINGS), help="for errors")
 parser.add_argument("--network", default="resnet-20", help="for errors")
 parser.add_argument("--data", default="digits", help="for errors")
 parser.add_argument("--work", type=Path, default=Path("runs/coupling"), help="folder of the runs, for errors")
@@ -180,7 +181,7 @@ def errors(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """One row for every coupling, and the command of a training."""
     rows, recipe = [], Recipe()
     table = Table("coupling", "error, %", "NLL")
-    for coupling in COUPLINGS:
+    for coupling in arguments.couplings:
         found = []
         for seed in range(arguments.seeds):
             recipe = Recipe(
@@ -190,6 +191,12 @@ def errors(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
                 coupling=coupling,
                 epochs=arguments.epochs,
                 augmentation="shift" if arguments.data == "digits" else "crop",
+                lr=0.2,
+                lr_schedule="triangular",
+                warmup=0.2,
+                warmup_lr=0.0,
+                weight_decay=5e-4,
+                label_smoothing=0.1,
                 samples=0,
                 seed=seed,
             )
@@ -198,7 +205,8 @@ def errors(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
                 train(recipe, path, resume=path.exists())
             found.append(load_run(path).run.evaluation())
         row = {"coupling": coupling, "network": arguments.network, "survival": arguments.survival}
-        row |= {"data": arguments.data.partition(":")[0], "epochs": arguments.epochs, "seeds": len(found)}
+        kind, _, path = arguments.data.partition(":")
+        row |= {"data": Path(path).name if kind == "parquet" else kind, "epochs": arguments.epochs, "seeds": len(found)}
         for name, key in (("error", "deterministic_error"), ("nll", "deterministic_nll")):
             values = [float(one[key]) for one in found]
             row[name] = fmean(values)

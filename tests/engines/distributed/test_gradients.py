@@ -26,6 +26,7 @@ QUICK = [
     "backward",
     "stock_backward",
     "backward_checkpointed",
+    "backward_accumulated",
     "backward_rows",
     "backward_own_blocks",
     "early",
@@ -115,7 +116,7 @@ def test_checkpointing_does_not_send_twice(found):
     assert found["checkpointed_reentrant"]["bytes"] == found["ours"]["bytes"]
 
 
-@pytest.mark.parametrize("name", ["backward", "stock_backward", "backward_checkpointed"])
+@pytest.mark.parametrize("name", ["backward", "stock_backward", "backward_checkpointed", "backward_accumulated"])
 def test_presence_in_backward_only(found, assert_follows, name):
     """Parameters of a block that is not differentiated have no gradient on any rank."""
     assert_follows(found[name])

@@ -8,14 +8,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import residrop
-from residrop import Residual, StochasticDepth
+from residrop import BackwardDepth, Residual, StochasticDepth
 
 DEPTH = 6
 
 
-def network(granularity: str = "block", rate: float = 0.5) -> nn.Sequential:
+def network(granularity: str = "block", rate: float = 0.5, rule: type = StochasticDepth) -> nn.Sequential:
     torch.manual_seed(0)
-    blocks = [Residual(nn.Linear(8, 8), rule=StochasticDepth(rate, granularity)) for _ in range(DEPTH)]  # pyright: ignore
+    blocks = [Residual(nn.Linear(8, 8), rule=rule(rate, granularity)) for _ in range(DEPTH)]
     model = nn.Sequential(nn.Linear(8, 8), *blocks, nn.Linear(8, 3))
     residrop.attach(model, seed=7)
     return model
@@ -73,9 +73,10 @@ def test_averaged_model_follows_and_draws_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("granularity", ["block", "row"])
-def test_gradient_scaler_with_absent_gradients(dtype, granularity):
+@pytest.mark.parametrize("rule", [StochasticDepth, BackwardDepth])
+def test_gradient_scaler_with_absent_gradients(dtype, granularity, rule):
     """Unscaling and the search for infinities pass over parameters without gradient; an overflow skips the update."""
-    model = network(granularity)
+    model = network(granularity, rule=rule)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     plain = copy.deepcopy(model)

@@ -357,6 +357,7 @@ CHECKS = {
     "backward": lambda: follow(ours, rule=BackwardDepth, rescale="train"),
     "stock_backward": lambda: follow(stock, 20, rule=BackwardDepth),
     "backward_checkpointed": lambda: follow(ours, 20, rule=BackwardDepth, checkpointing="reentrant"),
+    "backward_accumulated": lambda: follow(ours, 15, micro=3, rule=BackwardDepth),
     "backward_rows": lambda: follow(ours, 20, rule=BackwardDepth, granularity="row", scope="shared"),
     "backward_own_blocks": lambda: follow(ours, 20, fill=True, rule=BackwardDepth, scope="per_rank"),
     "early": early,
