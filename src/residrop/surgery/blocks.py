@@ -76,14 +76,12 @@ class AppliedBlock(Skippable):
             self._residrop_count()
         args, kwargs = settle_caches(self, self.residrop_rules, args, kwargs)
         if any(rule.tosses() for rule in self.residrop_rules) and self.residrop_unchecked(args, kwargs):  # pyright: ignore
-            # a block whose rate is 1 keeps its cache, which the comparison must not fill
-            compared = without_new_caches(self, args, kwargs)
             if torch.compiler.is_compiling():
                 from residrop.rules import tracing
 
-                tracing.in_python(self._residrop_checked, *compared)
+                tracing.in_python(self._residrop_checked, args, kwargs)
             else:
-                self._residrop_checked(*compared)
+                self._residrop_checked(args, kwargs)
         for rule in self.residrop_rules:
             if not rule.is_plain_sum():  # pyright: ignore[reportCallIssue]
                 return self.residrop_forward(*args, **kwargs)
@@ -115,7 +113,8 @@ class AppliedBlock(Skippable):
         if wait:
             self.__dict__["residrop_checked"] = (wait - 1, gap)
         elif torch._C._current_graph_task_id() == -1:  # in backward it is a recomputation
-            seen = self.residrop_check(args, kwargs)
+            # a block whose rate is 1 keeps its cache, which the comparison must not fill
+            seen = self.residrop_check(*without_new_caches(self, args, kwargs))
             if seen is not None:
                 self.__dict__["residrop_checked"] = (None, 0) if seen else (gap, 2 * gap)
 
