@@ -61,6 +61,12 @@ def test_rates_are_those_of_the_paper(name):
         assert [rate for (rate,) in sampler.rates_at(step)] == pytest.approx(law, abs=1e-12)
 
 
+def test_two_methods_divide_what_is_present_by_its_rate():
+    divided = {name for name, method in residrop.METHODS.items() if method.options["rescale"] == "train"}
+    assert divided == {"progressive-layer-dropping", "dont-drop-dropout"}
+    assert {residrop.METHODS[name].options["rescale"] for name in set(LAWS) - divided} == {"none"}
+
+
 @pytest.mark.parametrize("name", LAWS)
 def test_a_training_by_it_runs(name):
     """Of 10 steps each method draws another plan than full depth at least once, and every drawn step has a gradient."""

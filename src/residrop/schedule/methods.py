@@ -68,5 +68,5 @@ def method(name: str, steps: int) -> dict[str, Any]:
         close = get_close_matches(str(name), METHODS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(f"method {name!r} is unknown; {hint}give one of {', '.join(METHODS)}")
-    options = dict(METHODS[name].options)
-    return options | ({"timing": parse(options["timing"], steps)} if "timing" in options else {})
+    options = METHODS[name].options
+    return {**options, **({"timing": parse(options["timing"], steps)} if "timing" in options else {})}
