@@ -207,8 +207,8 @@ def errors(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
         row = {"coupling": coupling, "network": arguments.network, "survival": arguments.survival}
         kind, _, path = arguments.data.partition(":")
         row |= {"data": Path(path).name if kind == "parquet" else kind, "epochs": arguments.epochs, "seeds": len(found)}
-        for name, key in (("error", "deterministic_error"), ("nll", "deterministic_nll")):
-            values = [float(one[key]) for one in found]
+        for name in ("error", "nll"):
+            values = [float(one["details"]["deterministic"][name]) for one in found]
             row[name] = fmean(values)
             row[f"{name}_se"] = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         rows.append(row)
