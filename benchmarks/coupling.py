@@ -230,7 +230,9 @@ def main() -> None:
             "steps": "Coupled draws: spread of a step's work, and variance of its gradient",
             "errors": "Coupled draws: test error after training",
         }[arguments.part]
-        ledger.save(arguments.json, what, f"{trained}python benchmarks/coupling.py {arguments.part}", rows)
+        given = f" --seeds {arguments.seeds} --epochs {arguments.epochs}" if arguments.part == "errors" else ""
+        command = f"{trained}python benchmarks/coupling.py {arguments.part} --survival '{arguments.survival}'{given}"
+        ledger.save(arguments.json, what, command, rows)
 
 
 if __name__ == "__main__":

@@ -374,6 +374,8 @@ def test_coupled_draws_are_quoted_as_they_were_measured():
         first = f"| {names[row['model']]} | {row['granularity']} | `{row['coupling']}` |"
         variance = f"{row['gradient_variance_ratio']:.2f} ± {row['gradient_variance_ratio_se']:.2f}"
         assert f"{first} {100 * row['flops_spread']:.1f}% | {100 * row['time_spread']:.0f}% | {variance} |" in page
+    for row in json.loads((ROOT / "results" / "coupling_errors_cpu_202611.json").read_text())["entries"]:
+        assert f"| `{row['coupling']}` | {_cells(row, 'error')} | {_cells(row, 'nll', digits=3)} |" in page
 
 
 def _cells(row, *names, digits=2):
