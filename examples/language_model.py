@@ -27,7 +27,7 @@ import residrop
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 default = ["constant", "constant@0.79", "dont-drop-dropout", "growth"]
 parser.add_argument("--methods", nargs="+", default=default, help="names of residrop.METHODS, @ share of the steps")
-parser.add_argument("--steps", type=int, default=1000, help="20 at least")
+parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--seeds", type=int, default=2)
 parser.add_argument("--layers", type=int, default=8)
 parser.add_argument("--width", type=int, default=128)
@@ -86,7 +86,7 @@ def train(name, text, held_out, characters, seed):
         rate.step()
         optimizer.zero_grad()
         seconds += time.perf_counter() - started
-        if (step + 1) % (steps // POINTS) == 0 or step + 1 == steps:  # while it grows, a network is what it has so far
+        if (step + 1) % max(steps // POINTS, 1) == 0 or step + 1 == steps:  # a growing network is what it has so far
             loss = bits(model, held_out, sampler.plan(step) if method == "growth" else None)
             flops = 3 * (step + 1) * (whole.get_total_flops() - seen.skipped_flops * sum(layers))  # backward is 2 of 3
             points.append((flops, seconds, loss))
