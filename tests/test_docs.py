@@ -378,6 +378,22 @@ def test_coupled_draws_are_quoted_as_they_were_measured():
         assert f"| `{row['coupling']}` | {_cells(row, 'error')} | {_cells(row, 'nll', digits=3)} |" in page
 
 
+def test_times_of_draws_are_quoted_as_they_were_measured():
+    page = (DOCS / "draws.md").read_text()
+    rows = json.loads((ROOT / "results" / "draw_cpu_202611.json").read_text())["entries"]
+    times = {(row["granularity"], row["coupling"]): row["microseconds"] for row in rows if row["timing"] == "constant"}
+    blocks, by_rows = (
+        [times[level, coupling] for coupling in ("independent", "systematic", "balanced", "apart")]
+        for level in ("block", "row")
+    )
+    first, *coupled = (f"{time:.0f}" for time in blocks)
+    assert f"takes {first} microseconds" in page
+    assert "{} (`systematic`), {} (`balanced`) and {} (`apart`)".format(*coupled) in page
+    assert "by rows {:.0f}, and {:.0f}, {:.0f} and {:.0f} (".format(*by_rows) in page
+    assert max(blocks) < 2 * blocks[0]
+    assert max(by_rows) < 2 * by_rows[0]
+
+
 def _cells(row, *names, digits=2):
     return " | ".join(f"{row[name]:.{digits}f} ± {row[f'{name}_se']:.{digits}f}" for name in names)
 

@@ -30,9 +30,9 @@ def sampler_for(coupling, rates, costs=(), *, granularity="block", **options):
     return DepthSampler(sites, coupling=coupling, costs=costs, **options)
 
 
-def coins_of(sampler, steps, **options):
+def coins_of(sampler, steps, every=1):
     """bool [steps, blocks]"""
-    return np.array([[draw.alive for draw in sampler.plan(step, **options).draws] for step in range(steps)])
+    return np.array([[draw.alive for draw in sampler.plan(every * step).draws] for step in range(steps)])
 
 
 def rows_of(plan, batch_size):
@@ -83,11 +83,48 @@ def expected_joint(name):
 @pytest.mark.parametrize("name", DESIGNS)
 def test_rates_are_exact_and_joint_probabilities_those_of_the_design(name, steps):
     coupling, rates, costs = DESIGNS[name]
-    coins = coins_of(sampler_for(coupling, rates, costs, seed=3), steps)
+    coins = coins_of(sampler_for(coupling, rates, costs, seed=3), steps, every=4)  # an order lasts that long
     for block, rate in enumerate(rates):
         assert_binomial(int(coins[:, block].sum()), steps, rate, f"block {block}")
     for (a, b), joint in expected_joint(name).items():
         assert_binomial(int((coins[:, a] & coins[:, b]).sum()), steps, float(joint), f"blocks {a} and {b}")
+
+
+@pytest.mark.parametrize(("coupling", "costs"), [("systematic", ()), ("balanced", COSTS)])
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_presence_in_different_steps_is_independent_while_an_order_lasts(coupling, costs, lag):
+    sampler, pairs = sampler_for(coupling, UNEQUAL, costs, seed=4), 1 << 13
+    coins = coins_of(sampler, 4 * pairs).reshape(pairs, 4, -1)
+    for (a, p), (b, q) in product(enumerate(UNEQUAL), repeat=2):
+        both = int((coins[:, 0, a] & coins[:, lag, b]).sum())
+        assert_binomial(both, pairs, p * q, f"block {a}, and {b} so many steps later: {lag}")
+
+
+def halves(plan):
+    """The two sets of blocks that an order makes at rates of 1/2: every second block of it, and the others."""
+    coins = tuple(draw.alive for draw in plan.draws)
+    return frozenset([coins, tuple(not coin for coin in coins)])
+
+
+@pytest.mark.parametrize("draw_every", [1, 3])
+def test_an_order_lasts_for_four_training_draws(draw_every):
+    sampler = sampler_for("systematic", (0.5,) * 16, draw_every=draw_every)
+    found = [halves(sampler.plan(step)) for step in range(40 * draw_every)]
+    assert [len(set(found[first : first + 4 * draw_every])) for first in range(0, len(found), 4 * draw_every)] == [
+        1
+    ] * 10
+    assert len(set(found)) == 10
+    sampled = [halves(sampler.plan(number, stream="sample")) for number in range(40)]
+    assert len(set(sampled)) == 40  # few sampled passes are averaged, so each has an order of its own
+
+
+def test_rates_that_change_under_an_order_are_obeyed():
+    sampler, other = (sampler_for("systematic", (0.5,) * 16) for _ in range(2))
+    sampler.plan(0)
+    sampler.change([Site((0.25,))] * 16)
+    other.change([Site((0.25,))] * 16)
+    assert sum(draw.alive for draw in sampler.plan(1).draws) == 4
+    assert sampler.plan(1) == other.plan(1)
 
 
 def test_formula_of_equal_rates():
@@ -172,7 +209,7 @@ def test_ranks_agree_in_their_numbers_and_draw_their_own(coupling, granularity):
         else:
             present = [rows_of(plan, 8).tolist() for plan in plans]
         assert len({int(np.sum(one)) for one in present}) == 1
-    assert len({str([sampler.plan(step) for step in range(8)]) for sampler in made}) == 3
+    assert len({str([sampler.plan(step) for step in range(32)]) for sampler in made}) == 3
 
 
 def test_plans_are_functions_of_seed_and_step():

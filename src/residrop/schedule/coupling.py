@@ -21,6 +21,7 @@ __all__ = [
     "arcs_given_presence",
     "check_apart",
     "check_coupling",
+    "gaps_end_to_end",
     "one_of_two",
     "positions",
     "ways_round",
@@ -70,14 +71,21 @@ def ways_round(coupling: Coupling, places: Sequence[int], costs: Sequence[float]
     return [list(group) for _, group in groupby(dearest_first, key=lambda place: costs[place])]
 
 
-def absent_blocks(order: Sequence[Sequence[int]], gaps: Sequence[int], words: Sequence[float], turn: int) -> list[int]:
-    """The blocks whose coins are dead, for `systematic` and `balanced`: those on whose arcs point 0 does not lie.
-
-    Arcs that lie end to end have their gaps end to end, too (a whole turn further each); so point 0 is looked up in the
-    gaps, whose lengths are 1 less those of the arcs. Of `words` only the order matters.
-    """
+def gaps_end_to_end(
+    order: Sequence[Sequence[int]], gaps: Sequence[int], words: Sequence[float]
+) -> tuple[list[int], list[int]]:
+    """For `systematic` and `balanced` coins: blocks as they follow one another, and where the gap of each ends if gaps,
+    whose lengths are 1 less those of the arcs, lie end to end. Of `words` only the order matters."""
     places = [place for group in order for place in sorted(group, key=words.__getitem__)]
-    ends = list(accumulate(map(gaps.__getitem__, places)))
+    return places, list(accumulate(map(gaps.__getitem__, places)))
+
+
+def absent_blocks(places: Sequence[int], ends: Sequence[int], turn: int) -> list[int]:
+    """The blocks whose coins are dead: those on whose arcs point 0 does not lie, after a turn by `turn`.
+
+    Arcs that lie end to end have their gaps end to end, too (a whole turn further each), so point 0 is looked up in the
+    gaps of `gaps_end_to_end`.
+    """
     return [places[bisect_left(ends, at)] for at in range(_FULL - turn, ends[-1] + 1, _FULL)]
 
 

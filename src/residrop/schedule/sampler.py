@@ -22,6 +22,7 @@ from residrop.schedule.coupling import (
     arcs_given_presence,
     check_apart,
     check_coupling,
+    gaps_end_to_end,
     one_of_two,
     positions,
     ways_round,
@@ -36,7 +37,8 @@ Scope = Literal["shared", "per_rank"]
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of the SplitMix64 sequence
 _UNIT = 2.0**64
-_COINS, _KEYS, _TURN, _AGAIN = 1, 2, -1, -3
+_COINS, _KEYS, _TURN, _AGAIN, _ORDER = 1, 2, -1, -3, -4
+_ORDER_LASTS = 4  # training steps, because sorting takes more time than the rest of a coupled draw
 _STREAMS = {"train": 3, "sample": 4}
 _LOOKS = 5
 
@@ -198,7 +200,8 @@ class DepthSampler:
             is `per_rank`.
         coupling: how the presence of a block depends on that of others in the same step: `independent`; `systematic`:
             as many blocks are present as the sum of their rates, rounded up or down at random; `balanced`: their costs
-            add up to the mean, up to the cost of one block; `apart`: of two neighbours one is present at least. Rows
+            add up to the mean, up to the cost of one block; `apart`: of two neighbours one is present at least. The
+            random order in which the first two have blocks lasts for four draws (of rows and sampled passes, one). Rows
             likewise: each row of a batch has so many blocks. Every rate stays exact. Blocks of one granularity and
             scope are coupled with one another. Windows that would leave one row to a norm that needs two have two rows
             or none, whatever the others have. Ranks that draw their own (`per_rank`) agree in the number of present
@@ -250,6 +253,7 @@ class DepthSampler:
         self._called: set[int] = set()  # blocks of the running pass
         self._told_of_sharing = False
         self.observers: list[Callable[[Plan, int | None], None]] = []  # told every training plan and its batch size
+        self._laid: _Laid | None = None  # of the last coupled draw
         self.graph_draws: Any = None  # the draw in force as data for a compiled graph (`residrop.rules.tracing`)
 
     def _place(self, sites: Sequence[Site], timing: Timing) -> None:
@@ -311,15 +315,20 @@ class DepthSampler:
     def _plan(self, ready: "_Ready", step: int, part: int, code: int) -> Plan:
         layout = self._layout
         words, turns = layout.counters, list[int]()
-        toss = step - step % self.draw_every if code == _STREAMS["train"] else step
+        toss, order = step, step
+        if code == _STREAMS["train"]:
+            toss -= step % self.draw_every
+            order -= step % (_ORDER_LASTS * self.draw_every)
         for ones, coin, own in layout.groups:
             base = derive_key(self.seed, code, _COINS, toss) if coin else derive_key(self.seed, code, _KEYS, step, part)
-            words += ones * (derive_key(base, self.rank) if own else base)
             if layout.rings:
                 turns.append(derive_key(base, _TURN - own))  # the same on all ranks
-        words = _mix(words & layout.lanes, layout.lanes)
+            if coin and layout.ordered:
+                base = derive_key(self.seed, code, _ORDER, order)
+            words += ones * (derive_key(base, self.rank) if own else base)
         if turns:
-            return Plan(tuple(self._coupled(ready, words, turns)), step)
+            return Plan(tuple(self._coupled(ready, words & layout.lanes, turns)), step)
+        words = _mix(words & layout.lanes, layout.lanes)
         # of each lane, byte 8 is what a subtraction has left of the 2^64 in `limits`: 1 if the word is below the limit
         coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
         draws = [pair[coin] for pair, coin in zip(ready.pairs, coins, strict=True)]
@@ -348,18 +357,19 @@ class DepthSampler:
 
     def _coupled(self, ready: "_Ready", words: int, turns: Sequence[int]) -> list[Draw]:
         layout, draws = self._layout, list(ready.present)
-        keys = unpack(layout.format, words.to_bytes(layout.size, "little")) if layout.keyed else ()
-        for (order, coin), turn in zip(layout.rings, turns, strict=True):
+        laid = self._laid
+        if laid is None or words != laid.words or ready is not laid.ready:  # both stand still while an order lasts
+            laid = self._laid = _Laid(words, ready, layout)
+        for place, ((order, coin), turn) in enumerate(zip(layout.rings, turns, strict=True)):
             if not coin:
-                for index, at in positions(self.coupling, order, ready.arcs, keys, turn).items():
-                    draws[index] = Draw(ready.rates[index], None, keys[index], self.sites[index].fewest, at)
+                for index, at in positions(self.coupling, order, ready.arcs, laid.keys, turn).items():
+                    draws[index] = Draw(ready.rates[index], None, laid.keys[index], self.sites[index].fewest, at)
                 continue
-            if self.coupling == "apart":
-                coins = (ready.limits - words).to_bytes(layout.size, "little")[8::16]
-                absent = one_of_two(order, coins)
+            if layout.ordered:
+                absent = absent_blocks(*laid.gaps[place], turn)
             else:
-                numbers = (words & layout.fractions | layout.units).to_bytes(layout.size, "little")
-                absent = absent_blocks(order, ready.gaps, unpack(layout.doubles, numbers), turn)
+                coins = (ready.limits - laid.mixed).to_bytes(layout.size, "little")[8::16]
+                absent = one_of_two(order, coins)
             for index in absent:
                 draws[index] = ready.absent[index]
         return draws
@@ -533,6 +543,7 @@ class _Layout:
         # words as numbers in [1, 2), which are sorted faster: the low bits of a double, under the exponent of 1
         self.doubles = "<" + "d8x" * len(sites)
         self.fractions, self.units = (sum(bits * one for one in ones) for bits in ((1 << 52) - 1, 0x3FF << 52))
+        self.ordered = coupling in ("systematic", "balanced")
         self.rings: list[tuple[list[list[int]], bool]] = []  # of coupled draws, and whether they are coins
         self.apart: list[tuple[list[int], bool]] = []
         for places, coin in ((self.coins, True), (self.keyed, False)) if coupling != "independent" else ():
@@ -570,6 +581,19 @@ class _Ready:
                 for place, limit in zip(places, arcs_given_presence([limits[place] for place in places]), strict=True):
                     limits[place] = limit
         self.limits = layout.lanes + int.from_bytes(b"".join(one.to_bytes(16, "little") for one in limits), "little")
+
+
+class _Laid:
+    """What coupled draws owe to the words of a step: keys of rows, and for coins the order of the blocks."""
+
+    def __init__(self, words: int, ready: _Ready, layout: _Layout) -> None:
+        self.words, self.ready = words, ready
+        self.mixed = mixed = _mix(words, layout.lanes)
+        self.keys = unpack(layout.format, mixed.to_bytes(layout.size, "little")) if layout.keyed else ()
+        if layout.ordered and layout.coins:
+            numbers = (mixed & layout.fractions | layout.units).to_bytes(layout.size, "little")
+            order = unpack(layout.doubles, numbers)
+            self.gaps = [gaps_end_to_end(ring, ready.gaps, order) for ring, coin in layout.rings if coin]
 
 
 def _draws(rates: list[tuple[float, ...]], alive: bool) -> list[Draw]:
