@@ -118,6 +118,13 @@ def test_an_order_lasts_for_four_training_draws(draw_every):
     assert len(set(sampled)) == 40  # few sampled passes are averaged, so each has an order of its own
 
 
+@pytest.mark.parametrize("coupling", ["systematic", "apart"])
+def test_words_of_rows_are_drawn_anew_in_every_step(coupling):
+    sampler = sampler_for(coupling, (0.5,) * 3, granularity="row")
+    plans = [sampler.plan(step, part=part) for step in range(8) for part in range(2)]
+    assert len({draw.key for plan in plans for draw in plan.draws}) == 3 * len(plans)
+
+
 def test_rates_that_change_under_an_order_are_obeyed():
     sampler, other = (sampler_for("systematic", (0.5,) * 16) for _ in range(2))
     sampler.plan(0)
