@@ -2,7 +2,7 @@
 
 A Llama of transformers with random weights learns the characters of Python's reference texts (pydoc_data, which comes
 with Python; the last tenth of every text is held out), at constant depth and with random depth. Then its sub-networks:
-the held-out loss in bits a character by budget and way of choosing, means and standard errors over seeds; blocks are
+the held-out loss in bits a character by budget and way of choosing, means and standard errors over seeds; layers are
 chosen on training text.
 
 --curves FILE: instead, of the trainings with and without random depth of examples/language_model.py, which leaves that
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import residrop
+from residrop.cli.pictures import panels
 from residrop.research import ledger
 
 # one coin a layer and step, as in LayerDrop (Fan et al., 2020) and Stochastic Depth
@@ -120,6 +121,20 @@ def curves(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Loss against the share of FLOPs, a panel for every way of training, a line for every way of choosing."""
+    ways = list(dict.fromkeys(row["trained"] for row in rows))
+    title = f"Llama of {rows[0]['of']} layers: sub-networks"
+    with panels(path, len(ways), title) as axes:
+        for axis, way in zip(axes, ways, strict=True):
+            for by in dict.fromkeys(row["by"] for row in rows):
+                own = [row for row in rows if (row["trained"], row["by"]) == (way, by)]
+                share, loss, bars = ([one.get(name, 0.0) for one in own] for name in ("share", "bits", "bits_se"))
+                axis.errorbar(share, loss, bars, fmt=".-", capsize=2, label=by)
+            highest = max(row["bits"] for row in rows)
+            axis.set(title=f"trained with {way}", xlabel="share of FLOPs", ylabel="bits a character", ylim=(0, highest))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -136,6 +151,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/language"), help="folder of the trained models")
     parser.add_argument("--curves", type=Path, help="of examples/language_model.py")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="PNG of the loss against FLOPs")
     arguments = parser.parse_args()
     if arguments.curves:
         rows = curves(arguments.curves)
@@ -162,13 +178,14 @@ def main() -> None:
                 model,
                 batches,
                 partial(bits, text=held_out),
-                budgets=arguments.budgets,
+                budgets={1.0, *arguments.budgets},
                 unit="blocks",
                 by=arguments.by,
                 seed=seed,
             )
             for one in points:
-                row = {"bits": one.metric, "layers": len(one.kept), "of": one.blocks, "flops": one.flops}
+                row = {"bits": one.metric, "layers": len(one.kept), "of": one.blocks}
+                row["share"] = one.flops / points[0].flops  # the first is the whole network
                 found.setdefault((way, one.by, float(one.budget.split()[0])), []).append(row)
     rows = []
     for (way, by, budget), points in found.items():
@@ -177,7 +194,7 @@ def main() -> None:
         rows.append(
             {"trained": way, "by": by, "budget": budget, "layers": points[0]["layers"], "of": points[0]["of"]}
             | {"seeds": len(values), "steps": arguments.steps, "width": arguments.width}
-            | {"flops": points[0]["flops"], "bits": fmean(values)}
+            | {"share": points[0]["share"], "bits": fmean(values)}
             | ({} if error is None else {"bits_se": error})
         )
     table = Table("trained with", "chosen by", "layers", "bits a character")
@@ -185,6 +202,8 @@ def main() -> None:
         spread = f" ± {row['bits_se']:.3f}" if "bits_se" in row else ""
         table.add_row(row["trained"], row["by"], f"{row['layers']} of {row['of']}", f"{row['bits']:.3f}{spread}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if arguments.picture:
+        draw(arguments.picture, rows)
     if arguments.json:
         ledger.save(arguments.json, "Sub-networks of small language models", "python benchmarks/language.py", rows)
 

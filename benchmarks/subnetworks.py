@@ -1,8 +1,9 @@
 """Sub-networks: python benchmarks/subnetworks.py errors RUN ... | heal RUN ... | times [--json FILE].
 
-errors: what sub-networks of trained runs lose, by budget (shares of FLOPs) and way of choosing, before and after batch
-norms were recalibrated, on the test images. Blocks are chosen on training images. Runs that differ in the seed alone
-are one row: means and standard errors over seeds, of a single run the standard error over images.
+errors: what sub-networks of trained runs lose, by budget (shares of --unit) and way of choosing, before and after batch
+norms were recalibrated, on the test images, and the time they take. Blocks are chosen on training images. Runs that
+differ in the seed alone are one row: means and standard errors over seeds, of a single run the standard error over
+images.
 
 heal: what a few epochs of training, plainly and with a learning rate that falls from --heal-lr, give back to
 sub-networks that `residrop shrink --by greedy` makes of trained runs.
@@ -42,14 +43,15 @@ parser.add_argument("part", choices=("errors", "heal", "times"))
 parser.add_argument("runs", nargs="*", type=Path, help="run directories, for errors and heal")
 parser.add_argument("--by", nargs="+", default=["removal", "greedy", "sensitivity", "every_other", "first", "random"])
 parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.8, 0.6, 0.4])
+parser.add_argument("--unit", choices=("flops", "time"), default="flops", help="of the budgets, for errors")
 parser.add_argument("--batches", type=int, default=16, help="of training images")
 parser.add_argument("--data", help="another source of images with the same classes")
 parser.add_argument("--heal-epochs", type=int, default=2)
 parser.add_argument("--heal-lr", type=float, default=0.02)
-parser.add_argument("--repeats", type=int, default=15, help="timed forwards, for times")
+parser.add_argument("--repeats", type=int, default=15, help="timed forwards")
 parser.add_argument("--device", default="auto")
 parser.add_argument("--json", type=Path)
-parser.add_argument("--picture", type=Path, help="PNG of errors against FLOPs, for errors")
+parser.add_argument("--picture", type=Path, help="PNG of errors against the share of --unit, for errors")
 UNLIKE = ("seed",)
 
 
@@ -71,18 +73,18 @@ def errors_of(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
             loaded.model.to(device),
             batches,
             error,
-            budgets=arguments.budgets,
-            unit="flops",
+            budgets={1.0, *arguments.budgets},
+            unit=arguments.unit,
             by=arguments.by,
             seed=recipe.seed,
-            repeats=1,
+            repeats=arguments.repeats,
         )
     about = {"network": recipe.network, "width": recipe.width, "rule": recipe.rule, "survival": recipe.survival}
     about |= {"data": (arguments.data or recipe.data).partition(":")[0], "epochs": recipe.epochs, "seed": recipe.seed}
     return [
         {"run": about, "by": one.by, "budget": one.budget, "blocks": len(one.kept), "of": one.blocks}
         | {"predicted": one.predicted, "before": one.before, "error": one.metric}
-        | {"images": images}
+        | {"time": one.seconds / points[0].seconds, "images": images}
         for one in points
     ]
 
@@ -109,16 +111,18 @@ def errors(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(
             {"run": dict(kind), "by": by, "budget": budget, "runs": len(points), "images": points[0]["images"]}
             | {"blocks": fmean(one["blocks"] for one in points), "of": points[0]["of"]}
-            | {"share": fmean(one["predicted"] for one in points)}
+            | {"unit": arguments.unit, "share": fmean(one["predicted"] for one in points)}
+            | {"time": fmean(one["time"] for one in points)}
             | {"error_before": before, "error_before_se": before_se, "error": error, "error_se": error_se}
         )
-    table = Table("run", "by", "budget", "blocks", "error, %", "recalibrated, %")
+    table = Table("run", "by", "budget", "blocks", "time", "error, %", "recalibrated, %")
     for row in rows:
         table.add_row(
             f"{row['run']['rule']} {row['run']['survival']}, {row['run']['network']}",
             row["by"],
             row["budget"],
             f"{row['blocks']:.1f} of {row['of']}",
+            f"{row['time']:.2f}",
             f"{row['error_before']:.2f} ± {row['error_before_se']:.2f}",
             f"{row['error']:.2f} ± {row['error_se']:.2f}",
         )
@@ -155,17 +159,20 @@ def heal(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Error against the share of FLOPs, a panel for every way of training, a line for every way of choosing."""
+    """Error against the share of FLOPs or of measured time, a panel for every way of training, a line for every way of
+    choosing."""
     named = [(f"trained with {row['run']['rule']}, survival {row['run']['survival']}", row) for row in rows]
     kinds = list(dict.fromkeys(name for name, _ in named))
     data = f"{rows[0]['run']['network']} on {rows[0]['run']['data']}"
+    what = "measured time" if rows[0]["unit"] == "time" else "FLOPs"
     with panels(path, len(kinds), f"{data}: sub-networks, batch norms recalibrated") as axes:
         for axis, kind in zip(axes, kinds, strict=True):
             for by in dict.fromkeys(row["by"] for row in rows):
                 own = [row for name, row in named if name == kind and row["by"] == by]
-                share, error, bars = ([one[name] for one in own] for name in ("share", "error", "error_se"))
+                names = ("time" if rows[0]["unit"] == "time" else "share", "error", "error_se")
+                share, error, bars = ([one[name] for one in own] for name in names)
                 axis.errorbar(share, error, bars, fmt=".-", capsize=2, label=by)
-            axis.set(title=kind, xlabel="share of FLOPs", ylabel="error on test images (%)", ylim=(0, 100))
+            axis.set(title=kind, xlabel=f"share of {what}", ylabel="error on test images (%)", ylim=(0, 100))
 
 
 def models() -> dict[str, tuple[nn.Module, list[Any]]]:
@@ -287,6 +294,7 @@ def main() -> None:
             "times": "What budgets of time promise, and what plain sub-networks take",
         }[arguments.part]
         command = f"python benchmarks/subnetworks.py {arguments.part}" + " RUN ..." * bool(arguments.runs)
+        command += f" --unit {arguments.unit}" * (arguments.unit != "flops")
         command = "; ".join(
             [*dict.fromkeys(train_command(Run(path).recipe(), shared=True) for path in arguments.runs), command]
         )

@@ -207,7 +207,9 @@ def test_frontier_has_a_point_for_every_budget_and_model():
     small = [one for one in points if one.budget.startswith("0.4")]
     assert all(one.predicted <= 0.4 and one.flops < 0.5 * whole[0].flops for one in small)
     assert all(one.flops == pytest.approx(one.predicted * whole[0].flops) for one in points)
-    assert len(seen) == 2 * len(points)
+    distinct = {(one.name, one.kept): (one.before, one.metric, one.seconds) for one in points}
+    assert len(seen) == 2 * len(distinct) < 2 * len(points)  # each sub-network once, before and after
+    assert all(distinct[one.name, one.kept] == (one.before, one.metric, one.seconds) for one in points)
     assert all(not type(one).__module__.startswith("residrop") for model in seen for one in model.modules())
     json.dumps([one.to_dict() for one in points])
 

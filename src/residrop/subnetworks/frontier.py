@@ -85,8 +85,9 @@ def frontier(
 ) -> list[Point]:
     """Sub-networks of falling budgets, each as `shrink` makes it, with what they lose and the time they take.
 
-    Costs and importance are measured once; greedy choice goes on from budget to budget. All sub-networks of a model are
-    timed in turns. Budgets below what the smallest sub-network takes are left out.
+    Costs and importance are measured once; greedy choice goes on from budget to budget. Each sub-network is made and
+    measured once, whatever ways and budgets lead to it, and all of a model are timed in turns. Budgets below what the
+    smallest sub-network takes are left out.
 
     Args:
         model: one model, or several by name, for a comparison.
@@ -112,7 +113,8 @@ def frontier(
     for name, one in models.items():
         whole = Whole(one, data, of, blocks, batch_statistics=wants_statistics(one, recalibrate))
         costs = block_costs(whole, wanted[0], tell)
-        made: list[tuple[By, Budget, tuple[bool, ...], nn.Module, float, float]] = []
+        made: list[tuple[By, Budget, tuple[bool, ...]]] = []
+        networks: dict[tuple[bool, ...], tuple[nn.Module, float, float]] = {}
         for way in ways or (best_for(whole),):
             importance = [] if way == "greedy" else importance_of(whole, way, seed, tell)
             kept: tuple[bool, ...] = whole.full
@@ -124,19 +126,34 @@ def frontier(
                     kept = greedy(whole, costs, limit, budget.text, tell, kept)
                 else:
                     kept = chosen(costs, importance, way, limit, budget.text, whole.lists)
-                network = plain(whole, kept).eval()
-                before, after, _ = measured(whole, network, recalibrate, metric)
-                made.append((way, budget, kept, network, before, after))
+                if kept not in networks:
+                    network = plain(whole, kept).eval()
+                    before, after, _ = measured(whole, network, recalibrate, metric)
+                    networks[kept] = network, before, after
+                made.append((way, budget, kept))
                 tell(f"{name} {way}".strip(), (number + 1) / len(wanted))
         if not made:
             least = least_of(costs, whole.lists) / costs.total
             raise ConfigError(f"no budget can be met: the smallest sub-network takes {least:.3g} of {costs.unit}")
-        seconds = seconds_of([network for *_, network, _, _ in made], data[0][0], repeats)
-        for (way, budget, kept, network, before, after), own in zip(made, seconds, strict=True):
+        seconds = seconds_of([network for network, _, _ in networks.values()], data[0][0], repeats)
+        times = dict(zip(networks, seconds, strict=True))
+        flops = {kept: _flops(network, data[0][0]) for kept, (network, _, _) in networks.items()}
+        for way, budget, kept in made:
             names = tuple(block.name for block, keep in zip(whole.blocks, kept, strict=True) if keep)
-            share = predicted(costs, kept)
-            flops = _flops(network, data[0][0])
-            found.append(Point(name, way, budget.text, names, len(whole.blocks), share, own, flops, before, after))
+            _, before, after = networks[kept]
+            point = Point(
+                name=name,
+                by=way,
+                budget=budget.text,
+                kept=names,
+                blocks=len(whole.blocks),
+                predicted=predicted(costs, kept),
+                seconds=times[kept],
+                flops=flops[kept],
+                before=before,
+                metric=after,
+            )
+            found.append(point)
     return found
 
 
