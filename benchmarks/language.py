@@ -132,7 +132,12 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                 share, loss, bars = ([one.get(name, 0.0) for one in own] for name in ("share", "bits", "bits_se"))
                 axis.errorbar(share, loss, bars, fmt=".-", capsize=2, label=by)
             highest = max(row["bits"] for row in rows)
-            axis.set(title=f"trained with {way}", xlabel="share of FLOPs", ylabel="bits a character", ylim=(0, 1.05 * highest))
+            axis.set(
+                title=f"trained with {way}",
+                xlabel="share of FLOPs",
+                ylabel="bits a character",
+                ylim=(0, 1.05 * highest),
+            )
 
 
 def main() -> None:

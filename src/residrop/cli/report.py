@@ -1,4 +1,4 @@
-"""`residrop report`: the ledger, or runs, as a summary on the terminal, Markdown and one HTML page."""
+"""`residrop report`: the ledger, or runs, as a summary on the terminal, Markdown, one HTML page, folders to publish."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from residrop.common.errors import ConfigError
 from residrop.common.output import check_target, console_for, writing
 from residrop.research import ledger
 from residrop.research.papers.status import overview
-from residrop.research.report import as_markdown, as_page, collect
+from residrop.research.report import as_markdown, as_page, collect, publish
 
 __all__ = ["run"]
 
@@ -26,6 +26,7 @@ class Report:
     residrop report                                         a summary here, and the page report.html
     residrop report --markdown docs/results.md --html docs/report.html
     residrop report runs/digits-001 runs/digits-002         learning curves of runs, as report.html
+    residrop report runs/digits-001 --models models         the run as a folder to publish: weights, recipe, log, card
 
     The page is one file that needs no network. Numbers of shortened schedules stand in columns of their own. With run
     directories the report is of them only, unless --ledger is given, too.
@@ -38,20 +39,30 @@ class Report:
     markdown: Path | None = None
     """Write the report as Markdown to this file."""
     html: Path | None = None
-    """Write it as one HTML page to this file (default: report.html, unless only --markdown is given)."""
+    """Write it as one HTML page to this file (default: report.html, unless only --markdown or --models is given)."""
+    models: Path | None = None
+    """Write finished RUNS into this folder: for each one a folder that can be uploaded to the Hugging Face hub as it is
+    (weights, recipe, log, README.md as a model card, scores in .eval_results), and a table of all that are there."""
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Write the files, then print a summary."""
     args = parse(Report, arguments, prog)
+    if args.models is not None and not args.runs:
+        raise ConfigError("--models publishes runs, and none were given; name finished run directories before it")
     folder = args.ledger if args.ledger or args.runs else Path("results")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; give --ledger the folder of the ledger, or run directories")
-    page = args.html or (None if args.markdown else Path("report.html"))
+    page = args.html or (None if args.markdown or args.models else Path("report.html"))
     check_target(args.markdown, "--markdown")
     check_target(page, "--html")
-    found = collect(folder, args.runs)
     console = console_for(None)
+    if args.models is not None:
+        models = publish(args.runs, args.models)
+        console.print(f"written: {args.models / 'README.md'}, a table of {len(models)} model(s)")
+        if not (args.markdown or args.html):
+            return 0
+    found = collect(folder, args.runs)
     if folder is not None:
         _summary(folder, console)
     if args.markdown is not None:

@@ -1,5 +1,6 @@
 """From rows and curves to what has to be run: recipes under a variant, at a scale, with a seed, in a run directory."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ __all__ = [
     "read_under",
     "recipes_of_figure",
     "rows_filled_by",
+    "rows_of_run",
     "seeds_missing",
     "source_of",
     "training",
@@ -250,6 +252,24 @@ def rows_filled_by(full: Recipe, variant: str | None, paper: str) -> Iterator[tu
         recipe = read_under(table, row, variant_of(paper, variant))
         if recipe is not None and recipe.replace(seed=0).fingerprint() == mark:
             yield table, row
+
+
+_NAMED = re.compile(r"-(?P<mark>[0-9a-f]{16})-[a-z]+-scale(?P<scale>[0-9.e+-]+)-seed[0-9]+$")
+
+
+def rows_of_run(name: str) -> tuple[str, ...]:
+    """The rows that a run directory of `training` fills, by its name, with variant and scale where they are not the
+    paper's; none for other names, and for runs on other data than the paper's."""
+    if (found := _NAMED.search(name)) is None:
+        return ()
+    scale = "" if float(found["scale"]) == 1.0 else f", schedule x {float(found['scale']):g}"
+    rows: list[str] = []
+    for table, row in all_rows():
+        for variant in (None, *PAPERS[table.paper].variants):
+            recipe = read_under(table, row, variant)
+            if recipe is not None and recipe.replace(seed=0).fingerprint() == found["mark"]:
+                rows.append(f"{table.id}/{row.key}" + (f", {variant.name}" if variant else "") + scale)
+    return tuple(rows)
 
 
 def fits(entry: Mapping[str, Any], row_id: str, recipe: Recipe | None, settings: Settings) -> bool:

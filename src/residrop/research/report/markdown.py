@@ -4,7 +4,7 @@ import re
 
 from residrop.research.report.blocks import Chart, Dots, Grid, Report, Section, Text
 
-__all__ = ["as_markdown"]
+__all__ = ["as_markdown", "escaped"]
 
 
 def as_markdown(report: Report, page: str | None = None, folder: str | None = None) -> str:
@@ -15,7 +15,7 @@ def as_markdown(report: Report, page: str | None = None, folder: str | None = No
         page: link to the report as a page, which has the charts; None if there is none.
         folder: link to the folder of the ledger; None if files are not to be linked.
     """
-    parts = [f"# {_escaped(report.title)}"]
+    parts = [f"# {escaped(report.title)}"]
     parts += ["<!-- Written by `residrop report`; changes are made in results/ and in the papers' data, not here. -->"]
     parts += [part for block in report.blocks for part in _block(block, page, folder)]
     if page is not None:
@@ -26,7 +26,7 @@ def as_markdown(report: Report, page: str | None = None, folder: str | None = No
 
 
 def _section(section: Section, level: int, page: str | None, folder: str | None) -> list[str]:
-    parts = [f'<a id="{section.anchor}"></a>', f"{'#' * level} {_escaped(section.title)}"]
+    parts = [f'<a id="{section.anchor}"></a>', f"{'#' * level} {escaped(section.title)}"]
     parts += [part for block in section.blocks for part in _block(block, page, folder)]
     for inner in section.sections:
         parts += _section(inner, level + 1, page, folder)
@@ -36,30 +36,30 @@ def _section(section: Section, level: int, page: str | None, folder: str | None)
 def _block(block: object, page: str | None, folder: str | None) -> list[str]:
     if isinstance(block, Text):
         if block.tone not in ("seen", "not seen", "open"):
-            return [_escaped(block.text)]
+            return [escaped(block.text)]
         head, colon, rest = block.text.partition(": ")
-        return [f"**{_escaped(head + colon)}** {_escaped(rest)}".rstrip()]
+        return [f"**{escaped(head + colon)}** {escaped(rest)}".rstrip()]
     if isinstance(block, Grid):
         return [_grid(block, folder)]
     if isinstance(block, (Chart, Dots)) and page is not None:
-        return [f"Chart in the [report]({page}): {_escaped(block.title)}."]
+        return [f"Chart in the [report]({page}): {escaped(block.title)}."]
     return []
 
 
 def _grid(grid: Grid, folder: str | None) -> str:
     def cell(text: str, column: int) -> str:
-        shown = _escaped(text)
+        shown = escaped(text)
         if column == 0 and text in grid.links:
             return f"[{shown}](#{grid.links[text]})"
         return f"[{shown}]({folder}/{text})" if column == 0 and grid.files and folder is not None else shown
 
     rule = ["---" if column in grid.wordy else "---:" for column in range(len(grid.headings))]
-    rows = [list(map(_escaped, grid.headings)), rule]
+    rows = [list(map(escaped, grid.headings)), rule]
     rows += [[cell(text, column) for column, text in enumerate(row)] for row in grid.rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown and HTML leave as it is, in one line."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
