@@ -64,14 +64,14 @@ class Estimator:
         evaluated = (size.test + recipe.validation) * max(1, epochs // recipe.eval_every)
         passes = recipe.samples if recipe.rule != "constant" else 0
         forwards = 3.0 * work.share * images * epochs + evaluated + size.test * (1 + work.share * passes)
-        return forwards * work.forward / self._rate(recipe)
+        return forwards * work.forward / self.rate(recipe)
 
     def timing(self, setting: Mapping[str, Any], steps: int) -> float:
         """Timed updates of a network under its rule and of its baseline, warm-up included."""
         common = {"data": setting["data"], "batch_size": setting["batch_size"]}
         ours = Recipe(network=setting["network"], rule=setting["rule"], survival=setting["survival"], **common)
         plain = Recipe(network=setting["baseline"], rule="constant", **common)
-        every = [(self._work_of(recipe), self._rate(recipe)) for recipe in (ours, plain)]
+        every = [(self._work_of(recipe), self.rate(recipe)) for recipe in (ours, plain)]
         seconds = sum(3.0 * work.share * work.forward / rate for work, rate in every)
         return (steps + 2) * setting["batch_size"] * seconds
 
@@ -103,7 +103,7 @@ class Estimator:
         self._work[net, rates] = _Work(self._forwards[net], share)
         return self._work[net, rates]
 
-    def _rate(self, recipe: Recipe) -> float:
+    def rate(self, recipe: Recipe) -> float:
         """FLOPs per second of training, of a small network like the recipe's."""
         unit = recipe.rule in ("swapout", "skipforward", "dropout", "dropout-residual", "dropout-sum")
         wide = recipe.network.startswith("imagenet")
