@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from residrop.research.bench.measure import median_ratio, quiet_collector, saved_bytes, seconds_of
+from residrop.research.bench.measure import median_ratio, peak_bytes, quiet_collector, saved_bytes, seconds_of
 
 X = torch.randn(10, 8, requires_grad=True)
 
@@ -79,3 +79,19 @@ def test_collector_rests_and_comes_back():
         pass
     assert not gc.isenabled()
     gc.enable()
+
+
+def test_peak_is_beyond_what_was_allocated_before(monkeypatch):
+    """Of CUDA's counters, which stand in here: only the highest since the step began counts."""
+    memory = {"now": 100, "most": 900}
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory["now"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: memory.update(most=memory["now"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory["most"])
+    assert peak_bytes(lambda: memory.update(now=120, most=350), torch.device("cuda")) == 250
+
+
+@pytest.mark.gpu
+def test_peak_of_a_gpu():
+    x = torch.ones(1 << 20, device="cuda")
+    assert peak_bytes(lambda: x.exp().log(), torch.device("cuda")) == 2 * 4 * (1 << 20)

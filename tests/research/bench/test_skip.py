@@ -128,6 +128,36 @@ def test_rows_of_networks_of_tokens(name, monkeypatch):
     assert "batch of 4 at 64 tokens, fp32, contiguous, 2 steps" in str(summarise([ledger.flat(row) for row in rows]))
 
 
+@pytest.mark.parametrize("name", ["resnet-8", "torchvision/resnet18", "timm/vit_tiny_patch16_224"])
+def test_images_of_other_sizes(name):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    rows = compared(name, settings=Settings(steps=1, warmup=0, batch_size=2, pixels=48))
+    small = compared(name, settings=Settings(steps=1, warmup=0, batch_size=2, pixels=32))
+    assert {row["pixels"] for row in rows} == {48}
+    constant = [of(found, "constant depth", None)["saved_bytes"] for found in (rows, small)]
+    assert constant[0] > 1.5 * constant[1]
+
+
+def test_memory_at_the_peak_is_of_gpus_alone(monkeypatch):
+    """Of variants that depend on the draw the mean over draws, of others the first."""
+    assert all("peak_bytes" not in row for row in compared())
+    net = network("resnet-8")
+    comparison = Comparison(net, "0.5", Settings(steps=2, warmup=0, batch_size=2))
+    taken = iter(range(1, 1000))
+    monkeypatch.setattr(ROOM, "peak_bytes", lambda step, device: next(taken))
+    for step in range(2):
+        comparison._measure_peaks(step)
+    comparison.run(lambda: None)
+    rows = comparison.rows()
+    varying = [variant.varies for variant in comparison.variants]
+    first = list(range(1, len(varying) + 1))
+    later = iter(range(len(varying) + 1, 1000))
+    expected = [(one + next(later)) / 2 if varies else one for one, varies in zip(first, varying, strict=True)]
+    assert [row["peak_bytes"] for row in rows] == [round(one) for one in expected]
+    assert [row["peak_relative_to_constant"] for row in rows] == expected
+
+
 def test_memory_is_what_is_kept_for_backward():
     rows = compared("resnet-20/v2", settings=Settings(steps=2, warmup=0, batch_size=8))
     saved = {(row["variant"], row["granularity"]): row["saved_relative_to_constant"] for row in rows}
@@ -287,6 +317,8 @@ def test_interrupted_command_prints_what_it_has(cli, clock, tmp_path):
         (("skip", "--models", "resnet-56", "resnat-56"), "network 'resnat-56' is unknown"),
         (("skip", "--survival", "half"), "survival 'half' is not understood"),
         (("skip", "--steps", "0"), "steps=0"),
+        (("skip", "--models", "resnet-8", "--pixels", "4"), "images of 4 pixels are too small"),
+        (("skip", "--models", "transformers/opt_6_layers", "--pixels", "32"), "reads tokens and has no use for pixels"),
         (("skip", "--device", "tpu"), "device 'tpu' cannot be used"),
     ],
 )

@@ -43,6 +43,8 @@ class BenchSkip:
     """Survival rates: a number, one number per block, or a schedule."""
     batch_size: int | None = None
     """Images or sequences in a step (default: 64 of 32 pixels, 32 of 64 pixels, 32 of 64 tokens)."""
+    pixels: int | None = None
+    """Height and width of the images (default: 32 for ours, 64 for ImageNet's networks and those of others)."""
     steps: int = 15
     """Timed steps of every variant."""
     quick: bool = False
@@ -77,6 +79,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     settings = Settings(
         steps=args.steps,
         batch_size=args.batch_size,
+        pixels=args.pixels,
         precision=args.precision,
         channels_last=not args.contiguous,
         device=choose_device(args.device),
@@ -84,7 +87,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         seed=args.seed,
     )
     for name in args.models:  # all of them before the first is measured
-        network(name)
+        network(name, args.pixels)
     numbers, total = count(1), len(args.models) * len(args.survival)
     with steps_bar("checking that all variants compute the same") as bar:
 

@@ -67,7 +67,7 @@ class _OfTokens(Network):
 class _T5Encoder(_OfTokens):
     """The encoder of T5-small; its first self-attention makes the position bias of all others, and so stays."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pixels: int | None = None) -> None:
         with extra("transformers"):
             from transformers import T5Config, T5EncoderModel
         config = T5Config(**T5_SMALL, dropout_rate=0.0)
@@ -111,7 +111,7 @@ def _layers(model: Any) -> list[Any]:
 class _OPT(_OfTokens):
     """A decoder like OPT's, of 6 layers, whose norms come before the branches."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pixels: int | None = None) -> None:
         with extra("transformers"):
             from transformers import OPTConfig, OPTModel
         config = OPTConfig(**OPT_6, word_embed_proj_dim=OPT_6["hidden_size"], dropout=0.0, attention_dropout=0.0)
@@ -149,7 +149,8 @@ class _Hiera(Network):
 
     convolutional = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pixels: int | None = None) -> None:
+        self.pixels = pixels or self.pixels
         with extra("timm"):
             import timm
         model = timm.create_model("hiera_tiny_224", num_classes=CLASSES, img_size=self.pixels, **HIERA_TINY)
@@ -189,7 +190,7 @@ class _Hiera(Network):
         return Chain(lambda x: model.unroll(model._pos_embed(model.patch_embed(x))), units, model.forward_head)
 
 
-FOUND: Mapping[str, Callable[[str], Network]] = {
+FOUND: Mapping[str, type[_T5Encoder | _OPT | _Hiera]] = {
     "transformers/t5_small_encoder": _T5Encoder,
     "transformers/opt_6_layers": _OPT,
     "timm/hiera_tiny_224": _Hiera,

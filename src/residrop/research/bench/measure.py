@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["median_ratio", "quiet_collector", "saved_bytes", "seconds_of"]
+__all__ = ["median_ratio", "peak_bytes", "quiet_collector", "saved_bytes", "seconds_of"]
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:
@@ -53,6 +53,17 @@ def saved_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()
     storages = {one.tensor.untyped_storage().data_ptr(): one.tensor.untyped_storage() for one in kept}
     del out
     return sum(storage.nbytes() for address, storage in storages.items() if address not in own)
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes of a GPU's memory that a call takes at most, beyond what is allocated before; `device` is of CUDA."""
+    gc.collect()
+    _finish(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    _finish(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 class _Kept:

@@ -26,13 +26,14 @@ class _Own(Network):
     batch_size = 64
     rescale = "test"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pixels: int | None = None) -> None:
         known, _, block = name.partition("/")
         if reads_flat_rows(known):
             raise ConfigError(f"{name!r} reads no images; choose another network")
         options: dict[str, Any] = {"block": block} if block else {}
         if known.startswith("imagenet"):
             self.pixels, self.batch_size = 64, 32
+        self.pixels = pixels or self.pixels
         super().__init__(name, create(known, classes=CLASSES, **options))
 
     def blocks_of(self, model: Any) -> list[Any]:
@@ -70,7 +71,8 @@ def _without_branch(block: Residual) -> Map | None:
 class _ResNet(Network):
     """A ResNet of torchvision."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pixels: int | None = None) -> None:
+        self.pixels = pixels or self.pixels
         short = name.removeprefix("torchvision/")
         try:
             with torch.device("meta"):
@@ -105,7 +107,8 @@ class _ViT(Network):
 
     convolutional = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pixels: int | None = None) -> None:
+        self.pixels = pixels or self.pixels
         if not has_timm():
             raise ConfigError(f"{name!r} needs timm, which is not installed: python -m pip install timm")
         import timm
@@ -173,23 +176,32 @@ def has_timm() -> bool:
     return True
 
 
-def network(name: str) -> Network:
+def network(name: str, pixels: int | None = None) -> Network:
     """A network by name: one of `residrop.list_models()`, "torchvision/RESNET", "timm/VIT" or one of `FOUND`.
 
     "/v2" after one of ours chooses pre-activation blocks.
 
+    Args:
+        name: of the network.
+        pixels: height and width of its images; None is 32 for ours but those of ImageNet, else 64.
+
     Raises:
-        ConfigError: an unknown name, a model of another kind, or a package that is not installed.
+        ConfigError: an unknown name, a model of another kind, a package that is not installed, or pixels for a network
+            that reads tokens.
         MissingExtraError: the package of a network of `FOUND` is not installed.
     """
+    if pixels is not None and pixels < 8:
+        raise ConfigError(f"images of {pixels} pixels are too small; give at least 8")
     if name in FOUND:
-        return FOUND[name](name)
+        if pixels is not None and FOUND[name].pixels is None:
+            raise ConfigError(f"{name} reads tokens and has no use for pixels; leave one of them out")
+        return FOUND[name](name, pixels)
     if name.startswith("torchvision/"):
-        return _ResNet(name)
+        return _ResNet(name, pixels)
     if name.startswith("timm/"):
-        return _ViT(name)
+        return _ViT(name, pixels)
     if "-" not in name or name.partition("/")[0].rpartition("-")[0] not in {
         m.rpartition("-")[0] for m in list_models()
     }:
         raise ConfigError(f"network {name!r} is unknown; {_KNOWN}")
-    return _Own(name)
+    return _Own(name, pixels)

@@ -44,6 +44,8 @@ class IndexGather(Rule):
             out = self.executor.part(branch, x[index], cut)
             scale = 1.0 / draw.rates[0] if self.scaled else 1.0
             skip = torch.index_add(skip, 0, index, out.to(skip.dtype), alpha=scale)
+        elif post is not None:
+            skip = skip.clone()  # post may work in place, and the block before needs its output for backward
         return skip if post is None else post(skip)
 
 

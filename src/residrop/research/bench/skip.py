@@ -40,7 +40,7 @@ from residrop.blocks.attach import using
 from residrop.common.errors import ConfigError
 from residrop.engines.compiling import compile_branches
 from residrop.research.bench.base import CLASSES, Network
-from residrop.research.bench.measure import median_ratio, quiet_collector, saved_bytes, seconds_of
+from residrop.research.bench.measure import median_ratio, peak_bytes, quiet_collector, saved_bytes, seconds_of
 from residrop.research.bench.networks import has_timm, network
 from residrop.research.bench.peers import IndexGather, draws, live_network, narrow_network, spares_of
 from residrop.research.bench.verify import verify
@@ -64,6 +64,7 @@ class Settings:
         steps: timed steps of every variant.
         warmup: steps before them.
         batch_size: images or sequences in a step; None is the network's default (64 for small images, else 32).
+        pixels: height and width of the images; None is the network's default.
         precision: `fp32`, or `bf16` for autocast.
         channels_last: memory format of convolutional networks; False is contiguous.
         device: where to run.
@@ -74,6 +75,7 @@ class Settings:
     steps: int = 15
     warmup: int = 2
     batch_size: int | None = None
+    pixels: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -181,6 +183,7 @@ class Comparison:
             self.variants = variants_of(net, survival, self.x, self.y, settings)
         self.seconds: list[list[float]] = [[] for _ in self.variants]
         self.bytes: list[list[int]] = [[] for _ in self.variants]
+        self.peaks: list[list[int]] = [[] for _ in self.variants]  # on a GPU
 
     @property
     def warmup(self) -> int:
@@ -202,6 +205,8 @@ class Comparison:
                         found.append(self._saved(variant.at(step)))
                 # batch sizes that convolutions have not met would be paid for by whoever comes first
                 self._step(self.variants[-1].at(step))
+                if settings.device.type == "cuda":
+                    self._measure_peaks(step)
                 on_step()
             for step in range(-self.warmup, settings.steps):
                 gc.collect()
@@ -212,6 +217,12 @@ class Comparison:
                     if step >= 0:
                         self.seconds[number].append(seconds)
                 on_step()
+
+    def _measure_peaks(self, step: int) -> None:
+        for variant, peaks in zip(self.variants, self.peaks, strict=True):
+            if variant.varies or step == 0:
+                self.net.model.zero_grad(set_to_none=True)
+                peaks.append(peak_bytes(partial(self._step, variant.at(step)), self.settings.device))
 
     def _saved(self, run: Map) -> int:
         casts = self.settings.precision == "bf16" and not self.settings.compile  # graphs keep what they like
@@ -231,7 +242,12 @@ class Comparison:
             return []
         times = {(v.name, v.granularity): t[:steps] for v, t in zip(self.variants, self.seconds, strict=True)}
         memory = {(v.name, v.granularity): fmean(b) for v, b in zip(self.variants, self.bytes, strict=True)}
-        return [self._row(variant, times, memory, steps) for variant in self.variants]
+        rows = [self._row(variant, times, memory, steps) for variant in self.variants]
+        if all(self.peaks):
+            constant = fmean(self.peaks[0])
+            for row, peaks in zip(rows, self.peaks, strict=True):
+                row |= {"peak_bytes": round(fmean(peaks)), "peak_relative_to_constant": fmean(peaks) / constant}
+        return rows
 
     def _row(self, variant: Variant, times: _Times, memory: dict[_Key, float], steps: int) -> dict[str, Any]:
         own, constant, ideal = (variant.name, variant.granularity), (CONSTANT, None), (IDEAL, variant.granularity)
@@ -307,7 +323,7 @@ def bench_skip(
         for survival in survivals:
             verify(name, survival)
             torch.manual_seed(settings.seed)
-            net = network(name)
+            net = network(name, settings.pixels)
             net.model.to(settings.device)
             if settings.channels_last and net.convolutional:
                 net.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
