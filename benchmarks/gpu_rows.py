@@ -1,8 +1,9 @@
 """Rows of the papers' tables on a GPU that is there for minutes: python benchmarks/gpu_rows.py [--minutes M].
 
 Prints what is not measured yet, in the order of claims served per minute, and how long each training takes by the
-speeds measured so far (results/throughput_*). With --minutes it measures: one group of rows after the other by
-`residrop reproduce`, which is stopped in time and saves what is not finished; the same command goes on from there.
+speeds measured so far (results/throughput_*), and the comparisons of `residrop bench skip` that no GPU of this name has
+made. With --minutes it measures: one after the other, rows by `residrop reproduce`, which is stopped in time and saves
+what is not finished; the same command goes on from there.
 --pack writes what resuming needs, a file for every run that is not finished, and what the ledger has got, for machines
 that are gone afterwards; --unpack reads such files.
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +42,15 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("sd-regularization/table-2", ("constant", "uniform-0.5", "sensemode-0.5", "uniform-0.2", "sensemode-0.2")),
 )
 """Groups of rows, each of one table. Other rows of the same recipes are filled with them."""
+SKIPPING: tuple[tuple[str, int, int], ...] = (
+    ("timm/vit_base_patch16_224", 224, 256),
+    ("torchvision/resnet50", 224, 256),
+    ("timm/hiera_tiny_224", 224, 256),
+)
+"""Networks, pixels and batch sizes of which `residrop bench skip` measures time and memory, once for each device."""
+SURVIVAL = ("uniform(0.5)", "linear_decay(0.8)", "linear_decay(0.5)")
+BENCH = 150.0  # seconds of one of them, at most
+AFTER = 4  # groups of rows before they have their turn
 STARTING = 60.0  # seconds before the first update: data, compilation, CUDA graphs
 SAVING = 20.0  # seconds that are left for stopping and saving
 RESUMING = (
@@ -84,6 +95,13 @@ class Known(Estimator):
         return min(self.speeds, key=by.__getitem__).flops
 
 
+class Bench(NamedTuple):
+    """A comparison of `residrop bench skip`, and the file that it is missing from."""
+
+    arguments: tuple[str, ...]
+    file: Path
+
+
 class Group(NamedTuple):
     """Rows of a table of which something is missing, and the seconds that each training still takes, by name."""
 
@@ -107,6 +125,20 @@ def speeds_in(entries: Iterable[dict[str, Any]]) -> list[Speed]:
     ]
 
 
+def benches(folder: Path, device: str) -> list[Bench]:
+    """The comparisons that the ledger does not have of this device (a GPU's name)."""
+    found: list[Bench] = []
+    for compiled in (False, True):
+        for model, pixels, batch_size in SKIPPING:
+            words = ("skip", model.rpartition("/")[2], f"{pixels}px", "compiled" * compiled, device)
+            file = folder / ("_".join(filter(None, words)).lower().replace(" ", "-") + ".json")
+            options = ("--models", model, "--pixels", str(pixels), "--batch-size", str(batch_size))
+            options += ("--survival", *SURVIVAL, "--precision", "bf16", *(("--compile",) if compiled else ()))
+            if not file.exists():
+                found.append(Bench((*options, "--json", str(file)), file))
+    return found
+
+
 def missing(arguments: argparse.Namespace, console: Console) -> list[Group]:
     """The groups that are not complete, in order; a training that two groups share is in the first."""
     speeds = speeds_in(ledger.read(arguments.ledger))
@@ -127,11 +159,15 @@ def missing(arguments: argparse.Namespace, console: Console) -> list[Group]:
     return found
 
 
-def show(groups: Sequence[Group], workers: int, console: Console) -> None:
+def show(todo: Sequence[Group | Bench], workers: int, console: Console) -> None:
     """The plan as a table."""
     table = Table("rows", "training", "takes", "done after")
     total = 0.0
-    for group in groups:
+    for group in todo:
+        if isinstance(group, Bench):
+            total += BENCH
+            table.add_row(f"bench skip: {group.file.name}", "", as_text(BENCH), as_text(total))
+            continue
         for number, (name, seconds) in enumerate(group.seconds.items()):
             total += seconds / workers
             rows = f"{group.table}: {', '.join(group.rows)}" if number == 0 else ""
@@ -156,21 +192,26 @@ def run_for(command: Sequence[str], seconds: float) -> int:
     return process.wait()
 
 
-def measure(groups: Sequence[Group], arguments: argparse.Namespace, until: float, console: Console) -> int:
-    """Groups in turn, as long as there is time; how many failed."""
+def measure(todo: Sequence[Group | Bench], arguments: argparse.Namespace, until: float, console: Console) -> int:
+    """One after the other, as long as there is time; how many failed."""
     failed = 0
-    for group in groups:
+    for one in todo:
         left = until - time.monotonic() - SAVING
-        if left < STARTING:
-            console.print(f"stopped before {group.table}: {as_text(max(left, 0.0))} left")
-            break
-        command = [sys.executable, "-m", "residrop", "reproduce", group.table, "--rows", *group.rows]
-        for name in ("data", "seeds", "scale", "device", "ledger", "runs", "workers"):
-            command += [f"--{name}", str(getattr(arguments, name))]
+        name, least = (one.file.name, BENCH) if isinstance(one, Bench) else (one.table, STARTING)
+        if left < least:
+            console.print(f"left out: {name}, with {as_text(max(left, 0.0))} left")
+            continue
+        command = [sys.executable, "-m", "residrop"]
+        if isinstance(one, Bench):
+            command += ["bench", "skip", *one.arguments, "--device", arguments.device]
+        else:
+            command += ["reproduce", one.table, "--rows", *one.rows]
+            for option in ("data", "seeds", "scale", "device", "ledger", "runs", "workers"):
+                command += [f"--{option}", str(getattr(arguments, option))]
         status = run_for(command, left)
         if status and time.monotonic() < until - SAVING:  # not because it was stopped
             failed += 1
-            console.print(f"{group.table} ended with status {status}")
+            console.print(f"{name} ended with status {status}")
     return failed
 
 
@@ -216,10 +257,15 @@ def main() -> int:
         groups = missing(arguments, console)
     except (UsageError, OSError, tarfile.TarError) as error:
         parser.error(str(error))
-    show(groups, arguments.workers, console)
+    here = choose_device(arguments.device)
+    compared = benches(arguments.ledger, torch.cuda.get_device_name(here) if here.type == "cuda" else "gpu")
+    if here.type == "cpu" and arguments.minutes is not None:
+        compared = []  # of a GPU alone
+    todo = [*groups[:AFTER], *compared, *groups[AFTER:]]
+    show(todo, arguments.workers, console)
     failed = 0
     if arguments.minutes is not None:
-        failed = measure(groups, arguments, started + 60.0 * arguments.minutes, console)
+        failed = measure(todo, arguments, started + 60.0 * arguments.minutes, console)
     if arguments.pack is not None:
         pack(arguments.pack, arguments.runs, arguments.ledger, now, console)
     return 1 if failed else 0

@@ -14,7 +14,10 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from residrop.cli.bench.skip import BenchSkip
+from residrop.cli.shared import parse
 from residrop.common.errors import Interrupted, UsageError
+from residrop.research.bench.networks import network
 from residrop.research.papers import find_row
 from residrop.training import Callback, Recipe, train
 
@@ -156,7 +159,26 @@ def test_groups_are_measured_until_the_time_is_over(tmp_path, monkeypatch, capfd
     assert len(calls) == 1
     (run,) = (tmp_path / "runs").iterdir()
     assert (run / "evaluation.json").exists()
-    assert "stopped before depth-dropout/table-1" in capfd.readouterr().out
+    assert "left out: depth-dropout/table-1" in capfd.readouterr().out
+
+
+def test_comparisons_are_made_once_for_a_device(tmp_path, monkeypatch):
+    found = gpu_rows.benches(tmp_path, "NVIDIA H200")
+    assert len(found) == 2 * len(gpu_rows.SKIPPING)
+    assert found[0].file.name == "skip_vit_base_patch16_224_224px_nvidia-h200.json"
+    for one in found:  # every command is one that bench skip takes
+        arguments = parse(BenchSkip, one.arguments, "residrop bench skip")
+        assert (arguments.precision, arguments.survival) == ("bf16", gpu_rows.SURVIVAL)
+        network(arguments.models[0], arguments.pixels)
+    found[0].file.write_text("{}")
+    assert gpu_rows.benches(tmp_path, "NVIDIA H200") == found[1:]
+    assert len(gpu_rows.benches(tmp_path, "NVIDIA H100")) == len(found)
+    commands = []
+    monkeypatch.setattr(gpu_rows, "run_for", lambda command, seconds: commands.append(command) or 0)
+    assert gpu_rows.measure(found[1:2], asked(), time.monotonic() + 100.0, QUIET) == 0
+    assert commands == []  # does not fit
+    assert gpu_rows.measure(found[1:2], asked(), time.monotonic() + 500.0, QUIET) == 0
+    assert commands[0][1:5] == ["-m", "residrop", "bench", "skip"]
 
 
 @pytest.mark.parametrize(
