@@ -427,16 +427,16 @@ def test_measured_uncertainty_is_quoted_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("data", "before"), [("digits", ("greedy", "every_other")), ("cifar10", ("greedy",))], ids=["digits", "cifar10"]
+    ("data", "before"), [("digits", ("greedy", "every_other")), ("resnet-32", ("greedy",))], ids=["digits", "cifar10"]
 )
 def test_sub_networks_are_quoted_as_they_are(data, before):
     page = (DOCS / "shrink.md").read_text()
     rows = json.loads((ROOT / "results" / f"subnetworks_{data}_cpu_202611.json").read_text())["entries"]
-    names = {"constant": "constant depth", "stochastic-depth": "stochastic depth"}
+    names = {"1": "constant depth", "linear_decay(0.5)": "stochastic depth", "uniform(0.8)": "uniform 0.8"}
     found = {}
     for row in rows:
         for kind in ("error", "error_before"):
-            found.setdefault((row["by"], names[row["run.rule"]], kind), []).append(_cells(row, kind))
+            found.setdefault((row["by"], names[row["run.survival"]], kind), []).append(_cells(row, kind))
     for (by, name, kind), (whole, *cells) in found.items():
         line = f"| `{by}` | {name} | {' | '.join(cells)} |"
         assert line in page or (kind == "error_before" and by not in before)

@@ -45,7 +45,8 @@ def blocks(depth: int, number: float) -> tuple[float, ...]:
     (0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25)
     """
     if not (is_number(number) and 0.0 <= number <= _check_depth(depth)):
-        raise ConfigError(f"{number!r} of {depth} residual blocks cannot be present; give a number from 0 to {depth}")
+        shown = f"{number:g}" if is_number(number) else repr(number)
+        raise ConfigError(f"{shown} of {depth} residual blocks cannot be present; give a number from 0 to {depth}")
     return uniform(depth, float(number) / depth)
 
 
