@@ -45,9 +45,11 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
 SKIPPING: tuple[tuple[str, int, int], ...] = (
     ("timm/vit_base_patch16_224", 224, 256),
     ("torchvision/resnet50", 224, 256),
-    ("timm/hiera_tiny_224", 224, 256),
+    ("timm/convnext_tiny", 224, 256),
+    ("transformers/llama_8_layers", 0, 2048),
 )
-"""Networks, pixels and batch sizes of which `residrop bench skip` measures time and memory, once for each device."""
+"""Networks of which `residrop bench skip` measures time and memory once for each device, pixels (0: it reads tokens),
+and batch sizes."""
 SURVIVAL = ("uniform(0.5)", "linear_decay(0.8)", "linear_decay(0.5)")
 BENCH = 150.0  # seconds of one of them, at most
 AFTER = 4  # groups of rows before they have their turn
@@ -130,9 +132,11 @@ def benches(folder: Path, device: str) -> list[Bench]:
     found: list[Bench] = []
     for compiled in (False, True):
         for model, pixels, batch_size in SKIPPING:
-            words = ("skip", model.rpartition("/")[2], f"{pixels}px", "compiled" * compiled, device)
+            size = f"{pixels}px" if pixels else ""
+            words = ("skip", model.rpartition("/")[2], size, "compiled" * compiled, device)
             file = folder / ("_".join(filter(None, words)).lower().replace(" ", "-") + ".json")
-            options = ("--models", model, "--pixels", str(pixels), "--batch-size", str(batch_size))
+            options = ("--models", model, "--batch-size", str(batch_size))
+            options += ("--pixels", str(pixels)) if pixels else ()
             options += ("--survival", *SURVIVAL, "--precision", "bf16", *(("--compile",) if compiled else ()))
             if not file.exists():
                 found.append(Bench((*options, "--json", str(file)), file))

@@ -9,4 +9,7 @@ def small_found(patch):
     opt = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
     patch.setattr(found, "T5_SMALL", t5)
     patch.setattr(found, "OPT_6", {**opt, "max_position_embeddings": 64})
+    llama = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    patch.setattr(found, "LLAMA_8", {**llama, "vocab_size": 40})
+    patch.setattr(found, "CONVNEXT_TINY", {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)})
     patch.setattr(found, "HIERA_TINY", {"embed_dim": 16, "num_heads": 1, "stages": (1, 2, 1, 1)})

@@ -37,8 +37,8 @@ class BenchSkip:
     """
 
     models: tuple[str, ...] = MODELS
-    """Networks: ours (resnet-56; resnet-56/v2 for pre-activation), torchvision/RESNET, timm/VIT, and three whose blocks
-    are found by their source: timm/hiera_tiny_224, transformers/t5_small_encoder, transformers/opt_6_layers."""
+    """Networks: ours (resnet-56; resnet-56/v2 for pre-activation), torchvision/RESNET, timm/VIT, timm/convnext_tiny,
+    timm/hiera_tiny_224, transformers/llama_8_layers, transformers/opt_6_layers, transformers/t5_small_encoder."""
     survival: tuple[str, ...] = ("uniform(0.5)", "linear_decay(0.5)")
     """Survival rates: a number, one number per block, or a schedule."""
     batch_size: int | None = None

@@ -1,4 +1,4 @@
-"""Networks whose blocks no table of ours lists: `residrop.apply` reads their branches from their sources.
+"""Networks of other libraries beside ResNets and ViTs: of most, `residrop.apply` reads the branches from their sources.
 
 Their chains are written by hand, piece by piece as their own forwards go.
 """
@@ -18,7 +18,15 @@ __all__ = ["FOUND"]
 
 T5_SMALL: dict[str, Any] = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
 OPT_6: dict[str, Any] = {"hidden_size": 512, "ffn_dim": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+LLAMA_8: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+}
 HIERA_TINY: dict[str, Any] = {}
+CONVNEXT_TINY: dict[str, Any] = {}
 
 
 class _Classifier(nn.Module):
@@ -144,6 +152,67 @@ class _OPT(_OfTokens):
         return Chain(stem, units, lambda x: model.of(decoder.final_layer_norm(x)))
 
 
+class _Llama(_OfTokens):
+    """A Llama of 8 layers."""
+
+    def __init__(self, name: str, pixels: int | None = None) -> None:
+        with extra("transformers"):
+            from transformers import LlamaConfig, LlamaModel
+        config = LlamaConfig(**LLAMA_8, use_cache=False)
+        super().__init__(name, _Classifier(LlamaModel(config), LLAMA_8["hidden_size"]))
+
+    def blocks_of(self, model: Any) -> list[Any]:
+        return list(model.body.layers)
+
+    def end(self, block: Any, make: Callable[[], nn.Module]) -> None:
+        block.self_attn.o_proj = nn.Sequential(block.self_attn.o_proj, make())
+        block.mlp.down_proj = nn.Sequential(block.mlp.down_proj, make())
+
+    def chain(self, compiled: bool = False) -> Chain:
+        model = self.model
+        body = model.body
+        turned: list[Any] = []  # cosines and sines of the positions, alike for all layers and sequences
+
+        def stem(tokens: Tensor) -> Tensor:
+            x = body.embed_tokens(tokens)
+            turned[:] = [body.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device)[None])]
+            return x
+
+        def attend(layer: Any, x: Tensor) -> Tensor:
+            normed = layer.input_layernorm(x)
+            return x + layer.self_attn(normed, position_embeddings=turned[0], attention_mask=None)[0]
+
+        def feed(layer: Any, x: Tensor) -> Tensor:
+            return x + layer.mlp(layer.post_attention_layernorm(x))
+
+        halves = [partial(half, layer) for layer in body.layers for half in (attend, feed)]
+        return Chain(stem, [_unit(half, compiled) for half in halves], lambda x: model.of(body.norm(x)))
+
+
+class _ConvNeXt(Network):
+    """timm's ConvNeXt-tiny."""
+
+    def __init__(self, name: str, pixels: int | None = None) -> None:
+        self.pixels = pixels or self.pixels
+        with extra("timm"):
+            import timm
+        super().__init__(name, timm.create_model("convnext_tiny", num_classes=CLASSES, **CONVNEXT_TINY))
+
+    def blocks_of(self, model: Any) -> list[Any]:
+        return [block for stage in model.stages for block in stage.blocks]
+
+    def end(self, block: Any, make: Callable[[], nn.Module]) -> None:
+        block.drop_path = make()
+
+    def chain(self, compiled: bool = False) -> Chain:
+        model = self.model
+        units: list[Unit] = []
+        for stage in model.stages:
+            units.append(Unit(stage.downsample, stage.downsample, droppable=False, whole=True))
+            units += [Unit(block) for block in stage.blocks]
+        return Chain(model.stem, units, lambda x: model.forward_head(model.norm_pre(x)))
+
+
 class _Hiera(Network):
     """timm's Hiera-tiny. A block that changes the shape has a shortcut: a projection of its norm's output, pooled."""
 
@@ -190,8 +259,10 @@ class _Hiera(Network):
         return Chain(lambda x: model.unroll(model._pos_embed(model.patch_embed(x))), units, model.forward_head)
 
 
-FOUND: Mapping[str, type[_T5Encoder | _OPT | _Hiera]] = {
+FOUND: Mapping[str, type[_T5Encoder | _OPT | _Llama | _Hiera | _ConvNeXt]] = {
     "transformers/t5_small_encoder": _T5Encoder,
     "transformers/opt_6_layers": _OPT,
+    "transformers/llama_8_layers": _Llama,
     "timm/hiera_tiny_224": _Hiera,
+    "timm/convnext_tiny": _ConvNeXt,
 }

@@ -1,7 +1,6 @@
 """Before anything is timed: every variant computes what it should, in float64, on one draw."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ def _rows(net: Network, survival: str, x: Tensor, y: Tensor, gradients: Callable
     _equal_flops(net.name, "ours and index gather, by row", _flops(ours, x), _flops(by_index, x))
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.model.modules()):
         live = iter([[(row - start) % ROWS < count for row in range(ROWS)] for start, count in windows])
-        masks = net.masked(lambda rate: _Times(torch.tensor(next(live)).double()[:, None, None]), survival)
+        masks = net.masked(lambda rate: _Times(torch.tensor(next(live)).double()), survival)
         _agree(net.name, "ours and masks, by row", found, gradients(masks))
     chain, counts = net.chain(), [count for _, count in windows]
     narrow = narrow_network(chain, counts, spares_of(chain, x, lambda logits: F.cross_entropy(logits, y)))
@@ -114,11 +113,12 @@ def _equal_flops(name: str, what: str, ours: int, other: int) -> None:
 
 
 class _Times(nn.Module):
-    """A mask whose coins are known: the branch times a number, or a number a row."""
+    """A mask whose coins are known: the branch times a number, or times one for each row, Tensor[rows]."""
 
-    def __init__(self, factor: Any) -> None:
+    def __init__(self, factor: float | Tensor) -> None:
         super().__init__()
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
+        factor = self.factor
+        return x * (factor.view(-1, *[1] * (x.dim() - 1)) if isinstance(factor, Tensor) else factor)
