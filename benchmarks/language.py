@@ -12,6 +12,7 @@ file: held-out loss at their end, FLOPs and seconds.
 import argparse
 import json
 import math
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -210,7 +211,10 @@ def main() -> None:
     if arguments.picture:
         draw(arguments.picture, rows)
     if arguments.json:
-        ledger.save(arguments.json, "Sub-networks of small language models", "python benchmarks/language.py", rows)
+        command = "python benchmarks/language.py"
+        if arguments.ways != list(WAYS):
+            command += f" --ways {shlex.join(arguments.ways)}"
+        ledger.save(arguments.json, "Sub-networks of small language models", command, rows)
 
 
 if __name__ == "__main__":

@@ -443,6 +443,44 @@ def test_sub_networks_are_quoted_as_they_are(data, before):
         assert f"{whole} ({name}" in page or kind == "error_before"
 
 
+def test_sub_networks_of_language_models_are_quoted_as_they_are():
+    page = (DOCS / "shrink.md").read_text()
+    rows = json.loads((ROOT / "results" / "subnetworks_language_cpu_202611.json").read_text())["entries"]
+    found = {}
+    for row in rows:
+        found.setdefault((row["by"], row["trained"]), []).append(_cells(row, "bits", digits=3))
+        assert row["seeds"] == 2
+    for (by, trained), (whole, *cells) in found.items():
+        assert f"| `{by}` | {trained} | {' | '.join(cells)} |" in page
+        assert f"{whole} ({trained})" in " ".join(page.split())
+    bits = {(row["trained"], row["layers"]): row["bits"] for row in rows if row["by"] == "greedy"}
+    lost = [f"{bits[way, few] - bits[way, 8]:.2f}" for way in ("uniform 0.8", "constant depth") for few in (6, 4)]
+    text = "loses {} bits with six layers and {} with four, where constant depth loses {} and {}.".format(*lost)
+    assert text in " ".join(page.split())
+
+
+def test_what_sub_networks_lose_is_quoted_as_it_was_measured():
+    page = " ".join((DOCS / "shrink.md").read_text().split())
+    rows = json.loads((ROOT / "results" / "subnetworks_resnet-32_cpu_202611.json").read_text())["entries"]
+    found = {(row["run.survival"], row["budget"]): row for row in rows if row["by"] == "greedy"}
+
+    def error(survival, share):
+        return found[survival, f"{share} of time"]["error"]
+
+    def lost(survival, share):
+        return f"{error(survival, share) - error(survival, '1.0'):.1f}"
+
+    constant, decay, uniform = "1", "linear_decay(0.5)", "uniform(0.8)"
+    assert f"loses {lost(uniform, 0.8)} points at 0.8 of the time and {lost(uniform, 0.6)} at 0.6" in page
+    assert f"none and {lost(decay, 0.6)}; constant depth loses {lost(constant, 0.8)} and {lost(constant, 0.6)}" in page
+    assert float(lost(decay, 0.8)) <= 0.0
+    behind = [f"{error(one, '1.0') - error(constant, '1.0'):.1f}" for one in (uniform, decay)]
+    assert "by {} (uniform 0.8) and {} points (linear decay)".format(*behind) in page
+    ahead = [error(constant, 0.8) - error(one, 0.8) for one in (uniform, decay)]
+    assert "by {:.1f} ± 1.0 and {:.1f} ± 1.0 points".format(*ahead) in page
+    assert all(0.9 < row["time"] / row["share"] < 1.1 for row in rows)  # "within a tenth"
+
+
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
 def test_adaptive_sampling_is_quoted_as_measured(data):
     page = (DOCS / "inference.md").read_text()
