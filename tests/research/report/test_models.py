@@ -162,6 +162,10 @@ def test_refusals_leave_nothing(tmp_path):
     shutil.copy(first / "normalization.safetensors", first / "model.safetensors")
     with pytest.raises(RunError, match="does not fit the recipe's network"):
         publish([first], models)
+    recipe = Run(first).recipe().replace(network="transformers:/home/somebody/resnet")
+    write_record(first / "recipe.json", recipe.to_dict())
+    with pytest.raises(ConfigError, match="a folder without which it cannot be loaded"):
+        publish([first], models)
     assert not models.exists()
 
 

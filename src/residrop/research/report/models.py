@@ -105,13 +105,19 @@ def publish(runs: Sequence[Path], folder: Path) -> list[Model]:
 
     Raises:
         RunError: a run is not finished, or its files are damaged.
-        ConfigError: two runs have one name, a run lies in `folder` already, or `folder` cannot be written.
+        ConfigError: two runs have one name, a run lies in `folder` already, its network is read from a folder of
+            transformers, or `folder` cannot be written.
     """
     found = [Run.open(path) for path in dict.fromkeys(path.resolve() for path in runs)]
     names = [run.path.name for run in found]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"two runs are called {double}, and folders of models are called like their runs; rename one")
     for run in found:
+        if (network := run.recipe().network).startswith("transformers:"):
+            raise ConfigError(
+                f"{run.path} is of {network}, a folder without which it cannot be loaded; publish the network by "
+                "its save_pretrained"
+            )
         if run.path.parent == folder.resolve():
             raise ConfigError(f"{run.path} lies in --models {folder} already; give another folder")
         if run.evaluation() is None:
