@@ -182,7 +182,12 @@ def show(todo: Sequence[Group | Bench], workers: int, console: Console) -> None:
 
 def run_for(command: Sequence[str], seconds: float) -> int:
     """Exit status of a command, which gets Ctrl-C after so long, and is killed if it has not ended `SAVING` later."""
-    process = subprocess.Popen(command)
+    # a shell's background jobs ignore Ctrl-C, and what they start would, too
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         return process.wait(max(seconds, 0.0))
     except subprocess.TimeoutExpired:

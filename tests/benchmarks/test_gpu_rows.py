@@ -90,7 +90,17 @@ SAVES = (
 )
 
 
-def test_a_command_is_stopped_in_time_and_may_save(tmp_path):
+@pytest.mark.parametrize("ignored", [False, True], ids=["in the foreground", "in a shell's background"])
+def test_a_command_is_stopped_in_time_and_may_save(tmp_path, ignored):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+    try:
+        stopped_in_time(tmp_path)
+        assert signal.getsignal(signal.SIGINT) == (signal.SIG_IGN if ignored else signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stopped_in_time(tmp_path):
     started = time.monotonic()
     assert gpu_rows.run_for([sys.executable, "-c", "import sys; sys.exit(3)"], 30) == 3
     assert gpu_rows.run_for([sys.executable, "-c", SAVES, str(tmp_path / "file")], 2) == 130
