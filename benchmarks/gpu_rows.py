@@ -181,7 +181,11 @@ def show(todo: Sequence[Group | Bench], workers: int, console: Console) -> None:
 
 
 def run_for(command: Sequence[str], seconds: float) -> int:
-    """Exit status of a command, which gets Ctrl-C after so long, and is killed if it has not ended `SAVING` later."""
+    """Exit status of a command, which gets Ctrl-C after so long, and is killed if it has not ended `SAVING` later.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C by the user, when the command has ended of it.
+    """
     # a shell's background jobs ignore Ctrl-C, and what they start would, too
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -192,10 +196,16 @@ def run_for(command: Sequence[str], seconds: float) -> int:
         return process.wait(max(seconds, 0.0))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
+        return ended(process)
     except KeyboardInterrupt:  # the terminal has told the command, too
-        pass
+        ended(process)
+        raise
+
+
+def ended(process: subprocess.Popen[bytes]) -> int:
+    """Exit status of a command that was told to stop."""
     try:
-        process.wait(SAVING)
+        return process.wait(SAVING)
     except subprocess.TimeoutExpired:
         process.kill()
     return process.wait()
@@ -218,6 +228,8 @@ def measure(todo: Sequence[Group | Bench], arguments: argparse.Namespace, until:
             for option in ("data", "seeds", "scale", "device", "ledger", "runs", "workers"):
                 command += [f"--{option}", str(getattr(arguments, option))]
         status = run_for(command, left)
+        if status and isinstance(one, Bench) and one.file.exists():
+            one.file.replace(one.file.with_suffix(".partial"))  # some rows only: it is to be made again
         if status and time.monotonic() < until - SAVING:  # not because it was stopped
             failed += 1
             console.print(f"{name} ended with status {status}")
@@ -272,12 +284,16 @@ def main() -> int:
         compared = []  # of a GPU alone
     todo = [*groups[:AFTER], *compared, *groups[AFTER:]]
     show(todo, arguments.workers, console)
-    failed = 0
+    status = 0
     if arguments.minutes is not None:
-        failed = measure(todo, arguments, started + 60.0 * arguments.minutes, console)
+        try:
+            status = 1 if measure(todo, arguments, started + 60.0 * arguments.minutes, console) else 0
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from here")
+            status = 130
     if arguments.pack is not None:
         pack(arguments.pack, arguments.runs, arguments.ledger, now, console)
-    return 1 if failed else 0
+    return status
 
 
 if __name__ == "__main__":

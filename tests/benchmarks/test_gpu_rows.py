@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -111,6 +112,32 @@ def stopped_in_time(tmp_path):
 def test_a_command_that_does_not_stop_is_killed(monkeypatch):
     monkeypatch.setattr(gpu_rows, "SAVING", 0.5)
     assert gpu_rows.run_for([sys.executable, "-c", PATIENT], 2) < 0
+
+
+def test_ctrl_c_ends_the_command_and_begins_no_other(monkeypatch):
+    monkeypatch.setattr(gpu_rows, "SAVING", 0.5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu_rows.run_for([sys.executable, "-c", PATIENT], 30)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_comparison_that_was_stopped_is_made_again(tmp_path, monkeypatch):
+    one = gpu_rows.benches(tmp_path, "GPU")[0]
+
+    def stopped(command, seconds):
+        one.file.write_text("{}")
+        return 130
+
+    monkeypatch.setattr(gpu_rows, "run_for", stopped)
+    assert gpu_rows.measure([one], asked(), time.monotonic() + 500.0, QUIET) == 1
+    assert gpu_rows.benches(tmp_path, "GPU")[0] == one
+    assert one.file.with_suffix(".partial").exists()
 
 
 class StopAfterOne(Callback):
